@@ -1,0 +1,263 @@
+"""Loader: batches of one rank, from rows held in memory or streamed from storage, normalised on the device."""
+
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.data.augment import Augmentation
+from cluster.data.manifest import Manifest
+from cluster.data.order import LaneOrder, Order, RowIds, WholeOrder
+from cluster.data.shards import DataSet, Rows, table_rows
+from nn_models.errors import UserError
+
+# A set up to this size is held in memory and shuffled as a whole unless the recipe gives a shuffle window. It belongs
+# to the order of rows, so it must not depend on the machine.
+HELD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's slice of a global batch.
+
+    `inputs` (rows, *input_shape) float32, `targets` (rows,) or (rows, outputs), on the device. Where the slice is
+    empty, one row stands in (a rank must take part in every step) and `num_rows` is 0: its loss must count nothing.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    ids: RowIds
+    start: int  # position in the epoch of the first row
+    num_rows: int
+    global_rows: int
+
+
+class TrainingRows(Protocol):
+    """The training rows of one rank, in the order of the recipe."""
+
+    order: Order
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """The rank's slices of the epoch's global batches from `first_step` on."""
+
+
+class Normalise:
+    """Stored inputs to what models read: (x / 255 - mean) / std for images, (x - mean) / std otherwise."""
+
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+        mean, std = torch.tensor(manifest.mean, dtype=torch.float64), torch.tensor(manifest.std, dtype=torch.float64)
+        unit = 255.0 if manifest.input_dtype == "uint8" else 1.0
+        shape = (-1, 1, 1) if len(manifest.input_shape) == 3 else (-1,)
+        if len(mean) == 1:  # one number for all is much quicker than a broadcast
+            shape = ()
+        self._scale = (1 / (unit * std)).float().reshape(shape).to(device)
+        self._shift = (-mean / std).float().reshape(shape).to(device)
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        """Float32 of the same shape."""
+        return torch.mul(stored, self._scale).add_(self._shift)
+
+
+def shuffle_window(manifest: Manifest, wanted: int | None) -> int | None:
+    """Rows shuffled together; None for all of them. Follows from recipe and manifest alone."""
+    if wanted is not None:
+        return wanted if wanted < manifest.rows("train") else None
+    held = manifest.rows("train") * manifest.row_bytes
+    return None if held <= HELD_BYTES else max(1, HELD_BYTES // 4 // manifest.row_bytes)
+
+
+def training_order(manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None) -> Order:
+    """The order of the training rows."""
+    if (rows := shuffle_window(manifest, window)) is None:
+        return WholeOrder(manifest.rows("train"), global_batch_size=global_batch_size, seed=seed)
+    groups = manifest.row_groups("train")
+    return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows)
+
+
+class HeldRows:
+    """Rows of one split in memory: views into Arrow's (which may be Ray's shared memory), or tensors on a GPU."""
+
+    def __init__(self, table: pa.Table, manifest: Manifest, device: torch.device) -> None:
+        rows = table_rows(table, manifest)
+        self.manifest = manifest
+        self.device = device
+        self.normalise = Normalise(manifest, device)
+        self.num_rows = len(rows.ids)
+        self._inputs, self._targets = _shared(rows.inputs), _shared(rows.targets)
+        self.resident = device.type == "cuda" and self._fits(device)
+        if self.resident:  # kept as stored, gathered and normalised there
+            self._inputs, self._targets = self._inputs.to(device), self._targets.to(device)
+
+    def _fits(self, device: torch.device) -> bool:
+        free, _ = torch.cuda.mem_get_info(device)
+        return self._inputs.nbytes + self._targets.nbytes <= free // 4
+
+    def stored(self, ids: RowIds) -> tuple[Tensor, Tensor]:
+        """Inputs as stored, and targets, of these rows, on the device."""
+        index = torch.from_numpy(ids)
+        if self.resident:
+            index = index.to(self.device, non_blocking=True)
+            return self._inputs.index_select(0, index), self._targets.index_select(0, index)
+        inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
+        return _to_device(inputs, self.device), _to_device(targets, self.device)
+
+    def pass_over(self, batch_size: int, *, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(stored inputs, inputs, targets) of this rank's share of all rows, in their order, for evaluation."""
+        first, end = self.num_rows * rank // world_size, self.num_rows * (rank + 1) // world_size
+        for start in range(first, end, batch_size):
+            inputs, targets = self.stored(np.arange(start, min(start + batch_size, end)))
+            yield inputs, self.normalise(inputs), targets
+
+
+class HeldTraining:
+    """Training rows that are held in memory."""
+
+    def __init__(
+        self, rows: HeldRows, order: Order, *, rank: int, world_size: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.order = order
+        self._rows, self._rank, self._world_size = rows, rank, world_size
+        self._augmentation = augmentation
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """See TrainingRows."""
+        for step in range(first_step, self.order.num_steps):
+            ids = self.order.rows(epoch, step, self._rank, self._world_size)
+            stored, targets = self._rows.stored(ids if len(ids) else np.zeros(1, np.int64))
+            if self._augmentation:
+                stored = self._augmentation(stored, ids if len(ids) else np.zeros(1, np.int64), epoch)
+            yield Batch(
+                inputs=self._rows.normalise(stored),
+                targets=targets,
+                ids=ids,
+                start=self.order.start(epoch, step, self._rank, self._world_size),
+                num_rows=len(ids),
+                global_rows=self.order.global_rows(epoch, step),
+            )
+
+
+class StreamedTraining:
+    """Training rows read from storage, block by block and lane by lane, with the next block of each lane on its way.
+
+    Memory holds two blocks of each of the rank's lanes: twice its share of the shuffle window.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        order: LaneOrder,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.order = order
+        self._data, self._rank, self._world_size, self._device = data, rank, world_size, device
+        self._augmentation = augmentation
+        self._normalise = Normalise(data.manifest, device)
+        self._lanes = order.owned(rank, world_size)
+        self._locations = data.row_group_locations("train")
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        """See TrainingRows. Raises UserError naming a shard that turns out to be damaged."""
+        with ThreadPoolExecutor(2, thread_name_prefix="shards") as reader:
+            lanes = [_LaneReader(self, epoch, lane, reader) for lane in self._lanes]
+            try:
+                for step in range(first_step, self.order.num_steps):
+                    yield self._batch(epoch, step, [lane.take(step) for lane in lanes])
+            finally:
+                reader.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, epoch: int, step: int, parts: list[Rows]) -> Batch:
+        ids, inputs, targets = (np.concatenate([getattr(p, c) for p in parts]) for c in ("ids", "inputs", "targets"))
+        num_rows = len(ids)
+        if not num_rows:
+            stand_in = self._data.read_row_groups(self._locations[:1])
+            ids, inputs, targets = stand_in.ids[:1], stand_in.inputs[:1], stand_in.targets[:1]
+        stored = _to_device(torch.from_numpy(inputs), self._device)
+        if self._augmentation:
+            stored = self._augmentation(stored, ids, epoch)
+        return Batch(
+            inputs=self._normalise(stored),
+            targets=_to_device(torch.from_numpy(targets), self._device),
+            ids=ids[:num_rows],
+            start=self.order.start(epoch, step, self._rank, self._world_size),
+            num_rows=num_rows,
+            global_rows=self.order.global_rows(epoch, step),
+        )
+
+    def read(self, epoch: int, lane: int, index: int) -> tuple[Rows, NDArray[np.int64]]:
+        """A block's rows as they were read, and the order in which they are used."""
+        block = self.order.block(epoch, lane, index)
+        return self._data.read_row_groups([self._locations[group] for group in block.groups]), block.permutation
+
+
+class _LaneReader:
+    """One lane's place in the epoch: the block in use and the next one."""
+
+    def __init__(self, rows: StreamedTraining, epoch: int, lane: int, reader: ThreadPoolExecutor) -> None:
+        self._rows, self._epoch, self._lane, self._reader = rows, epoch, lane, reader
+        self._num_blocks = len(rows.order.lanes(epoch)[lane].groups)  # type: ignore[attr-defined]  # a LaneOrder
+        self._blocks: dict[int, Future[tuple[Rows, NDArray[np.int64]]]] = {}
+
+    def take(self, step: int) -> Rows:
+        """The step's rows of this lane."""
+        manifest = self._rows._data.manifest
+        ids, inputs, targets = [], [], []
+        for index, piece in self._rows.order.pieces(self._epoch, self._lane, step):  # type: ignore[attr-defined]
+            rows, permutation = self._block(index)
+            chosen = permutation[piece]
+            ids.append(rows.ids[chosen])
+            inputs.append(rows.inputs[chosen])
+            targets.append(rows.targets[chosen])
+        if ids:
+            return Rows(np.concatenate(ids), np.concatenate(inputs), np.concatenate(targets))
+        return _no_rows(manifest)
+
+    def _block(self, index: int) -> tuple[Rows, NDArray[np.int64]]:
+        for old in [old for old in self._blocks if old < index]:
+            del self._blocks[old]
+        for wanted in (index, index + 1):
+            if wanted < self._num_blocks and wanted not in self._blocks:
+                self._blocks[wanted] = self._reader.submit(self._rows.read, self._epoch, self._lane, wanted)
+        return self._blocks[index].result()
+
+
+def _no_rows(manifest: Manifest) -> Rows:
+    targets: Any = np.empty(0, np.int64)
+    if manifest.target_kind == "number":
+        targets = np.empty((0, manifest.num_outputs), np.float32)
+    return Rows(np.empty(0, np.int64), np.empty((0, *manifest.input_shape), manifest.input_dtype), targets)
+
+
+def _shared(array: NDArray[Any]) -> Tensor:
+    with warnings.catch_warnings():
+        # rows in shared memory are read-only, and nothing here writes to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _to_device(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def held(manifest: Manifest, split: str, window: int | None) -> bool:
+    """Whether a split is held in memory: the others always are, so they must be small enough."""
+    if split == "train":
+        return shuffle_window(manifest, window) is None
+    if manifest.rows(split) * manifest.row_bytes > HELD_BYTES:
+        raise UserError(
+            f"data: the {split} split has {manifest.rows(split)} rows of {manifest.row_bytes} bytes, more than the "
+            f"{HELD_BYTES >> 30} GiB that are held in memory; hold out less"
+        )
+    return True

@@ -1,0 +1,71 @@
+"""Manifest: what stands beside the shards: schema, rows, row groups, checksums, normalisation statistics."""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from cluster.storage import Folder
+from nn_models.errors import UserError
+from nn_models.spec import Signature, Spec, validate
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
+
+TargetKind = Literal["label", "number"]
+
+
+class Shard(Spec):
+    """One Parquet file."""
+
+    file: str
+    rows: PositiveInt
+    row_groups: tuple[PositiveInt, ...]  # rows of each
+    bytes: PositiveInt
+    sha256: str
+
+
+class Manifest(Spec):
+    """The content of manifest.json.
+
+    `mean` and `std` are those of the training split: a number for each channel of images (whose bytes count as
+    0 to 1), or for each feature.
+    """
+
+    version: Literal[1] = 1
+    source: str
+    input_shape: tuple[PositiveInt, ...]
+    input_dtype: Literal["uint8", "float32"]
+    target_kind: TargetKind
+    num_outputs: PositiveInt
+    class_names: tuple[str, ...] = ()
+    mean: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
+    splits: dict[Literal["train", "validation", "test"], tuple[Shard, ...]]
+
+    @property
+    def signature(self) -> Signature:
+        """What the model must fit."""
+        return Signature(input_shape=self.input_shape, num_outputs=self.num_outputs)
+
+    def rows(self, split: str) -> NonNegativeInt:
+        """Rows in a split; 0 where there is no such split."""
+        return sum(shard.rows for shard in self.splits.get(split, ()))  # type: ignore[call-overload]
+
+    def row_groups(self, split: str) -> list[int]:
+        """Rows in each row group of a split, in the order of the row ids."""
+        return [rows for shard in self.splits.get(split, ()) for rows in shard.row_groups]  # type: ignore[call-overload]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory, the 8 of its target included."""
+        return self.signature.input_size * (1 if self.input_dtype == "uint8" else 4) + 8
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """The manifest of a prepared data set. Raises UserError where there is none or it is damaged."""
+    try:
+        content = folder.read_json(MANIFEST)
+    except FileNotFoundError:
+        fix = "prepare the data with `manta data prepare SOURCE --out PATH`"
+        raise UserError(f"{folder}: no prepared data set here ({MANIFEST} is missing); {fix}") from None
+    return validate(Manifest, content, prefix=f"{folder}/{MANIFEST}")

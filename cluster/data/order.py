@@ -1,0 +1,198 @@
+"""Order: which rows each global batch holds, as a pure function of (row groups, seed, epoch), never of the world size.
+
+An epoch of N rows takes S = ceil(N / global_batch_size) steps. Step k holds the positions from N*k//S to N*(k+1)//S,
+so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nn_models.errors import UserError
+
+RowIds = NDArray[np.int64]
+
+# Lanes of a streamed set: many divisors, so that every usual number of ranks owns equally many whole lanes.
+LANE_COUNTS = (24, 12, 8, 6, 4, 3, 2, 1)
+
+
+def bounds(length: int, parts: int, index: int) -> tuple[int, int]:
+    """First and past-the-last position of part `index` when `length` things are cut into near-equal parts."""
+    return length * index // parts, length * (index + 1) // parts
+
+
+class Order(Protocol):
+    """The order of rows of one split."""
+
+    num_rows: int
+    num_steps: int
+
+    def global_rows(self, epoch: int, step: int) -> int:
+        """Rows in the global batch of this step."""
+
+    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+        """Position in the epoch of the first row of this rank's slice of the step's global batch."""
+
+    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
+        """Ids of the rows of this rank's slice of the step's global batch, in order."""
+
+
+class WholeOrder:
+    """Every row shuffled among all: for sets that are held in memory."""
+
+    def __init__(self, num_rows: int, *, global_batch_size: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.num_steps = -(-num_rows // global_batch_size)
+        self._permutation = lru_cache(maxsize=1)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
+        )
+
+    def global_rows(self, epoch: int, step: int) -> int:
+        """See Order."""
+        first, end = bounds(self.num_rows, self.num_steps, step)
+        return end - first
+
+    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+        """See Order."""
+        first, end = bounds(self.num_rows, self.num_steps, step)
+        return first + bounds(end - first, world_size, rank)[0]
+
+    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
+        """See Order."""
+        first, end = bounds(self.num_rows, self.num_steps, step)
+        low, high = bounds(end - first, world_size, rank)
+        return self._permutation(epoch)[first + low : first + high]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Row groups of a lane that are in memory, and shuffled, together."""
+
+    groups: tuple[int, ...]  # indices of the split's row groups, read one after the other
+    first: int  # position in the lane of the block's first row
+    permutation: RowIds  # the n-th row used is the permutation[n]-th of the rows read
+    ids: RowIds  # row ids in the order of use
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A sequence of blocks that one rank reads from storage."""
+
+    num_rows: int
+    groups: tuple[tuple[int, ...], ...]  # the row groups of each block
+    starts: tuple[int, ...]  # position in the lane of each block's first row
+
+
+class LaneOrder:
+    """Row groups dealt to lanes, each lane shuffled within its window: for sets that are streamed from storage.
+
+    A global batch takes the same share of every lane, and a rank owns whole lanes, so each row group is read by one
+    rank only. `window` is the number of rows, over all lanes, that are shuffled together (at least a row group a lane).
+    """
+
+    def __init__(self, row_groups: Sequence[int], *, global_batch_size: int, seed: int, window: int) -> None:
+        self.row_groups = tuple(row_groups)
+        self.num_rows = sum(row_groups)
+        self.num_steps = -(-self.num_rows // global_batch_size)
+        self.num_lanes = next(count for count in LANE_COUNTS if count <= len(row_groups))
+        self._seed, self._window = seed, window
+        self._group_starts = np.concatenate([[0], np.cumsum(row_groups)])
+        self.lanes = lru_cache(maxsize=1)(self._deal)
+        self.block = lru_cache(maxsize=2 * self.num_lanes)(self._shuffle)
+
+    def _deal(self, epoch: int) -> tuple[Lane, ...]:
+        dealt = np.random.default_rng([self._seed, epoch]).permutation(len(self.row_groups))
+        return tuple(self._cut(dealt[lane :: self.num_lanes].tolist()) for lane in range(self.num_lanes))
+
+    def _cut(self, groups: list[int]) -> Lane:
+        """The lane of these row groups, cut into blocks of at least the lane's share of the window."""
+        blocks: list[tuple[int, ...]] = []
+        starts: list[int] = []
+        pending: list[int] = []
+        position = pending_rows = 0
+        for group in groups:
+            pending.append(group)
+            pending_rows += self.row_groups[group]
+            if pending_rows >= self._window // self.num_lanes or group == groups[-1]:
+                blocks.append(tuple(pending))
+                starts.append(position)
+                position += pending_rows
+                pending, pending_rows = [], 0
+        return Lane(position, tuple(blocks), tuple(starts))
+
+    def _shuffle(self, epoch: int, lane: int, index: int) -> Block:
+        """Block `index` of a lane."""
+        groups = self.lanes(epoch)[lane].groups[index]
+        ids = np.concatenate([np.arange(self._group_starts[g], self._group_starts[g + 1]) for g in groups])
+        permutation = np.random.default_rng([self._seed, epoch, lane, index]).permutation(len(ids))
+        return Block(groups, self.lanes(epoch)[lane].starts[index], permutation, ids[permutation])
+
+    def owned(self, rank: int, world_size: int) -> range:
+        """The lanes of this rank. Raises UserError where there are fewer lanes than ranks."""
+        if world_size > self.num_lanes:
+            raise UserError(
+                f"data.shuffle_window: {world_size} workers cannot share {self.num_lanes} lanes of row groups; use at "
+                f"most {self.num_lanes} workers, or prepare the data with smaller row groups"
+            )
+        return range(*bounds(self.num_lanes, world_size, rank))
+
+    def span(self, epoch: int, lane: int, step: int) -> tuple[int, int]:
+        """First and past-the-last position in the lane that the step takes."""
+        return bounds(self.lanes(epoch)[lane].num_rows, self.num_steps, step)
+
+    def pieces(self, epoch: int, lane: int, step: int) -> list[tuple[int, slice]]:
+        """The step's rows of one lane: (block, which of its rows in the order of use), in order."""
+        first, end = self.span(epoch, lane, step)
+        starts = self.lanes(epoch)[lane].starts
+        pieces = []
+        for index in range(max(0, bisect_right(starts, first) - 1), bisect_left(starts, end)):
+            pieces.append((index, slice(max(0, first - starts[index]), end - starts[index])))
+        return pieces if end > first else []
+
+    def global_rows(self, epoch: int, step: int) -> int:
+        """See Order."""
+        spans = (self.span(epoch, lane, step) for lane in range(self.num_lanes))
+        return sum(end - first for first, end in spans)
+
+    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+        """See Order."""
+        spans = [self.span(epoch, lane, step) for lane in range(self.num_lanes)]
+        own = self.owned(rank, world_size).start
+        return sum(first for first, _ in spans) + sum(end - first for first, end in spans[:own])
+
+    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
+        """See Order."""
+        parts = [np.empty(0, np.int64)]
+        for lane in self.owned(rank, world_size):
+            parts += [self.block(epoch, lane, index).ids[piece] for index, piece in self.pieces(epoch, lane, step)]
+        return np.concatenate(parts)
+
+
+def digest_part(ids: RowIds, start: int) -> NDArray[np.int64]:
+    """What these rows, used from position `start` on, add to the epoch's digest: two 32-bit halves.
+
+    The digest is a sum over (position, row) pairs, so ranks and restarts add up their parts in any order and still
+    every exchange of two rows shows.
+    """
+    positions = np.arange(start, start + len(ids), dtype=np.uint64)
+    total = int(_mix(positions ^ _mix(ids.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
+    return np.array([total >> 32, total & 0xFFFFFFFF], np.int64)
+
+
+def digest_text(halves: Sequence[int]) -> str:
+    """The digest as 16 hexadecimal digits, from the sum of its parts."""
+    return f"{((int(halves[0]) << 32) + int(halves[1])) % 2**64:016x}"
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit changes half of the output bits."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))

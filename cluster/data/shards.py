@@ -1,0 +1,174 @@
+"""Shards: Parquet files of rows (row id, input, target), written once, verified when read."""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cluster.data.manifest import Manifest, Shard, TargetKind, read_manifest
+from cluster.storage import Folder
+from nn_models.errors import UserError
+
+Array = NDArray[np.generic]
+
+# A row group is what a streaming rank reads at once: small enough for many lanes, large enough to be read quickly.
+ROW_GROUP_BYTES = 2 << 20
+ROW_GROUP_ROWS = (32, 2048)  # fewest and most
+ROW_GROUPS = 24  # wanted of a shard: as many as there can be lanes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows as NumPy arrays, which may be read-only views into shared memory.
+
+    `ids` is (rows,) int64; `inputs` (rows, *input_shape) uint8 or float32; `targets` (rows,) int64 labels or
+    (rows, outputs) float32 numbers.
+    """
+
+    ids: NDArray[np.int64]
+    inputs: Array
+    targets: Array
+
+
+def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
+    """Write one shard and return its entry in the manifest."""
+    fewest, most = ROW_GROUP_ROWS
+    wanted = min(most, max(fewest, -(-len(rows.ids) // ROW_GROUPS)))
+    group_rows = max(1, min(wanted, ROW_GROUP_BYTES // max(1, rows.inputs[0].nbytes)))
+    table = pa.table({"row": rows.ids, "input": _column(rows.inputs), "target": _column(rows.targets)})
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=group_rows,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,  # a streaming rank reads row groups, never whole files: pages are what it can verify
+        store_schema=True,
+    )
+    content = buffer.getbuffer()
+    folder.write_bytes(name, content)
+    groups = [min(group_rows, len(rows.ids) - start) for start in range(0, len(rows.ids), group_rows)]
+    return Shard(
+        file=name,
+        rows=len(rows.ids),
+        row_groups=tuple(groups),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _column(values: Array) -> pa.Array:
+    """Images become fixed-size binaries (nested types are slow to read from Parquet), numbers stay numbers."""
+    if values.ndim == 1:
+        return pa.array(values)
+    flat = np.ascontiguousarray(values).reshape(len(values), -1)
+    if flat.dtype == np.uint8:
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+
+
+def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
+    """The table's columns as arrays, without a copy where a column is one chunk."""
+    return Rows(
+        ids=_array(table["row"], np.dtype(np.int64), ()),
+        inputs=_array(table["input"], np.dtype(manifest.input_dtype), manifest.input_shape),
+        targets=_array(table["target"], *_target_layout(manifest.target_kind, manifest.num_outputs)),
+    )
+
+
+def _target_layout(kind: TargetKind, num_outputs: int) -> tuple[np.dtype, tuple[int, ...]]:
+    return (np.dtype(np.int64), ()) if kind == "label" else (np.dtype(np.float32), (num_outputs,))
+
+
+def _array(column: pa.ChunkedArray, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
+    arrays = [_chunk(chunk, dtype, shape) for chunk in column.chunks]
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays) if arrays else np.empty((0, *shape), dtype)
+
+
+def _chunk(chunk: pa.Array, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
+    if pa.types.is_fixed_size_binary(chunk.type):
+        width = chunk.type.byte_width
+        data = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
+        return data.reshape(len(chunk), *shape)
+    values = chunk.flatten() if pa.types.is_fixed_size_list(chunk.type) else chunk
+    return values.to_numpy().astype(dtype, copy=False).reshape(len(chunk), *shape)
+
+
+class DataSet:
+    """A prepared data set: a folder of shards with its manifest."""
+
+    def __init__(self, where: str | Folder) -> None:
+        """Raises UserError where there is no manifest, or a shard is missing or has another size than it should."""
+        self.folder = where if isinstance(where, Folder) else Folder(where)
+        self.manifest = read_manifest(self.folder)
+        for shards in self.manifest.splits.values():
+            for shard in shards:
+                self._check_size(shard)
+
+    def _check_size(self, shard: Shard) -> None:
+        size = self.folder.size(shard.file)
+        if size is None:
+            raise self._damaged(shard, "is missing")
+        if size != shard.bytes:
+            raise self._damaged(shard, f"has {size} bytes where the manifest says {shard.bytes}")
+
+    def _damaged(self, shard: Shard, what: str) -> UserError:
+        return UserError(f"{self.folder}/{shard.file}: the shard {what}; {self.fix}")
+
+    @property
+    def fix(self) -> str:
+        """What a user can do about damaged shards."""
+        return f"delete {self.folder} and prepare the data again"
+
+    def shards(self, split: str) -> Sequence[Shard]:
+        """The split's shards in the order of their rows; none where there is no such split."""
+        return self.manifest.splits.get(split, ())  # type: ignore[call-overload]
+
+    def table(self, split: str) -> pa.Table:
+        """All rows of a split, each column in one chunk. Raises UserError naming a shard whose checksum differs."""
+        tables = [self._verified(shard) for shard in self.shards(split)]
+        return pa.concat_tables(tables).combine_chunks() if tables else pa.table({})
+
+    def _verified(self, shard: Shard) -> pa.Table:
+        content = self.folder.read_bytes(shard.file)
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            raise self._damaged(shard, "does not have the checksum of the manifest: it is corrupt")
+        return pq.read_table(pa.BufferReader(content))
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum. Raises UserError naming the first that differs."""
+        for split in self.manifest.splits:
+            for shard in self.shards(split):
+                self._verified(shard)
+
+    def row_group_locations(self, split: str) -> list[tuple[Shard, int]]:
+        """(shard, index inside it) of each row group of a split, in the order of the row ids."""
+        return [(shard, index) for shard in self.shards(split) for index in range(len(shard.row_groups))]
+
+    def read_row_groups(self, where: Sequence[tuple[Shard, int]]) -> Rows:
+        """These row groups, one after the other. Raises UserError naming a shard with a damaged page."""
+        parts = list(self._read_row_groups(where))
+        return Rows(
+            ids=np.concatenate([part.ids for part in parts]),
+            inputs=np.concatenate([part.inputs for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+        )
+
+    def _read_row_groups(self, where: Sequence[tuple[Shard, int]]) -> Iterator[Rows]:
+        for shard, index in where:
+            try:
+                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
+                    # without pre-buffering pyarrow asks storage for each column chunk on its own
+                    parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
+                    yield table_rows(parquet.read_row_group(index, use_threads=False), self.manifest)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise self._damaged(shard, f"cannot be read ({error})") from None

@@ -1,0 +1,104 @@
+"""What every source is: a DataSpec that opens to a Source, whose parts are converted to shards one by one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from cluster.data.augment import AnyAugmentSpec
+from cluster.data.manifest import TargetKind
+from nn_models.spec import Spec
+
+Array = NDArray[np.generic]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a row holds. `class_names` is empty for targets that are numbers."""
+
+    input_shape: tuple[int, ...]
+    input_dtype: str  # uint8 | float32
+    target_kind: TargetKind
+    num_outputs: int
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source that is converted at once; `what` tells its source which piece, and can be pickled."""
+
+    rows: int
+    what: Any
+
+
+class Source(Protocol):
+    """An opened source. It is pickled to the processes that convert its parts."""
+
+    columns: Columns
+    pools: Mapping[str, list[Part]]  # "train", and "test" where the source has a test split of its own
+
+    def load(self, part: Part) -> tuple[Array, Array]:
+        """Inputs (rows, *input_shape) and targets (rows,) or (rows, outputs). Raises UserError for bad content."""
+
+
+class DataSpec(Spec):
+    """Base of every data section: which rows, and how they are used in training."""
+
+    # Fields about how rows are used; all others decide what is prepared.
+    TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window"})
+
+    kind: str
+    augment: tuple[AnyAugmentSpec, ...] = Field((), description="random changes to training images, in order")
+    shuffle_window: PositiveInt | None = Field(
+        None, description="rows shuffled together; all rows where the set is small enough to be held in memory"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what is prepared."""
+        return self.model_dump(mode="json", exclude=set(self.TRAINING_FIELDS))
+
+    def resolved(self, base: str) -> "DataSpec":
+        """The same data with paths made absolute against the directory `base`."""
+        return self
+
+    def fingerprint(self) -> str:
+        """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
+        return ""
+
+    def open(self) -> Source:
+        """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""
+        raise NotImplementedError
+
+
+class SplitSpec(DataSpec):
+    """Base of the data sections whose validation split is drawn from the training rows."""
+
+    validation_fraction: Fraction = Field(0.1, description="share of the training rows held out for validation")
+    split_seed: NonNegativeInt = Field(0, description="seed of the split")
+
+    @property
+    def held_out_for_test(self) -> float:
+        """Share of the training rows that becomes the test split; 0 where the source has one of its own."""
+        return 0.0
+
+
+class DrawnTestSpec(SplitSpec):
+    """Base of the data sections that may have no test split of their own."""
+
+    test_fraction: Fraction = Field(0.1, description="share held out for test where the source has no test split")
+
+    @property
+    def held_out_for_test(self) -> float:
+        """See SplitSpec."""
+        return self.test_fraction
+
+
+def even_parts(rows: int, part_rows: int) -> list[Part]:
+    """Parts of `part_rows` rows each, `what` being (first, past-the-last)."""
+    return [
+        Part(min(part_rows, rows - first), (first, min(first + part_rows, rows))) for first in range(0, rows, part_rows)
+    ]

@@ -1,0 +1,166 @@
+"""Named image sets: digits (always there), fashion_mnist, mnist, cifar10."""
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from cluster.data.cache import cache_root
+from cluster.data.sources.base import Array, Columns, DrawnTestSpec, Fraction, Part, SplitSpec, even_parts
+from nn_models.errors import UserError
+
+PART_ROWS = 20_000
+DIGIT_NAMES = tuple("0123456789")
+FASHION_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Debian's package dataset-fashion-mnist
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+# md5 of the uncompressed files: Debian compressed them anew, so the archives' own sums differ from torchvision's
+FASHION_MD5 = {
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set whose splits are loaded whole: `reader` and `where` name what `_read` loads."""
+
+    reader: str
+    where: str
+    columns: Columns
+    pools: dict[str, list[Part]]
+
+    def load(self, part: Part) -> tuple[Array, Array]:
+        """See Source."""
+        pool, first, end = part.what
+        images, labels = _read(self.reader, self.where, pool)
+        return images[first:end], labels[first:end]
+
+
+def _image_set(reader: str, where: str, names: tuple[str, ...], pools: tuple[str, ...]) -> ImageSet:
+    loaded = {pool: _read(reader, where, pool) for pool in pools}
+    parts = {
+        pool: [Part(part.rows, (pool, *part.what)) for part in even_parts(len(labels), PART_ROWS)]
+        for pool, (_, labels) in loaded.items()
+    }
+    shape = loaded["train"][0].shape[1:]
+    return ImageSet(reader, where, Columns(shape, "uint8", "label", len(names), names), parts)
+
+
+@lru_cache(maxsize=2)
+def _read(reader: str, where: str, pool: str) -> tuple[Array, Array]:
+    """Images (rows, channels, height, width) uint8 and labels (rows,) int64."""
+    if reader == "digits":
+        return _digits()
+    if reader == "idx":
+        prefix = "train" if pool == "train" else "t10k"
+        images = _idx(Path(where), f"{prefix}-images-idx3-ubyte").reshape(-1, 1, 28, 28)
+        return images, _idx(Path(where), f"{prefix}-labels-idx1-ubyte").astype(np.int64)
+    return _torchvision(reader, where, pool)
+
+
+def _digits() -> tuple[Array, Array]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)  # sixteen levels of ink
+    return grey[:, None], bunch.target.astype(np.int64)
+
+
+def _idx(folder: Path, name: str) -> Array:
+    """The bytes after the header of an IDX file (LeCun's MNIST format), checked against the known md5."""
+    plain, packed = folder / name, folder / f"{name}.gz"
+    try:
+        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{packed}: missing; put all four files of Fashion-MNIST there") from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"{packed}: cannot be read ({error}); fetch it again") from None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != FASHION_MD5[name]:
+        raise UserError(f"{folder / name}: not the published Fashion-MNIST file (its md5 differs); fetch it again")
+    dimensions = content[3]
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+
+
+def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
+    # torchvision compares the files' published md5 before it opens them, also before it unpickles CIFAR-10
+    from torchvision import datasets
+
+    try:
+        loaded = getattr(datasets, name)(where, train=pool == "train", download=True)
+    except Exception as error:  # torchvision raises whatever its mirrors and archives do
+        raise UserError(
+            f"data.root: {name} is neither in {where} nor could it be downloaded ({str(error).strip()}); "
+            f"put the files there or give another data.root"
+        ) from None
+    images = np.asarray(loaded.data)
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.asarray(loaded.targets, np.int64)
+
+
+class DigitsSpec(DrawnTestSpec):
+    """1797 real handwritten digits of 8x8 pixels, bundled with scikit-learn: always there."""
+
+    kind: Literal["digits"] = "digits"
+    test_fraction: Fraction = Field(0.2, description="share held out for test")
+
+    def open(self) -> ImageSet:
+        """See DataSpec."""
+        return _image_set("digits", "", DIGIT_NAMES, ("train",))
+
+
+class _DownloadedSpec(SplitSpec):
+    root: str | None = Field(None, description="folder with the files; downloaded into the cache where it is not given")
+
+    def resolved(self, base: str) -> SplitSpec:
+        """See DataSpec."""
+        return self.model_copy(update={"root": str(Path(base, self.root).absolute())}) if self.root else self
+
+    @property
+    def _place(self) -> str:
+        return self.root or str(cache_root() / "downloads")
+
+
+class FashionMNISTSpec(_DownloadedSpec):
+    """70,000 pieces of clothing of 28x28 pixels (Xiao, Rasul & Vollgraf 2017)."""
+
+    kind: Literal["fashion_mnist"] = "fashion_mnist"
+
+    def open(self) -> ImageSet:
+        """From `root`, else Debian's package dataset-fashion-mnist, else torchvision's download."""
+        for folder in [Path(self.root)] if self.root else [DEBIAN_FASHION]:
+            for inside in (folder, folder / "FashionMNIST" / "raw"):  # torchvision's layout too
+                if any((inside / f"train-labels-idx1-ubyte{ending}").exists() for ending in ("", ".gz")):
+                    return _image_set("idx", str(inside), FASHION_NAMES, ("train", "test"))
+        return _image_set("FashionMNIST", self._place, FASHION_NAMES, ("train", "test"))
+
+
+class MNISTSpec(_DownloadedSpec):
+    """70,000 handwritten digits of 28x28 pixels (LeCun et al. 1998)."""
+
+    kind: Literal["mnist"] = "mnist"
+
+    def open(self) -> ImageSet:
+        """See DataSpec."""
+        return _image_set("MNIST", self._place, DIGIT_NAMES, ("train", "test"))
+
+
+class CIFAR10Spec(_DownloadedSpec):
+    """60,000 colour photographs of 32x32 pixels in ten classes (Krizhevsky 2009)."""
+
+    kind: Literal["cifar10"] = "cifar10"
+
+    def open(self) -> ImageSet:
+        """See DataSpec."""
+        return _image_set("CIFAR10", self._place, CIFAR_NAMES, ("train", "test"))

@@ -1,0 +1,122 @@
+"""Runtime: an embedded local Ray or an existing cluster, and what a run needs of it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Ray reads these when it is imported or started. A user's own settings win.
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon Ray Train notices that a run has ended; 2 s by default
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of custom models keep their meaning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many Ray workers a run wants, `least` to `most` of them, and what each holds."""
+
+    least: int
+    most: int
+    cpus: int
+    use_gpu: bool
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker reserves."""
+        return {"CPU": self.cpus, "GPU": 1} if self.use_gpu else {"CPU": self.cpus}
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """As Ray Train takes it: a number, or a range for elastic runs."""
+        return self.most if self.least == self.most else (self.least, self.most)
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """`"4"` -> (4, 4), `"2-8"` -> (2, 8). Raises UserError."""
+    least, dash, most = text.partition("-")
+    try:
+        bounds = int(least), int(most if dash else least)
+    except ValueError:
+        bounds = (-1, -1)
+    if bounds[0] < 0 or bounds[1] < bounds[0] or (dash and bounds[0] == 0):
+        raise UserError(f"--workers: {text!r} is not a number of workers; give one like 2, or a range like 2-4")
+    return bounds
+
+
+def configure_ray() -> None:
+    """Settle Ray's environment; must come before the first `import ray`."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Any]:
+    """Connect to the cluster at `address`, or start an embedded one with `cpus` logical CPUs; leave it afterwards.
+
+    A Ray that the caller has started already is used, and left running. Yields the module `ray`.
+    """
+    configure_ray()
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
+        for name in ("ray", "ray.train", "ray.data", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    if address:
+        if address.startswith("ray://"):
+            raise UserError(
+                f"--address: {address}: the Ray client cannot drive training; give HOST:PORT, or submit a job"
+            )
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--address: {address}: no Ray cluster answers there ({reason})") from None
+    else:
+        # loopback: no other machine needs to reach an embedded Ray
+        ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def refuse_unplaceable(ray: Any, workers: Workers) -> None:
+    """Raise UserError where the cluster, grown as far as it may, can never place the workers."""
+    from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
+
+    if state.get_max_resources_from_cluster_config():  # an autoscaler will try; only its limits are fixed
+        limits = state.get_max_resources_from_cluster_config()
+        places = min(int(limits.get(name, 0) // amount) for name, amount in workers.bundle.items())
+    else:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        places = sum(min(int(node.get(name, 0) // amount) for name, amount in workers.bundle.items()) for node in alive)
+    if places < workers.least:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
+        have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+        raise UserError(
+            f"--workers: {workers.least} workers of {each} each can never be placed: the cluster has {have['CPU']:g} CPU "
+            f"and {have['GPU']:g} GPU, room for {places}; ask for at most {places} workers, or for fewer CPUs a worker"
+        )
+
+
+def warn_about_cores(workers: Workers) -> None:
+    """Say so where an embedded Ray is asked for more than the machine has: it runs, but slower than it could."""
+    cores = os.cpu_count() or 1
+    if workers.most * workers.cpus > cores:
+        logger.warning("%d workers of %d CPU share the %d cores of this machine", workers.most, workers.cpus, cores)

@@ -1,0 +1,114 @@
+"""Folder: one directory, local or at a URI (s3://, gs://, …), through pyarrow.fs; files appear whole or not at all."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Self
+
+from pyarrow import ArrowInvalid, fs
+
+from nn_models.errors import UserError
+
+
+class Folder:
+    """A directory that may not exist yet. Names inside it are relative, with `/` between parts."""
+
+    def __init__(self, where: str | os.PathLike[str] | Self) -> None:
+        """`where` is a local path or a URI that pyarrow.fs knows. Raises UserError for one that it does not."""
+        self.uri = str(where)
+        if "://" not in self.uri:
+            self.uri = str(Path(self.uri).expanduser().absolute())
+        try:
+            self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
+        except (ArrowInvalid, OSError, ValueError) as error:
+            raise UserError(f"{self.uri}: not a place that can be read or written ({error})") from None
+        self.path = self.path.rstrip("/")
+
+    @property
+    def local(self) -> Path | None:
+        """The path on this machine's disk; None for remote storage."""
+        return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.uri.rstrip('/')}/{name}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def full(self, name: str) -> str:
+        """The name as this folder's filesystem knows it."""
+        return f"{self.path}/{name}"
+
+    def create(self) -> Self:
+        """Make the directory, raising UserError where it cannot be written."""
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+            if self.local and not os.access(self.local, os.W_OK):
+                raise PermissionError(f"no permission to write into {self.local}")
+        except OSError as error:
+            raise UserError(f"{self.uri}: cannot be written ({error}); choose another directory") from None
+        return self
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the file; None where there is no such file."""
+        info = self.filesystem.get_file_info(self.full(name))
+        return info.size if info.type == fs.FileType.File else None
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the file or directory is there (the folder itself without a name)."""
+        return self.filesystem.get_file_info(self.full(name) if name else self.path).type != fs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """Names of the files and directories directly inside, sorted; hidden ones left out."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        names = (info.base_name for info in self.filesystem.get_file_info(selector))
+        return sorted(name for name in names if not name.startswith("."))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The file's content. Raises FileNotFoundError."""
+        with self.filesystem.open_input_file(self.full(name)) as file:
+            return file.read()
+
+    def read_text(self, name: str) -> str:
+        """The file's content as UTF-8. Raises FileNotFoundError."""
+        return self.read_bytes(name).decode()
+
+    def read_json(self, name: str) -> Any:
+        """The file's content. Raises FileNotFoundError, and UserError where it is not JSON."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise UserError(f"{self.uri}/{name}: not valid JSON ({error})") from None
+
+    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
+        """Write the file so that a reader, or a kill, never sees half of it."""
+        if not self.local:  # an object store shows an object only once it is complete
+            with self.filesystem.open_output_stream(self.full(name)) as stream:
+                stream.write(content)
+            return
+        target = self.local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            part.write_bytes(content)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def write_text(self, name: str, content: str) -> None:
+        """`write_bytes` for text."""
+        self.write_bytes(name, content.encode())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """`write_bytes` for an object, indented."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def delete(self, name: str = "") -> None:
+        """Remove a file or a directory with all it holds; nothing happens where there is none."""
+        path = self.full(name) if name else self.path
+        kind = self.filesystem.get_file_info(path).type
+        if kind == fs.FileType.Directory:
+            self.filesystem.delete_dir(path)
+        elif kind == fs.FileType.File:
+            self.filesystem.delete_file(path)

@@ -1,0 +1,128 @@
+"""Checkpoints of a run and its best weights: written whole by a background thread, read without running code."""
+
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from cluster.data.manifest import Manifest
+from cluster.storage import Folder
+from nn_models.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.training.recipe import Recipe
+
+State = dict[str, Any]
+
+
+class Checkpoints:
+    """RUN/checkpoints: one file a checkpoint, the newest `keep` of them."""
+
+    def __init__(self, folder: Folder, *, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, step: int, state: State) -> str:
+        """Write the state at `step`, then drop the oldest files. Returns the file's name."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        name = f"step-{step:010d}.pt"
+        self.folder.write_bytes(name, buffer.getbuffer())
+        for old in self.names()[: -self._keep]:
+            self.folder.delete(old)
+        return name
+
+    def names(self) -> list[str]:
+        """The checkpoints' files, oldest first."""
+        return [name for name in self.folder.names() if name.startswith("step-") and name.endswith(".pt")]
+
+    def newest(self) -> State | None:
+        """The newest state, on the CPU; None where there is none. Raises UserError for a damaged file."""
+        names = self.names()
+        if not names:
+            return None
+        try:
+            content = io.BytesIO(self.folder.read_bytes(names[-1]))
+            return torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, … for damaged files
+            before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"
+            raise UserError(
+                f"{self.folder}/{names[-1]}: damaged checkpoint ({str(error).splitlines()[0]}); delete it to resume "
+                f"from {before}"
+            ) from None
+
+
+class Background:
+    """Runs one job at a time beside the loop; a job's exception is raised at the next call."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: Future[Any] | None = None
+
+    def submit(self, job: Callable[[], Any]) -> None:
+        """Wait for the job before, then start this one."""
+        self.wait()
+        self._pending = self._thread.submit(job)
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown(wait=True)
+
+
+class SavedModel(NamedTuple):
+    """What RUN/model/model.safetensors holds."""
+
+    weights: dict[str, Tensor]
+    best: dict[str, Any]  # metric, value, epoch, step
+    manifest: Manifest  # of the training data: signature, normalisation, class names (without its shards)
+
+
+def save_model(run: Folder, weights: dict[str, Tensor], *, best: dict[str, Any], manifest: Manifest) -> None:
+    """Write the best weights; everything needed to use them stands in the same file."""
+    described = manifest.model_copy(update={"splits": {}}).model_dump_json()
+    metadata = {"best": json.dumps(best), "data": described}
+    (run / "model").write_bytes("model.safetensors", save(weights, metadata))
+
+
+def read_model(run: Folder) -> SavedModel:
+    """The best weights of a run. Raises UserError where there are none or the file is damaged."""
+    folder = run / "model"
+    path = f"{folder}/model.safetensors"
+    try:
+        content = folder.read_bytes("model.safetensors")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no model here; give the directory of a run that has finished an epoch") from None
+    try:
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        manifest = Manifest.model_validate_json(header["data"])
+        return SavedModel(load(content), json.loads(header["best"]), manifest)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); train again or restore the file") from None
+
+
+def restore_model(run: Folder, recipe: "Recipe") -> tuple[nn.Module, SavedModel]:
+    """The run's best model in evaluation mode, on the CPU. Raises UserError where the weights do not fit."""
+    saved = read_model(run)
+    model = recipe.model.build(saved.manifest.signature)
+    try:
+        model.load_state_dict(saved.weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{run}/model/model.safetensors: not the weights of {run}/model/recipe.yaml ({error})"
+        ) from None
+    return model.eval(), saved

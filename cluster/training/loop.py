@@ -1,0 +1,413 @@
+"""The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cluster.data.loader import Batch
+from cluster.data.order import RowIds, digest_part, digest_text
+from cluster.errors import Diverged
+from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model
+from cluster.training.context import Context
+from cluster.training.evaluation import Evidence, autocast, evaluate, prefixed
+from cluster.training.recipe import Recipe
+from cluster.training.run_directory import Recorder, RunDirectory
+from nn_models.errors import UserError
+
+EVALUATION_ROWS = 500  # of a batch in evaluation, where nothing is kept for a backward pass
+
+
+@dataclass
+class Progress:
+    """Where training stands, and what it has added up: all that a checkpoint holds beside the tensors."""
+
+    epoch: int = 0
+    epoch_step: int = 0  # steps done in this epoch
+    step: int = 0  # steps done in all
+    rows: int = 0  # rows of this epoch that are in `sums`
+    sums: list[float] = field(default_factory=list)  # of loss and metrics over this epoch's rows
+    digest: list[int] = field(default_factory=lambda: [0, 0])
+    train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
+    validation: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    time_s: float = 0.0
+    train_s: float = 0.0  # time spent in steps, and the rows trained in it
+    train_rows: int = 0
+
+
+def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
+    """Train, from the newest checkpoint where there is one, and evaluate the best weights on the test split.
+
+    Returns what result.json holds of it: metrics, best, steps, epochs, rows_per_s, …, the same on all ranks.
+    Raises Diverged, naming the step, where the loss is NaN or infinite.
+    """
+    loop = _Loop(recipe, context)
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class _Loop:
+    def __init__(self, recipe: Recipe, context: Context) -> None:
+        self.started = time.time()
+        self.recipe, self.context, self.train = recipe, context, recipe.train
+        manifest = context.splits.manifest
+        self.objective = recipe.objective.build(manifest.num_outputs)
+        self.names = ("loss", *self.objective.names)
+
+        torch.manual_seed(self.train.seed)  # the same weights on all ranks
+        self.model = recipe.model.build(manifest.signature)
+        if self.train.compile:
+            self.model.compile()
+        self.wrapped = context.prepare(self.model)
+        self.optimizer = recipe.optimizer.build(self.model.parameters())
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average: AveragedModel | None = None
+        if self.train.ema_decay:
+            average = get_ema_multi_avg_fn(self.train.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=average)
+
+        place = {"rank": context.rank, "world_size": context.world_size, "device": context.device}
+        self.rows = context.splits.training(recipe, **place)  # type: ignore[arg-type]
+        self.validation = context.splits.held("validation", context.device)
+        self.num_steps = self.rows.order.num_steps * self.train.epochs
+        self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+
+        self.progress = Progress(sums=[0.0] * len(self.names))
+        self.pending = _Pending(self.train.log_every_steps, len(self.names), context.device)
+        self.first_step_at: float | None = None
+        self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
+        self.background = Background()
+        self._seed_rank(0)
+        self._resume()
+        self.recorder: Recorder | None = None
+        if context.rank == 0:
+            self.recorder = Recorder(RunDirectory(context.run), keep_to_step=self.progress.step)
+        self.clock = self.started - self.progress.time_s  # as if it had run without a break
+
+    # -- the course of a run ---------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """All epochs that are left, then the test."""
+        stopped_early = self._out_of_patience()
+        while self.progress.epoch < self.train.epochs and not stopped_early:
+            self.progress.train = self._epoch()
+            self.progress.validation = self._validate()
+            self._keep_best()
+            self.progress.epoch += 1
+            self.progress.epoch_step = self.progress.rows = 0
+            self.progress.sums, self.progress.digest = [0.0] * len(self.names), [0, 0]
+            stopped_early = self._out_of_patience()
+            finished = stopped_early or self.progress.epoch == self.train.epochs
+            if finished or self.progress.epoch % self.train.checkpoint_every_epochs == 0:
+                self._checkpoint()
+            if self.recorder:
+                self.recorder.flush()
+        return self._conclude(stopped_early)
+
+    def _epoch(self) -> dict[str, float]:
+        self.model.train()
+        steps = self.rows.order.num_steps
+        began = time.perf_counter()
+        for batch in self.rows.batches(self.progress.epoch, self.progress.epoch_step):
+            self._step(batch)
+            if self.first_step_at is None:
+                self.first_step_at = time.time()
+            done = self.progress.epoch_step == steps
+            due = self.train.checkpoint_every_steps
+            save = bool(due) and self.progress.step % (due or 1) == 0 and not done
+            if self.pending.full or done or save:
+                began = self._log_interval(began)
+            if save:
+                self._checkpoint()
+        means = [total / self.progress.rows for total in self.progress.sums]
+        metrics = dict(zip(self.names, means, strict=True))
+        self._log("train", metrics, rows_digest=digest_text(self.progress.digest), end_of_epoch=True)
+        return metrics
+
+    def _step(self, batch: Batch) -> None:
+        """One optimizer step: the gradient of the mean loss over the global batch."""
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * self.recipe.schedule.factor(self.progress.step, self.num_steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        # DDP averages over ranks: a rank's share of the sum counts world_size times
+        scale = self.context.world_size / batch.global_rows if batch.num_rows else 0.0
+        pieces = min(self.train.accumulation, max(batch.num_rows, 1))
+        slot = self.pending.next(batch)
+        for piece in range(pieces):
+            if piece + 1 < pieces:
+                with self.context.no_sync(self.wrapped):
+                    self._backward(batch, piece, pieces, scale, slot)
+            else:
+                self._backward(batch, piece, pieces, scale, slot)
+        if self.train.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
+            self.pending.grad_norm = norm
+        self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.progress.step += 1
+        self.progress.epoch_step += 1
+
+    def _backward(self, batch: Batch, piece: int, pieces: int, scale: float, slot: Tensor) -> None:
+        inputs, targets = batch.inputs, batch.targets
+        if pieces > 1:
+            inputs, targets = inputs.tensor_split(pieces)[piece], targets.tensor_split(pieces)[piece]
+        with autocast(self.train.precision, self.context.device):
+            measured = self.objective.measure(self.wrapped, inputs, targets)
+        (measured.loss * scale).backward()
+        if batch.num_rows:  # a row that only stands in for an empty slice counts nothing
+            slot[0] += measured.loss.detach()
+            slot[1:] += self.objective.sums(measured, targets)
+
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        self._average_buffers()
+        metrics = evaluate(
+            self._evaluated(),
+            self.validation,
+            self.objective,
+            context=self.context,
+            precision=self.train.precision,
+            batch_size=EVALUATION_ROWS,
+        )
+        self._log("validation", metrics)
+        return metrics
+
+    def _conclude(self, stopped_early: bool) -> dict[str, Any]:
+        """Evaluate the best weights on the test split."""
+        self.background.wait()
+        self.context.agree(0)  # rank 0 has written the best weights before any rank reads them
+        metrics = prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
+        best = dict(self.progress.best or {})
+        test = self.context.splits.held("test", self.context.device)
+        if test is not None:
+            self.model.load_state_dict(read_model(self.context.run).weights)
+            evidence = Evidence(self.objective, self.context.device)
+            tested = evaluate(
+                self.model,
+                test,
+                self.objective,
+                context=self.context,
+                precision=self.train.precision,
+                batch_size=EVALUATION_ROWS,
+                evidence=evidence,
+            )
+            names = self.context.splits.manifest.class_names
+            evidence.write(self.context.run, context=self.context, split="test", class_names=names)
+            self._log("test", tested)
+            metrics |= prefixed("test", tested)
+        names_kept = self.checkpoints.names()
+        return {
+            "metrics": metrics,
+            "best": best,
+            "checkpoint": f"checkpoints/{names_kept[-1]}" if names_kept else None,
+            "steps": self.progress.step,
+            "epochs": self.progress.epoch,
+            "stopped_early": stopped_early,
+            "rows_per_s": self.progress.train_rows / self.progress.train_s if self.progress.train_s else None,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "world_size": self.context.world_size,
+            "first_step_at": self.first_step_at,
+        }
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def _log_interval(self, began: float) -> float:
+        """Add up the steps since the last call over all ranks and write their means. Returns the time now."""
+        progress, pending = self.progress, self.pending
+        sums, digest, rows = pending.collect()
+        sums = self.context.reduce_sums(sums)
+        totals = sums.sum(0).tolist()
+        if not np.isfinite(totals[0]):
+            first = int((~torch.isfinite(sums[:, 0])).nonzero()[0])
+            self._diverged(progress.step - len(sums) + first)
+        halves = self.context.reduce_sums(torch.from_numpy(digest).to(self.context.device)).tolist()
+        elapsed = time.perf_counter() - began
+        progress.rows += rows
+        progress.sums = [old + new for old, new in zip(progress.sums, totals, strict=True)]
+        progress.digest = [old + new for old, new in zip(progress.digest, halves, strict=True)]
+        progress.train_s += elapsed
+        progress.train_rows += rows
+        extra: dict[str, Any] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if pending.grad_norm is not None:
+            extra["grad_norm"] = float(pending.grad_norm)
+        metrics = {name: total / rows for name, total in zip(self.names, totals, strict=True)}
+        self._log("train", metrics, rows_per_s=rows / elapsed, **extra)
+        return time.perf_counter()
+
+    def _diverged(self, step: int) -> None:
+        rate = self.base_rates[0]
+        raise Diverged(
+            f"the loss became NaN or infinite at step {step + 1} (epoch {self.progress.epoch + 1}); lower "
+            f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
+        )
+
+    def _log(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
+        entry = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch,
+            "split": split,
+            **metrics,
+            **extra,
+            "time_s": round(time.time() - self.clock, 3),
+        }
+        if self.recorder:
+            self.recorder.append(entry)
+        self.context.report(entry)
+
+    # -- the best weights, checkpoints, resuming -------------------------------------------------------------------
+
+    def _evaluated(self) -> nn.Module:
+        """The weights that are evaluated and kept: the moving average where there is one."""
+        return self.average.module if self.average else self.model
+
+    def _keep_best(self) -> None:
+        """Write the weights where they are the best so far; equal metrics are decided by the loss."""
+        validation = self.progress.validation
+        split, metrics = ("validation", validation) if validation else ("train", self.progress.train)
+        name = self.objective.best_metric.removeprefix("validation/")
+        sign = -1 if self.objective.mode == "max" else 1
+        best = self.progress.best
+        if best and (sign * metrics[name], metrics["loss"]) >= (sign * best["value"], best["loss"]):
+            return
+        self.progress.best = {
+            "metric": f"{split}/{name}",
+            "value": metrics[name],
+            "loss": metrics["loss"],
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+        }
+        if not validation:
+            self._average_buffers()
+        if self.context.rank == 0:
+            weights = _to_cpu(self._evaluated().state_dict())
+            best, manifest = dict(self.progress.best), self.context.splits.manifest
+            self.background.submit(lambda: save_model(self.context.run, weights, best=best, manifest=manifest))
+
+    def _out_of_patience(self) -> bool:
+        best, patience = self.progress.best, self.train.patience
+        return bool(best and patience and self.progress.epoch - 1 - best["epoch"] >= patience)
+
+    def _average_buffers(self) -> None:
+        """Give all ranks the mean of their running statistics (batch normalisation's); gradients never see these."""
+        if self.context.world_size == 1 or not self.buffers:
+            return
+        flat = torch.cat([buffer.flatten().double() for buffer in self.buffers])
+        mean = self.context.reduce_sums(flat) / self.context.world_size
+        for buffer, values in zip(self.buffers, mean.split([b.numel() for b in self.buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+        if self.average:
+            for own, averaged in zip(self.model.buffers(), self.average.module.buffers(), strict=True):
+                averaged.copy_(own)
+
+    def _checkpoint(self) -> None:
+        """Save everything that decides how training goes on. The loop waits only for the copy, not for the writing."""
+        self._average_buffers()
+        self.progress.time_s = time.time() - self.clock
+        generators = self.context.gather(self._generator_state())
+        if self.context.rank == 0:
+            state: State = {
+                "recipe": self.recipe.model_dump_json(),
+                "world_size": self.context.world_size,
+                "progress": asdict(self.progress),
+                "model": _to_cpu(self.model.state_dict()),
+                "optimizer": _to_cpu(self.optimizer.state_dict()),
+                "average": _to_cpu(self.average.state_dict()) if self.average else None,
+                "generators": [generator.cpu() for generator in generators],
+            }
+            step = self.progress.step
+            self.background.submit(lambda: self.checkpoints.save(step, state))
+
+    def _resume(self) -> None:
+        # Rank 0 looks: ranks that list an object store on their own might see different files.
+        names = self.checkpoints.names() if self.context.rank == 0 else []
+        if not self.context.agree(len(names)):
+            return
+        state = self.checkpoints.newest()
+        assert state is not None  # rank 0 has seen it, and nobody deletes it now
+        if json.loads(state["recipe"])["model"] != json.loads(self.recipe.model_dump_json())["model"]:
+            raise UserError(f"{self.checkpoints.folder}: checkpoints of another model; choose another --run")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average and state["average"]:
+            self.average.load_state_dict(state["average"])
+        self.progress = Progress(**state["progress"])
+        if state["world_size"] == self.context.world_size:
+            self._set_generator_state(state["generators"][self.context.rank])
+        else:
+            self._seed_rank(self.progress.step)
+
+    def _seed_rank(self, step: int) -> None:
+        """A stream of its own for each rank, for dropout."""
+        sequence = np.random.SeedSequence([self.train.seed, self.context.rank, step])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+    def _generator_state(self) -> Tensor:
+        if self.context.device.type == "cuda":
+            both = [torch.get_rng_state(), torch.cuda.get_rng_state(self.context.device)]
+            return torch.cat(both).to(self.context.device)
+        return torch.get_rng_state()
+
+    def _set_generator_state(self, state: Tensor) -> None:
+        cpu = len(torch.get_rng_state())
+        torch.set_rng_state(state[:cpu])
+        if self.context.device.type == "cuda" and len(state) > cpu:
+            torch.cuda.set_rng_state(state[cpu:], self.context.device)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        try:
+            self.background.close()
+        finally:
+            if self.recorder:
+                self.recorder.close()
+
+
+class _Pending:
+    """Sums of the steps since the last line of metrics: kept on the device, so that no step waits for it."""
+
+    def __init__(self, num_steps: int, num_sums: int, device: torch.device) -> None:
+        self._sums = torch.zeros(num_steps, num_sums, dtype=torch.float64, device=device)
+        self._used: list[tuple[RowIds, int, int]] = []  # ids, start and global rows of each step's batch
+        self.grad_norm: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the next step would find no room."""
+        return len(self._used) == len(self._sums)
+
+    def next(self, batch: Batch) -> Tensor:
+        """(sums,) zeros to which the step adds its own."""
+        self._used.append((batch.ids, batch.start, batch.global_rows))
+        return self._sums[len(self._used) - 1]
+
+    def collect(self) -> tuple[Tensor, NDArray[np.int64], int]:
+        """(steps, sums) of this rank, its part of the rows' digest, and the rows of all ranks; starts anew."""
+        sums = self._sums[: len(self._used)].clone()
+        digest = np.sum([digest_part(ids, start) for ids, start, _ in self._used], axis=0)
+        rows = sum(rows for _, _, rows in self._used)
+        self._sums.zero_()
+        self._used.clear()
+        return sums, digest, rows
+
+
+def _to_cpu(state: Any) -> Any:
+    """A copy of a state dict that later steps cannot change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_to_cpu(value) for value in state)
+    return state

@@ -1,0 +1,220 @@
+"""Ray Train: the same loop in every worker, its Context over torch.distributed."""
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.errors import Diverged, RunFailed
+from cluster.runtime import Workers
+from cluster.storage import Folder
+from cluster.training.context import Splits
+from cluster.training.loop import fit
+from cluster.training.recipe import Recipe
+from nn_models.errors import UserError
+
+STARTS = ".starts.json"  # how often the workers were started
+FAILURE = ".failure.json"  # an error that would only come again
+COLLECTIVE_TIMEOUT_S = 1800
+
+
+class DistributedContext:
+    """One rank of a process group; see Context."""
+
+    def __init__(self, *, run: Folder, splits: Splits, device: torch.device) -> None:
+        self.run, self.splits, self.device = run, splits, device
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """See Context."""
+        model = model.to(self.device)
+        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
+            return model
+        # Running statistics are averaged when they are used (evaluation, checkpoints), not broadcast at every step.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """See Context."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def reduce_sums(self, values: Tensor) -> Tensor:
+        """See Context."""
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """See Context."""
+        if self.world_size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        distributed.all_gather(parts, values)
+        return parts
+
+    def agree(self, number: int) -> int:
+        """See Context."""
+        value = torch.tensor([number], device=self.device)
+        if self.world_size > 1:
+            distributed.broadcast(value, src=0)
+        return int(value)
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """See Context. `ray.train.report` would make the loop wait for the controller's next poll."""
+
+
+@dataclass
+class LoopbackConfig(TorchConfig):
+    """A gloo process group of workers on one machine that listens on no network.
+
+    Ray's own TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
+    """
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """See TorchConfig."""
+        return _LoopbackBackend
+
+
+class _LoopbackBackend(Backend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """See Backend. A file is where the workers meet: a new one for each start."""
+        store = Path(tempfile.mkdtemp(prefix="manta-")) / "store"
+        shared = {"size": len(worker_group), "store": store, "timeout_s": backend_config.timeout_s}
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _join, world_rank=rank, **shared)
+                for rank in range(len(worker_group))
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """See Backend."""
+        worker_group.execute_async(_leave)
+
+
+def _join(world_rank: int, size: int, store: Path, timeout_s: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=world_rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, embedded: bool) -> dict[str, Any]:
+    """Run the loop in Ray workers and return what rank 0's `fit` returned, with the number of `restarts`.
+
+    Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint.
+    Raises Diverged, UserError or RunFailed with what happened in the workers.
+    """
+    for name in (STARTS, FAILURE):
+        run.delete(name)
+    # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
+    notes = tempfile.mkdtemp(prefix="manta-") if embedded else run.uri
+    on_one_machine = embedded and not workers.use_gpu
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "splits": replace(splits, tables={}),
+            # once into the object store, whatever the number of workers and nodes
+            "tables": {split: ray.put(table) for split, table in splits.tables.items()},
+            "run": run.uri,
+            "path": sys.path,
+            "threads": workers.cpus,
+        },
+        torch_config=(LoopbackConfig if on_one_machine else TorchConfig)(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.bundle
+        ),
+        run_config=RunConfig(
+            name=".ray",
+            storage_path=notes,
+            failure_config=FailureConfig(max_failures=recipe.train.max_failures, controller_failure_limit=3),
+        ),
+    )
+    try:
+        returned = trainer.fit().return_value
+    except TrainingFailedError as error:
+        if run.exists(FAILURE):
+            returned = {"failure": run.read_json(FAILURE)}
+        else:
+            raise RunFailed(_explain(error)) from None
+    finally:
+        starts = run.read_json(STARTS) if run.exists(STARTS) else 1
+        for name in (STARTS, FAILURE, ".ray"):
+            run.delete(name)
+        if embedded:
+            shutil.rmtree(notes, ignore_errors=True)
+    if "failure" in returned:
+        _raise(returned["failure"])
+    return {**returned["result"], "restarts": starts - 1}
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """What each worker does: the loop, or to hand on the failure that a start before this one ended with."""
+    sys.path.extend(path for path in config["path"] if path not in sys.path)
+    torch.set_num_threads(config["threads"])
+    run = Folder(config["run"])
+    if run.exists(FAILURE):  # it would only happen again
+        return {"failure": run.read_json(FAILURE)}
+    tables = dict(zip(config["tables"], ray.get(list(config["tables"].values())), strict=True))
+    context = DistributedContext(run=run, splits=replace(config["splits"], tables=tables), device=get_device())
+    if context.rank == 0:
+        run.write_json(STARTS, 1 + (run.read_json(STARTS) if run.exists(STARTS) else 0))
+    try:
+        return {"result": fit(Recipe.model_validate(config["recipe"]), context=context)}
+    except Diverged as error:  # all ranks are here
+        return {"failure": _described(error)}
+    except Exception as error:
+        if not _collateral(error):
+            run.write_json(FAILURE, _described(error))
+        raise
+
+
+def _collateral(error: Exception) -> bool:
+    """Whether this is only how another rank's death looks from here: then Ray starts all again."""
+    text = str(error).lower()
+    return isinstance(error, distributed.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
+
+
+def _described(error: Exception) -> dict[str, str]:
+    return {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+
+
+def _raise(failure: dict[str, str]) -> NoReturn:
+    kinds: dict[str, type[Exception]] = {"UserError": UserError, "Diverged": Diverged}
+    if failure["kind"] in kinds:
+        raise kinds[failure["kind"]](failure["message"])
+    raise RunFailed(f"{failure['kind']}: {failure['message']}\n{failure['traceback']}")
+
+
+def _explain(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", {})
+    ranks = "; ".join(
+        f"worker {rank}: {str(inner).strip().splitlines()[-1]}" for rank, inner in sorted(failures.items())
+    )
+    return f"the workers failed more often than train.max_failures allows ({ranks or error})"

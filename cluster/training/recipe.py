@@ -1,0 +1,147 @@
+"""Recipe: model + data + objective + optimizer + schedule + train, read from YAML, validated before any work."""
+
+import re
+from collections.abc import Hashable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from cluster.data.manifest import Manifest
+from cluster.data.sources.catalogue import AnyDataSpec
+from cluster.storage import Folder
+from cluster.training.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
+from nn_models.errors import UserError, did_you_mean
+from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec
+from nn_models.spec import Spec, override, validate
+from nn_models.zoo import AnyModelSpec
+
+
+class TrainSpec(Spec):
+    """How long, in which batches, and what is kept."""
+
+    epochs: PositiveInt = Field(10, description="passes over the training rows")
+    global_batch_size: PositiveInt = Field(128, description="rows of one step over all workers together")
+    accumulation: PositiveInt = Field(1, description="pieces that a worker's share of a batch is computed in")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 computes under autocast")
+    compile: bool = Field(False, description="torch.compile the model")
+    clip_norm: PositiveFloat | None = Field(None, description="largest norm of the gradient")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of the moving average of the weights, which is then what is evaluated and kept"
+    )
+    seed: NonNegativeInt = Field(0, description="seed of weights, order of rows, dropout and augmentation")
+    patience: PositiveInt | None = Field(None, description="epochs without improvement after which to stop")
+    log_every_steps: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
+    checkpoint_every_epochs: PositiveInt = Field(1, description="epochs between checkpoints")
+    checkpoint_every_steps: PositiveInt | None = Field(None, description="steps between checkpoints within an epoch")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")
+    max_failures: NonNegativeInt = Field(3, description="times that workers which died are started again")
+    cpus_per_worker: PositiveInt | None = Field(
+        None,
+        description="CPU cores, and so threads, of each Ray worker; by default 1, or an equal share of this machine",
+    )
+
+
+class Recipe(Spec):
+    """Everything that decides a run's result."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    model: AnyModelSpec
+    data: AnyDataSpec
+    objective: AnyObjectiveSpec = ClassificationSpec()
+    optimizer: AnyOptimizerSpec = AdamWSpec()
+    schedule: AnyScheduleSpec = ConstantSpec()
+    train: TrainSpec = TrainSpec()
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise UserError where model, objective and data do not fit each other."""
+        if self.objective.target_kind != manifest.target_kind:
+            raise UserError(
+                f"objective.kind: {self.objective.kind} needs a {self.objective.target_kind} to predict, but "
+                f"{self.data.kind} has a {manifest.target_kind}; choose another objective"
+            )
+        if not manifest.rows("train"):
+            raise UserError(f"data: {self.data.kind} has no training rows; add some")
+        if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
+            raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
+        self.model.check(manifest.signature)
+
+
+def load_recipe(
+    source: "str | Path | Mapping[str, Any] | Recipe", overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe of a built-in name, a YAML file (a path or URI) or a dict, with values replaced by dotted path.
+
+    Paths in it become absolute. Raises UserError, naming path, value and fix.
+    """
+    if isinstance(source, Recipe):
+        recipe = source
+    elif isinstance(source, Mapping):
+        recipe = validate(Recipe, source)
+    else:
+        recipe = _from_file(str(source))
+    recipe = override(recipe, overrides) if overrides else recipe
+    return recipe.model_copy(update={"data": recipe.data.resolved(str(Path.cwd()))})
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name -> YAML text of the recipes that come with manta."""
+    files = sorted(resources.files("jobs").joinpath("recipes").iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text() for file in files if file.name.endswith(".yaml")}
+
+
+def parse_yaml(text: str, *, name: str) -> Any:
+    """YAML with the numbers people write (1e-3 is one). Raises UserError with line and column."""
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+def _from_file(source: str) -> Recipe:
+    path = Path(source)
+    if "://" in source:
+        folder, _, name = source.rpartition("/")
+        try:
+            text = Folder(folder).read_text(name)
+        except FileNotFoundError:
+            raise UserError(f"{source}: no such recipe file") from None
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        if path.suffix in (".yaml", ".yml") or "/" in source:
+            raise UserError(f"{source}: no such recipe file; `manta recipes` lists the built-in ones")
+        built_in = builtin_recipes()
+        if source not in built_in:
+            raise UserError(f"{source}: no such recipe or file; {did_you_mean(source, built_in)}")
+        text = built_in[source]
+    data = parse_yaml(text, name=source)
+    if not isinstance(data, Mapping):
+        raise UserError(f"{source}: a recipe is a mapping with the sections model and data, not {data!r}")
+    if "name" not in data and path.stem:
+        data = {"name": re.sub(r"[^A-Za-z0-9._-]", "-", path.stem), **data}
+    return validate(Recipe, data)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats, and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-3 and 1e5 are strings.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)

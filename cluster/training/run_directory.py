@@ -1,0 +1,183 @@
+"""RunDirectory: what a run leaves behind: recipe, environment, metrics, events, checkpoints, model, result."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import Folder
+from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
+from nn_models.errors import UserError
+from nn_models.spec import validate
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+ENVIRONMENT = "environment.json"
+EVALUATION = "evaluation.safetensors"
+
+
+class RunDirectory:
+    """A run's files, at a local path or a URI. Only rank 0 and the driver write."""
+
+    def __init__(self, where: str | Folder) -> None:
+        self.folder = where if isinstance(where, Folder) else Folder(where)
+
+    def __str__(self) -> str:
+        return self.folder.uri
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self.folder.exists(RECIPE)
+
+    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
+        self.folder.create()
+        if self.exists():
+            raise UserError(
+                f"{self}: a run is here already; continue it with --resume, or choose another directory with --run"
+            )
+        if self.folder.names():
+            raise UserError(f"{self}: not an empty directory; choose another one with --run")
+        self.write_start(recipe, environment)
+
+    def write_start(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Write what is known before training."""
+        text = dump_recipe(recipe)
+        self.folder.write_json(ENVIRONMENT, environment)
+        self.folder.write_text(f"model/{RECIPE}", text)
+        self.folder.write_text(RECIPE, text)
+
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe. Raises UserError where there is none."""
+        try:
+            text = self.folder.read_text(RECIPE)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self}: not a run's directory ({RECIPE} is missing); give the one of `manta train`"
+            ) from None
+        return validate(Recipe, parse_yaml(text, name=f"{self}/{RECIPE}"))
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json; None while the run has not ended."""
+        return self.folder.read_json(RESULT) if self.folder.exists(RESULT) else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json."""
+        self.folder.write_json(RESULT, jsonable(result))
+
+    def checkpoints_folder(self) -> Folder:
+        """Where resume state stands."""
+        return self.folder / "checkpoints"
+
+
+class Recorder:
+    """Appends to metrics.jsonl and to TensorBoard's event file; rank 0 has it.
+
+    Object stores cannot append, so there both are kept in a temporary directory and uploaded by `flush`.
+    """
+
+    def __init__(self, run: RunDirectory, *, keep_to_step: int) -> None:
+        """Lines of steps past `keep_to_step` come from before a restart and are dropped."""
+        from tensorboardX import SummaryWriter
+
+        self._run = run
+        self._remote = run.folder.local is None
+        self._local = Path(tempfile.mkdtemp(prefix="manta-")) if self._remote else Path(run.folder.path)
+        lines = _lines_to(run, keep_to_step)
+        Folder(self._local).write_text(METRICS, "".join(lines))
+        self._file = (self._local / METRICS).open("a", buffering=1)
+        self._events = SummaryWriter(str(self._local / "events"), flush_secs=10, purge_step=keep_to_step + 1)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add one line of metrics."""
+        self._file.write(json.dumps(jsonable(entry)) + "\n")
+        for name, value in entry.items():
+            if isinstance(value, float) and math.isfinite(value) and name != "time_s":
+                self._events.add_scalar(f"{entry['split']}/{name}", value, entry["step"])
+
+    def flush(self) -> None:
+        """Make what was appended visible in the run's directory."""
+        if self._remote:
+            self._file.flush()
+            self._run.folder.write_bytes(METRICS, (self._local / METRICS).read_bytes())
+            for path in (self._local / "events").iterdir():
+                self._run.folder.write_bytes(f"events/{path.name}", path.read_bytes())
+
+    def close(self) -> None:
+        """Write out everything and close the files."""
+        self._events.close()
+        self.flush()
+        self._file.close()
+        if self._remote:
+            shutil.rmtree(self._local, ignore_errors=True)
+
+
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    entries = []
+    for line in _lines_to(run, None):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def _lines_to(run: RunDirectory, last_step: int | None) -> list[str]:
+    if last_step == 0 or not run.folder.exists(METRICS):
+        return []
+    lines = run.folder.read_text(METRICS).splitlines(keepends=True)
+    if last_step is None:
+        return lines
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+
+
+def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> dict[str, Any]:
+    """Versions, hardware, world size and seed."""
+    names = ("manta-train", "torch", "torchvision", "ray", "numpy", "pyarrow", "pydantic")
+    return {
+        "command": " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "use_gpu": use_gpu,
+        "num_workers": num_workers,
+        "seed": seed,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(inner) for inner in value]
+    return value

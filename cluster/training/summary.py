@@ -1,0 +1,103 @@
+"""Summary: a model's layers, shapes and parameters and a run's steps and memory, without running anything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.data.loader import training_order
+from cluster.data.manifest import Manifest
+from cluster.training.recipe import Recipe
+from nn_models.errors import UserError
+
+STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module without children, in the order of use."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # of one row
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `manta show` prints. Memory is in bytes, of one worker."""
+
+    layers: tuple[Layer, ...]
+    num_parameters: int
+    steps_per_epoch: int
+    num_steps: int
+    rows: dict[str, int]
+    parameter_bytes: int  # weights, gradients, optimizer state, moving average
+    activation_bytes: int  # kept for the backward pass of a worker's share of a batch
+    data_bytes: int  # splits that are held in memory
+
+
+def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Summary:
+    """Build the model without memory and send two imaginary rows through it.
+
+    Raises UserError where the rows do not go through, or come out with the wrong shape.
+    """
+    try:
+        with torch.device("meta"):
+            model = recipe.model.build(manifest.signature)
+    except NotImplementedError:  # a custom model that looks at its own weights
+        model = recipe.model.build(manifest.signature)
+    layers: list[Layer] = []
+    sizes: list[int] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                count = sum(p.numel() for p in module.parameters(recurse=False))
+                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
+                sizes.append(output[0].numel() * output.element_size())
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    rows = torch.zeros(2, *manifest.input_shape, device=device)
+    try:
+        output = model(rows)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: {error}"
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    expected = (2, manifest.num_outputs)
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UserError(
+            f"model: {recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}; "
+            "its last layer must have one output a class"
+        )
+    count = sum(p.numel() for p in model.parameters())
+    copies = 2 + STATES_PER_PARAMETER[recipe.optimizer.kind] + (1 if recipe.train.ema_decay else 0)
+    order = training_order(
+        manifest,
+        global_batch_size=recipe.train.global_batch_size,
+        seed=recipe.train.seed,
+        window=recipe.data.shuffle_window,
+    )
+    share = -(-recipe.train.global_batch_size // max(1, num_workers) // recipe.train.accumulation)
+    narrow = 2 if recipe.train.precision == "bf16" else 1
+    held = {split: manifest.rows(split) for split in manifest.splits}
+    return Summary(
+        layers=tuple(layers),
+        num_parameters=count,
+        steps_per_epoch=order.num_steps,
+        num_steps=order.num_steps * recipe.train.epochs,
+        rows={str(split): rows for split, rows in held.items()},
+        parameter_bytes=4 * count * copies,
+        activation_bytes=share * sum(sizes) // narrow,
+        data_bytes=sum(held.values()) * manifest.row_bytes,
+    )

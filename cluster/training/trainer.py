@@ -1,0 +1,245 @@
+"""train: one recipe from data to result, in this process or on Ray."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.data.prepare import prepared
+from cluster.errors import RunFailed
+from cluster.runtime import Workers, ray_session, refuse_unplaceable, warn_about_cores
+from cluster.training.context import LocalContext, open_splits
+from cluster.training.recipe import Recipe, load_recipe
+from cluster.training.run_directory import RunDirectory, environment, read_metrics
+from nn_models.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Listener = Callable[[Mapping[str, Any]], None]  # called with each line of metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `metrics` are named as in result.json (`test/accuracy`); `run` is its directory."""
+
+    status: str  # finished | failed | stopped
+    metrics: dict[str, float]
+    run: str
+    result: dict[str, Any]
+
+    def load_model(self) -> "nn.Module":
+        """The best weights, in evaluation mode on the CPU."""
+        from cluster.training.checkpoints import restore_model
+
+        run = RunDirectory(self.run)
+        return restore_model(run.folder, run.recipe())[0]
+
+
+def train(
+    recipe: "str | Path | Mapping[str, Any] | Recipe",
+    *,
+    num_workers: int | tuple[int, int] = 0,
+    use_gpu: bool = False,
+    run: str | None = None,
+    address: str | None = None,
+    resume: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+    verbose: bool = False,
+) -> Outcome:
+    """Train a recipe (a built-in name, a file, a dict or a Recipe) and return how it ended.
+
+    `num_workers` 0 trains in this process without Ray; a pair is a range for elastic runs. `run` is the directory to
+    write (by default a new one under runs/); `resume` continues it from its newest checkpoint. `address` is an
+    existing Ray cluster's; without one Ray is started on this machine. `listener` is called with each line of metrics.
+
+    Raises UserError where something must be changed first, RunFailed (result.json says `failed` then) where the run
+    could not finish. KeyboardInterrupt leaves result.json with the status `stopped`.
+    """
+    began = time.time()
+    recipe = load_recipe(recipe, overrides)
+    directory = RunDirectory(run or new_run_name(recipe))
+    if resume and directory.exists():
+        _refuse_other_recipe(recipe, directory)
+        done = directory.result()
+        if done and done["status"] == "finished":
+            return Outcome("finished", done["metrics"], str(directory), done)
+    elif resume and run is None:
+        raise UserError("--resume: say which run to continue with --run DIR")
+    workers = _workers(recipe, num_workers, use_gpu, address)
+    data = prepared(recipe.data)
+    recipe.check(data.manifest)
+    splits = open_splits(data, window=recipe.data.shuffle_window)
+    _refuse_what_cannot_start(recipe, splits, workers)
+
+    facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=_device_name(use_gpu))
+    with _session(workers, address, verbose) as ray:
+        if ray is not None:
+            refuse_unplaceable(ray, workers)
+        if resume and directory.exists():
+            directory.write_start(recipe, facts)
+        else:
+            directory.begin(recipe, facts)
+        status: dict[str, Any] = {"status": "stopped"}
+        tail = _Tail(directory, listener) if listener else None
+        try:
+            if ray is not None:
+                from cluster.training.ray_train import train_on_ray
+
+                fitted = train_on_ray(recipe, splits, run=directory.folder, workers=workers, embedded=address is None)
+            else:
+                from cluster.training.loop import fit
+
+                context = LocalContext(run=directory.folder, splits=splits, device=_local_device(use_gpu))
+                fitted = {**fit(recipe, context=context), "restarts": 0}
+            status = {"status": "finished", **fitted}
+        except Exception as error:
+            status = {"status": "failed", "error": str(error)}
+            if isinstance(error, (UserError, RunFailed)):
+                raise
+            raise RunFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            if tail:
+                tail.close()
+            result = _result(status, directory, began)
+            directory.write_result(result)
+    return Outcome(result["status"], result["metrics"], str(directory), result)
+
+
+def new_run_name(recipe: Recipe) -> str:
+    """runs/<recipe>-<date>-<time>, with a number behind it where that is taken."""
+    name = f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = (f"{name}-{number}" if number else name for number in range(1000))
+    return next(candidate for candidate in taken if not Path(candidate).exists())
+
+
+def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
+    """result.json; of a run that did not finish it holds the last metrics that were written."""
+    first = status.pop("first_step_at", None)
+    if status["status"] != "finished":
+        lines = read_metrics(directory)
+        last = {line["split"]: line for line in lines}
+        beside = {"step", "epoch", "split", "time_s"}
+        status["metrics"] = {
+            f"{split}/{name}": value
+            for split, line in last.items()
+            for name, value in line.items()
+            if name not in beside and isinstance(value, float)
+        }
+        status["steps"] = lines[-1]["step"] if lines else 0
+    now = time.time()
+    times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}
+    return {**status, **times}
+
+
+def _workers(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> Workers:
+    least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
+    cores = os.cpu_count() or 1
+    share = max(1, cores // most) if most and address is None else 1
+    return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu)
+
+
+class _NoRay:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _session(workers: Workers, address: str | None, verbose: bool) -> Any:
+    if workers.most == 0:
+        if address:
+            raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
+        return _NoRay()
+    if address is None:
+        warn_about_cores(workers)
+    return ray_session(address=address, cpus=workers.most * workers.cpus, verbose=verbose)
+
+
+def _refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
+    """A run goes on with the recipe that it began with."""
+    began_with = directory.recipe()
+    if recipe != began_with:
+        old, new = began_with.model_dump(), recipe.model_dump()
+        changed = [f"{a}.{b}" for a in new for b in _differences(old[a], new[a])]
+        raise UserError(
+            f"--resume: {directory} began with another recipe ({', '.join(changed) or 'its name'} differ); continue it "
+            f"with {directory}/recipe.yaml, or start a new run"
+        )
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return []
+
+
+def _refuse_what_cannot_start(recipe: Recipe, splits: Any, workers: Workers) -> None:
+    """Build the model without memory and see that one row goes through it; check the GPU and the ranks."""
+    from cluster.training.summary import summarise
+
+    summarise(recipe, splits.manifest)
+    if workers.use_gpu and workers.most == 0:
+        _local_device(True)
+    if workers.most > recipe.train.global_batch_size:
+        raise UserError(
+            f"train.global_batch_size: {recipe.train.global_batch_size} rows cannot be shared by {workers.most} workers; "
+            "raise it, or use fewer workers"
+        )
+    if "train" not in splits.tables and workers.most:
+        from cluster.data.loader import training_order
+
+        order = training_order(
+            splits.manifest,
+            global_batch_size=recipe.train.global_batch_size,
+            seed=recipe.train.seed,
+            window=recipe.data.shuffle_window,
+        )
+        order.rows(0, 0, 0, workers.most)
+
+
+def _local_device(use_gpu: bool) -> Any:
+    import torch
+
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: torch finds no GPU on this machine; leave it out, or check the driver with nvidia-smi")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def _device_name(use_gpu: bool) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if use_gpu and torch.cuda.is_available() else "cpu"
+
+
+class _Tail:
+    """Hands each new line of metrics.jsonl to the listener, wherever the loop runs."""
+
+    def __init__(self, directory: RunDirectory, listener: Listener) -> None:
+        self._directory, self._listener = directory, listener
+        self._seen: float = -1.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.5):
+            self._read()
+
+    def _read(self) -> None:
+        for line in read_metrics(self._directory):
+            if line["time_s"] > self._seen:
+                self._seen = line["time_s"]
+                self._listener(line)
+
+    def close(self) -> None:
+        """Hand on what is left."""
+        self._stop.set()
+        self._thread.join()
+        self._read()

@@ -1,0 +1,38 @@
+"""Activations by name, and the initial weights that suit each."""
+
+from typing import Literal
+
+from torch import nn
+
+ActivationName = Literal["sigmoid", "tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus"]
+
+ACTIVATIONS: dict[ActivationName, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid,  # 1 / (1 + exp(-x))
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,  # max(0, x); Nair & Hinton 2010
+    "leaky_relu": nn.LeakyReLU,  # max(0.01 x, x); Maas et al. 2013
+    "elu": nn.ELU,  # x for x > 0, else exp(x) - 1; Clevert et al. 2016
+    "gelu": nn.GELU,  # x Phi(x), Phi the normal distribution; Hendrycks & Gimpel 2016
+    "silu": nn.SiLU,  # x sigmoid(x); Hendrycks & Gimpel 2016
+    "softplus": nn.Softplus,  # log(1 + exp(x)), a smooth relu
+}
+
+SATURATING = frozenset({"sigmoid", "tanh"})
+
+
+def initialise(layer: nn.Linear | nn.Conv2d, *, activation: ActivationName | None) -> None:
+    """Draw a layer's weights for the activation that follows it (None for an output layer); zero its biases.
+
+    With n_in inputs and n_out outputs a unit, weights are uniform in [-a, a]:
+
+    - sigmoid, tanh, none: a = sqrt(6 / (n_in + n_out)), which keeps the variance of signals and gradients
+      through units that are about linear near zero (Glorot & Bengio 2010, eq. 16);
+    - the relu family: a = sqrt(6 / n_in), twice the variance, as a rectifier drops half of it
+      (He et al. 2015, eq. 10).
+    """
+    if activation is None or activation in SATURATING:
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

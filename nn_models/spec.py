@@ -1,0 +1,180 @@
+"""Spec: a frozen, validated description; Signature: what a data set feeds a model and wants back."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from nn_models.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:  # models need torch, descriptions do not
+    from torch import nn
+
+T = TypeVar("T")
+SpecT = TypeVar("SpecT", bound="Spec")
+
+
+class Spec(BaseModel):
+    """Base of every description: immutable, no unknown fields, defaults validated, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_pydantic_would_misread(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for field, value in data.items():
+                if field not in cls.model_fields:  # pydantic would not suggest the right name
+                    raise PydanticCustomError(
+                        "manta_field",
+                        "unknown field; {hint}",
+                        {"field": str(field), "hint": did_you_mean(str(field), cls.model_fields)},
+                    )
+                items = value if isinstance(value, (list, tuple)) else [value]
+                misread = [item for item in items if isinstance(item, bool)]
+                if misread and not _takes_bool(cls.model_fields[field].annotation):
+                    # pydantic would take `epochs: true` as 1
+                    raise PydanticCustomError(
+                        "manta_field", "must not be {value}", {"field": str(field), "value": str(misread[0]).lower()}
+                    )
+        return data
+
+    def model_post_init(self, context: Any) -> None:
+        """Count `kind` as set, so that a dump without defaults still says which kind it is."""
+        if "kind" in type(self).model_fields:
+            self.model_fields_set.add("kind")
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_bool(inner) for inner in get_args(annotation))
+
+
+class Signature(Spec):
+    """What one row of a data set looks like to a model.
+
+    `input_shape` is (channels, height, width) for images and (features,) for feature vectors;
+    `num_outputs` is the number of classes, or of regression targets.
+    """
+
+    input_shape: tuple[PositiveInt, ...]
+    num_outputs: PositiveInt
+
+    @property
+    def input_kind(self) -> str:
+        """`"features"` or `"image"`, from the number of dimensions."""
+        return {1: "features", 3: "image"}.get(len(self.input_shape), f"{len(self.input_shape)}-dimensional")
+
+    @property
+    def input_size(self) -> int:
+        """Numbers in one row's input."""
+        return math.prod(self.input_shape)
+
+
+class ModelSpec(Spec):
+    """Base of every model's description. `accepts` names the input kinds that the model can read."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"features", "image"})
+    kind: str
+
+    def check(self, signature: Signature) -> None:
+        """Raise UserError where the model cannot read such rows."""
+        if signature.input_kind not in self.accepts:
+            raise UserError(
+                f"model.kind: {self.kind} reads {' or '.join(sorted(self.accepts))} input, but the data has "
+                f"{signature.input_kind} input of shape {signature.input_shape}; choose another model or data set"
+            )
+
+    def build(self, signature: Signature) -> "nn.Module":
+        """The module, freshly initialised from torch's global generator."""
+        raise NotImplementedError
+
+
+def validate(kind: type[T] | Any, data: Any, *, prefix: str = "") -> T:
+    """`data` as a `kind` (a Spec class or a union of them).
+
+    Raises UserError with one line a problem: dotted path, what is wrong, how to mend it.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        lines = [_explain(problem, data, prefix) for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def override(spec: SpecT, changes: Mapping[str, Any]) -> SpecT:
+    """A copy of `spec` with the values at the dotted paths replaced, validated anew.
+
+    A value may be a whole section: `{"model": {"kind": "mlp"}}`. Raises UserError as `validate` does.
+    """
+    data = _plain(spec)
+    for path, value in changes.items():
+        *sections, field = path.split(".")
+        place: dict[str, Any] = data
+        here: Any = spec
+        for depth, section in enumerate(sections, start=1):
+            here = getattr(here, section) if section in getattr(type(here), "model_fields", {}) else None
+            if place.get(section) is None:  # left at its default: go on from there
+                place[section] = {} if here is None else _plain(here)
+            place = place[section]
+            if not isinstance(place, dict):
+                raise UserError(f"{path}: {'.'.join(sections[:depth])} is a value, not a section; set it as a whole")
+        place[field] = _plain(value)
+    return validate(type(spec), data)
+
+
+def _plain(value: Any) -> Any:
+    """A Spec as the mapping it was made from; anything else as a copy, for later changes to go into."""
+    return value.model_dump(mode="python", exclude_unset=True) if isinstance(value, Spec) else copy.deepcopy(value)
+
+
+def _explain(problem: Any, data: Any, prefix: str) -> str:
+    """One line for one of pydantic's problems."""
+    context = problem.get("ctx") or {}
+    path = _without_tags(problem["loc"], data)
+    kind, value, message = problem["type"], problem["input"], problem["msg"]
+    if kind == "manta_field":
+        path.append(context["field"])
+        return f"{_dotted(prefix, path)}: {message}"
+    if kind == "missing":
+        return f"{_dotted(prefix, path)}: missing; it has no default, so set it"
+    if kind == "union_tag_not_found":
+        return f"{_dotted(prefix, [*path, 'kind'])}: missing; say which kind it is"
+    if kind == "union_tag_invalid":
+        known = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+        hint = did_you_mean(str(context["tag"]), known)
+        return f"{_dotted(prefix, [*path, 'kind'])}: unknown kind {context['tag']!r}; {hint}"
+    if kind == "value_error":
+        return f"{_dotted(prefix, path)}: {context['error']}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "must be a section of fields"
+    if kind in ("list_type", "tuple_type"):
+        message = "must be a list"
+    message = message.replace("Input should be", "must be")
+    return f"{_dotted(prefix, path)}: {message[0].lower()}{message[1:]}, not {value!r}"
+
+
+def _without_tags(location: tuple[int | str, ...], data: Any) -> list[str]:
+    """pydantic puts a union's tag into the path (model.cnn.dropout); users write model.dropout."""
+    path: list[str] = []
+    here = data
+    for step in location:
+        value_here = here if isinstance(here, Mapping) else {}
+        if value_here.get("kind") == step and step not in value_here:
+            continue
+        path.append(str(step))
+        if isinstance(here, Mapping):
+            here = here.get(step)
+        elif isinstance(here, (list, tuple)) and isinstance(step, int) and step < len(here):
+            here = here[step]
+        else:
+            here = None
+    return path
+
+
+def _dotted(prefix: str, path: list[str]) -> str:
+    return ".".join([prefix, *path] if prefix else path) or "recipe"

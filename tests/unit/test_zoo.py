@@ -1,0 +1,278 @@
+"""The zoo is the test matrix: a model is tested by being listed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import nn_models
+from nn_models import zoo
+from nn_models.errors import UserError
+from nn_models.spec import ModelSpec, Signature
+
+NUM_ROWS = 3
+
+
+class TinyNet(nn.Module):
+    def __init__(self, signature: Signature, width: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(signature.input_size, width),
+            nn.ReLU(),
+            nn.Linear(width, signature.num_outputs),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class BrokenNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        raise TypeError("broken inside")
+
+
+def make_plain(num_inputs, num_outputs):
+    return nn.Linear(num_inputs, num_outputs)
+
+
+def make_nothing():
+    return None
+
+
+not_a_net = 3
+TINY = f"{__name__}:TinyNet"
+
+features = Signature(input_shape=(12,), num_outputs=3)
+digits = Signature(input_shape=(1, 8, 8), num_outputs=10)
+fashion = Signature(input_shape=(1, 28, 28), num_outputs=10)
+colour = Signature(input_shape=(3, 63, 70), num_outputs=5)
+
+# What each kind can read, with some of its fields set; a kind without a line here fails the first test.
+FITTING = {
+    "mlp": [
+        ({}, features),
+        ({}, fashion),
+        ({"hidden": []}, digits),
+        ({"hidden": [9, 5], "activation": "tanh", "batch_norm": True, "dropout": 0.5}, features),
+    ],
+    "cnn": [
+        ({}, digits),
+        ({}, fashion),
+        (
+            {
+                "channels": [4, 6, 8],
+                "convolutions_per_block": 2,
+                "kernel_size": 5,
+                "pooling": "average",
+                "activation": "gelu",
+                "batch_norm": True,
+                "hidden": [],
+                "dropout": 0.5,
+            },
+            colour,
+        ),
+    ],
+    "alexnet": [
+        ({}, colour),
+        ({"variant": "small"}, fashion),
+        ({"variant": "small", "dropout": 0}, colour),
+    ],
+    "custom": [
+        ({"target": TINY}, features),
+        ({"target": TINY, "arguments": {"width": 2}}, colour),
+        ({"target": f"{__name__}:make_plain", "arguments": {"num_inputs": 12, "num_outputs": 3}}, features),
+        ({"target": "torch.nn:Linear", "arguments": {"in_features": 12, "out_features": 3}}, features),
+    ],
+}
+CASES = [
+    pytest.param({"kind": kind, **fields}, signature, id=f"{kind}-{number}")
+    for kind, cases in FITTING.items()
+    for number, (fields, signature) in enumerate(cases)
+]
+matrix = pytest.mark.parametrize(("model", "signature"), CASES)
+
+
+def rows_of(signature):
+    return torch.randn(NUM_ROWS, *signature.input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(model, signature):
+    torch.manual_seed(0)
+    return zoo.build(model, signature)
+
+
+def test_every_kind_is_in_the_matrix():
+    assert set(FITTING) == set(zoo.MODELS)
+    assert all(spec.model_fields["kind"].default == kind for kind, spec in zoo.MODELS.items())
+
+
+@matrix
+def test_forward_and_backward(model, signature):
+    module = seeded(model, signature)
+    outputs = module(rows_of(signature))
+    assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    outputs.square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name  # every parameter takes part
+
+
+@matrix
+def test_same_seed_same_weights_and_a_state_dict_carries_them(model, signature):
+    first, second = seeded(model, signature).eval(), seeded(model, signature).eval()
+    x = rows_of(signature)
+    with torch.no_grad():
+        for name, weight in second.state_dict().items():
+            assert torch.equal(weight, first.state_dict()[name]), name
+        for parameter in second.parameters():
+            parameter.add_(1)
+        assert not torch.equal(first(x), second(x))
+        second.load_state_dict(first.state_dict(), strict=True)
+        assert torch.equal(first(x), second(x))
+
+
+@matrix
+def test_builds_and_runs_on_the_meta_device(model, signature):
+    with torch.device("meta"):
+        module = zoo.build(model, signature)
+        outputs = module(torch.empty(NUM_ROWS, *signature.input_shape))
+    assert {weight.device.type for weight in module.state_dict().values()} == {"meta"}
+    assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+
+
+@matrix
+def test_a_spec_survives_its_dump(model, signature):
+    spec = zoo.validate(zoo.AnyModelSpec, model)
+    assert zoo.validate(zoo.AnyModelSpec, spec.model_dump(mode="json")) == spec
+    assert zoo.validate(zoo.AnyModelSpec, spec.model_dump(mode="json", exclude_unset=True)) == spec
+
+
+@pytest.mark.parametrize("kind", ["cnn", "alexnet"])
+def test_image_models_refuse_features(kind):
+    with pytest.raises(UserError) as refusal:
+        zoo.build({"kind": kind}, features)
+    assert str(refusal.value) == (
+        f"model.kind: {kind} reads image input, but the data has features input of shape (12,); "
+        "choose another model or data set"
+    )
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "alexnet"])
+def test_input_of_no_known_kind_is_refused(kind):
+    with pytest.raises(UserError, match=rf"model\.kind: {kind} reads .*2-dimensional input of shape \(5, 4\)"):
+        zoo.build({"kind": kind}, Signature(input_shape=(5, 4), num_outputs=2))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "alexnett"}, "model.kind: unknown kind 'alexnett'; did you mean alexnet?"),
+        ({}, "model.kind: missing; say which kind it is"),
+        ("mlp", "model: must be a section of fields, not 'mlp'"),
+        ({"kind": "cnn", "dropoutt": 0.1}, "model.dropoutt: unknown field; did you mean dropout?"),
+        (
+            {"kind": "cnn", "kernel_size": 4},
+            "model.kernel_size: must be odd, to pad both sides alike, not 4; set 3 or 5",
+        ),
+        ({"kind": "cnn", "channels": []}, "model.channels: "),
+        ({"kind": "mlp", "hidden": [64, 0]}, "model.hidden.1: must be greater than 0, not 0"),
+        ({"kind": "mlp", "dropout": 1}, "model.dropout: must be less than 1, not 1"),
+        ({"kind": "custom"}, "model.target: missing; it has no default, so set it"),
+        (
+            {"kind": "custom", "target": "my_package.MyNet"},
+            "model.target: must name a module and a class in it, like my_package.nets:MyNet, not 'my_package.MyNet'",
+        ),
+        (
+            {"kind": "custom", "target": "my_package.nets:MyNet"},
+            "model.target: cannot import my_package.nets: No module named 'my_package'; "
+            "install it, or put its folder on PYTHONPATH",
+        ),
+        (
+            {"kind": "custom", "target": f"{__name__}:TinyNt"},
+            f"model.target: {__name__} has no TinyNt; did you mean TinyNet?",
+        ),
+        (
+            {"kind": "custom", "target": f"{__name__}:not_a_net"},
+            f"model.target: {__name__}:not_a_net is 3; "
+            "name a class derived from torch.nn.Module, or a function that returns a module",
+        ),
+        (
+            {"kind": "custom", "target": f"{__name__}:make_nothing"},
+            f"model.target: {__name__}:make_nothing returned None; it must return a torch.nn.Module",
+        ),
+        (
+            {"kind": "custom", "target": TINY, "arguments": {"widht": 3}},
+            f"model.arguments: {TINY} does not take {{'widht': 3}}: got an unexpected keyword argument 'widht'",
+        ),
+        (
+            {"kind": "custom", "target": f"{__name__}:BrokenNet"},
+            f"model.arguments: {__name__}:BrokenNet does not take {{}}: broken inside",
+        ),
+    ],
+)
+def test_a_wrong_description_is_refused_with_path_value_and_fix(model, message):
+    with pytest.raises(UserError) as refusal:
+        zoo.build(model, fashion)
+    assert str(refusal.value).startswith(message)
+
+
+def test_custom_finds_a_module_of_the_users(tmp_path, monkeypatch):
+    (tmp_path / "users_nets.py").write_text("from torch import nn\n\nclass MyNet(nn.Linear):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = {"in_features": 12, "out_features": 3}
+    module = zoo.build({"kind": "custom", "target": "users_nets:MyNet", "arguments": arguments}, features)
+    assert type(module).__name__ == "MyNet"
+
+
+def test_custom_arguments_are_checked_before_anything_is_built():
+    with pytest.raises(UserError, match=r"model\.arguments: "):
+        zoo.CustomSpec(target=TINY, arguments={"widht": 3}).check(fashion)
+    zoo.CustomSpec(target=f"{__name__}:BrokenNet").check(fashion)  # what it does when called, check cannot know
+
+
+def test_build_takes_a_spec():
+    assert isinstance(zoo.build(zoo.MODELS["mlp"](), features), nn.Module)
+    assert isinstance(nn_models.build({"kind": "mlp"}, nn_models.Signature(input_shape=(2,), num_outputs=1)), nn.Module)
+
+
+@pytest.mark.parametrize("kind", zoo.MODELS)
+def test_every_kind_and_field_is_described(kind):
+    summary = zoo.summaries()[kind]
+    assert summary.endswith(".")
+    assert len(summary) < 100
+    assert summary != ModelSpec.__doc__
+    table = zoo.field_table(kind)
+    assert [row.name for row in table] == [name for name in zoo.MODELS[kind].model_fields if name != "kind"]
+    assert all(row.type and row.default and row.description for row in table)
+
+
+def test_field_table():
+    table = {row.name: row for row in zoo.field_table("cnn")}
+    assert table["channels"][1:3] == ("list of int > 0", "[32, 64]")
+    assert table["dropout"][1:3] == ("float >= 0, < 1", "0.0")
+    assert table["pooling"][1:3] == ("max | average", "max")
+    assert table["batch_norm"][1:3] == ("true | false", "false")
+    assert zoo.field_table("custom")[0].default == "required"
+    with pytest.raises(UserError, match=r"cnnn: unknown kind of model; did you mean cnn\?"):
+        zoo.field_table("cnnn")
+
+
+def test_the_package_exports_what_it_lists():
+    assert dir(nn_models) == sorted(nn_models.__all__)
+    assert all(getattr(nn_models, name) is not None for name in nn_models.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'biuld'"):
+        nn_models.biuld  # noqa: B018  # the access is the test
+
+
+def test_importing_is_cheap():
+    code = (
+        "import sys, nn_models; assert not {'torch', 'pydantic'} & set(sys.modules); "
+        "import nn_models.spec; assert 'torch' not in sys.modules; "
+        "import nn_models.zoo, nn_models.objectives; assert not {'torchvision', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
