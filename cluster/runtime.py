@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5
 
 # Ray reads these when it is imported or started. A user's own settings win.
 SETTINGS = {
@@ -61,17 +64,25 @@ def configure_ray() -> None:
         os.environ.setdefault(name, value)
 
 
+@dataclass(frozen=True)
+class RaySession:
+    """A connection to Ray: the module, and whether it is an embedded one of our own, on this machine alone."""
+
+    ray: Any
+    embedded: bool
+
+
 @contextmanager
-def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Any]:
+def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[RaySession]:
     """Connect to the cluster at `address`, or start an embedded one with `cpus` logical CPUs; leave it afterwards.
 
-    A Ray that the caller has started already is used, and left running. Yields the module `ray`.
+    A Ray that the caller has started already is used, and left running. Raises UserError where none answers.
     """
     configure_ray()
     import ray
 
     if ray.is_initialized():
-        yield ray
+        yield RaySession(ray, embedded=False)
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
@@ -82,6 +93,7 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[An
             raise UserError(
                 f"--address: {address}: the Ray client cannot drive training; give HOST:PORT, or submit a job"
             )
+        _knock(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -91,17 +103,28 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[An
         # loopback: no other machine needs to reach an embedded Ray
         ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     try:
-        yield ray
+        yield RaySession(ray, embedded=address is None)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise UserError where nothing listens at HOST:PORT: Ray itself would try for minutes, and then exit."""
+    host, colon, port = address.rpartition(":")
+    if not colon:
+        return  # "auto": Ray knows whether it has started a cluster here
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"--address: {address}: no Ray cluster answers there ({error}); give HOST:PORT") from None
 
 
 def refuse_unplaceable(ray: Any, workers: Workers) -> None:
     """Raise UserError where the cluster, grown as far as it may, can never place the workers."""
     from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
 
-    if state.get_max_resources_from_cluster_config():  # an autoscaler will try; only its limits are fixed
-        limits = state.get_max_resources_from_cluster_config()
+    limits = state.get_max_resources_from_cluster_config()
+    if limits:  # an autoscaler will try; only its limits are fixed
         places = min(int(limits.get(name, 0) // amount) for name, amount in workers.bundle.items())
     else:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -110,8 +133,9 @@ def refuse_unplaceable(ray: Any, workers: Workers) -> None:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
-            f"--workers: {workers.least} workers of {each} each can never be placed: the cluster has {have['CPU']:g} CPU "
-            f"and {have['GPU']:g} GPU, room for {places}; ask for at most {places} workers, or for fewer CPUs a worker"
+            f"--workers: {workers.least} workers of {each} each can never be placed: the cluster has "
+            f"{have['CPU']:g} CPU and {have['GPU']:g} GPU, room for {places} of them; ask for fewer workers, "
+            "or for less with train.cpus_per_worker"
         )
 
 

@@ -5,6 +5,7 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from pyarrow import ArrowInvalid, fs
 
@@ -31,7 +32,10 @@ class Folder:
         return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        if "://" not in self.uri:
+            return Folder(f"{self.uri.rstrip('/')}/{name}")
+        place, question, options = self.uri.partition("?")  # s3://bucket/data?endpoint_override=…
+        return Folder(f"{place.rstrip('/')}/{quote(name)}{question}{options}")
 
     def __str__(self) -> str:
         return self.uri

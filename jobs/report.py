@@ -28,7 +28,7 @@ MAX_CURVE_POINTS = 400  # longer curves are averaged in pieces: the page stays s
 MAX_DOTS = 60  # points with a tooltip of their own
 MAX_CLASSES_IN_MATRIX = 30  # more are drawn as a picture, without numbers
 MAX_CLASSES_IN_TABLE = 50
-MAX_CONFUSION_PIXELS = 1000
+MAX_CONFUSION_PIXELS = 250  # of more classes neighbours share a pixel: single ones could not be seen
 MAX_EXAMPLES = 24  # of the right ones, and of the wrong ones
 MAX_EXAMPLE_PIXELS = 128
 MAX_FILTERS = 64
@@ -169,6 +169,9 @@ class _Tensors:
         begin, end = self.header[key]["data_offsets"]
         with self.folder.filesystem.open_input_file(self.folder.full(self.name)) as file:
             content = file.read_at(end - begin, self.start + begin)
+        if self.header[key]["dtype"] == "BF16":  # unknown to NumPy: the upper half of a float32
+            upper = np.frombuffer(content, np.uint16).astype(np.uint32) << 16
+            return upper.view(np.float32).reshape(self.shapes[key])
         header = json.dumps({key: self.header[key] | {"data_offsets": [0, end - begin]}}).encode()
         array: Array = load(len(header).to_bytes(8, "little") + header + content)[key]
         return array
@@ -222,7 +225,7 @@ def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tup
     for section in ("optimizer", "schedule"):
         kind = _mapping(recipe.get(section)).get("kind")
         yield section, None if kind is None else str(kind)
-    workers = result.get("num_workers")
+    workers = result.get("num_workers", result.get("world_size"))
     yield "workers", "none (in one process)" if workers == 0 else _number(workers)
     done, planned = _number(result.get("epochs")), _number(train.get("epochs"))
     yield "epochs", f"{done} of {planned}" if done and planned and done != planned else done or planned
@@ -262,7 +265,7 @@ def _duration(seconds: Any) -> str | None:
     if not _is_number(seconds):
         return None
     if seconds < 60:
-        return f"{seconds:.2g}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
+        return f"{seconds:.3g}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}\u202fmin {rest:02}\u202fs"
@@ -296,7 +299,7 @@ class Chart(NamedTuple):
 
 
 WIDTH, HEIGHT = 400, 230
-X_PIXELS, Y_PIXELS = (48.0, 390.0), (196.0, 10.0)
+X_PIXELS, Y_PIXELS = (50.0, 390.0), (196.0, 10.0)
 
 
 class _Axis:
@@ -458,12 +461,12 @@ def _scatter_chart(title: str, targets: Array, predictions: Array) -> Chart:
     return Chart(
         title=title,
         alt=f"{title}: predicted against true for {len(dots)} rows; mean absolute error {error}",
-        curves=[Curve("test", "", "", dots, error)],
+        curves=[Curve("test", "", "", dots, "")],
         x_label="true",
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,
         guide=f"M{X_PIXELS[0]} {Y_PIXELS[0]}L{X_PIXELS[1]} {Y_PIXELS[1]}",
-        remark="mean absolute error",
+        remark=f"mean absolute error {error}",
     )
 
 
@@ -487,7 +490,7 @@ def _evaluation(tensors: _Tensors, notes: list[str]) -> dict[str, Any]:
         targets, predictions = tensors["example_targets"], tensors["example_predictions"]
         if targets.shape != predictions.shape or not predictions.size:
             raise _AbsentError(f"targets of shape {targets.shape} and predictions of shape {predictions.shape}")
-        if predictions.dtype.kind == "f":
+        if predictions.dtype.kind == "f" and predictions.ndim <= 2:
             outputs = zip(targets.reshape(len(targets), -1).T, predictions.reshape(len(targets), -1).T, strict=True)
             page["scatter"] = [
                 _scatter_chart(f"output {place + 1}", *pair)
@@ -497,7 +500,7 @@ def _evaluation(tensors: _Tensors, notes: list[str]) -> dict[str, Any]:
         elif predictions.ndim == 1:
             page |= _examples(tensors, targets, predictions, class_name)
         else:
-            raise _AbsentError("only one prediction a row can be shown")
+            raise _AbsentError(f"predictions of shape {predictions.shape} are neither classes nor numbers")
     return page
 
 
@@ -506,7 +509,12 @@ def _confusion(counts: Array, class_name: Callable[[int], str]) -> dict[str, Any
         raise ValueError(f"confusion has the shape {counts.shape}")
     num_classes = len(counts)
     right, num_true, num_predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    page: dict[str, Any] = {"num_classes": num_classes, "matrix": None, "picture": None}
+    page: dict[str, Any] = {
+        "num_classes": num_classes,
+        "matrix": None,
+        "picture": None,
+        "merged": num_classes > MAX_CONFUSION_PIXELS,
+    }
     if num_classes <= MAX_CLASSES_IN_MATRIX:
         shares = counts / np.maximum(num_true, 1)[:, None]
         page["matrix"] = [
@@ -545,7 +553,7 @@ def _confusion(counts: Array, class_name: Callable[[int], str]) -> dict[str, Any
 
 def _confusion_picture(counts: Array) -> str:
     """Share of each true class (rows) by predicted class: blue on the diagonal, red beside it, clear where none."""
-    if len(counts) > MAX_CONFUSION_PIXELS:  # neighbouring classes share a pixel
+    if len(counts) > MAX_CONFUSION_PIXELS:
         edges = np.linspace(0, len(counts), MAX_CONFUSION_PIXELS, endpoint=False).astype(int)
         counts = np.add.reduceat(np.add.reduceat(counts, edges, axis=0), edges, axis=1)
     shares = counts / np.maximum(counts.sum(1), 1)[:, None]
@@ -639,11 +647,11 @@ def _first_layer(tensors: _Tensors, image_shape: tuple[int, ...] | None) -> dict
     if not names:
         raise _AbsentError("no layer of this model looks at pictures")
     name = min(names, key=priority)
-    weights = tensors[name][:MAX_FILTERS].astype(np.float32)
+    weights = np.nan_to_num(tensors[name][:MAX_FILTERS].astype(np.float32), posinf=0.0, neginf=0.0)
     if weights.ndim == 2:
         weights = weights.reshape(-1, *(image_shape or ()))
     scale = float(np.quantile(np.abs(weights), 0.995)) or 1.0  # one scale for all: a weak filter looks weak
-    weights = np.clip(np.nan_to_num(weights / scale), -1, 1)
+    weights = np.clip(weights / scale, -1, 1)
     if weights.shape[1] == 3:
         pixels = (127.5 + 127.5 * weights).astype(np.uint8).transpose(0, 2, 3, 1)
     else:

@@ -1,0 +1,1 @@
+"""Rows: from named sources to shards, in one global order, to batches."""

@@ -42,7 +42,9 @@ class Batch:
 class TrainingRows(Protocol):
     """The training rows of one rank, in the order of the recipe."""
 
-    order: Order
+    @property
+    def order(self) -> Order:
+        """The order of the rows of all ranks."""
 
     def batches(self, epoch: int, first_step: int) -> Iterator[Batch]:
         """The rank's slices of the epoch's global batches from `first_step` on."""
@@ -54,7 +56,7 @@ class Normalise:
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         mean, std = torch.tensor(manifest.mean, dtype=torch.float64), torch.tensor(manifest.std, dtype=torch.float64)
         unit = 255.0 if manifest.input_dtype == "uint8" else 1.0
-        shape = (-1, 1, 1) if len(manifest.input_shape) == 3 else (-1,)
+        shape: tuple[int, ...] = (-1, 1, 1) if len(manifest.input_shape) == 3 else (-1,)
         if len(mean) == 1:  # one number for all is much quicker than a broadcast
             shape = ()
         self._scale = (1 / (unit * std)).float().reshape(shape).to(device)
@@ -205,14 +207,14 @@ class _LaneReader:
 
     def __init__(self, rows: StreamedTraining, epoch: int, lane: int, reader: ThreadPoolExecutor) -> None:
         self._rows, self._epoch, self._lane, self._reader = rows, epoch, lane, reader
-        self._num_blocks = len(rows.order.lanes(epoch)[lane].groups)  # type: ignore[attr-defined]  # a LaneOrder
+        self._num_blocks = len(rows.order.lanes(epoch)[lane].groups)
         self._blocks: dict[int, Future[tuple[Rows, NDArray[np.int64]]]] = {}
 
     def take(self, step: int) -> Rows:
         """The step's rows of this lane."""
         manifest = self._rows._data.manifest
         ids, inputs, targets = [], [], []
-        for index, piece in self._rows.order.pieces(self._epoch, self._lane, step):  # type: ignore[attr-defined]
+        for index, piece in self._rows.order.pieces(self._epoch, self._lane, step):
             rows, permutation = self._block(index)
             chosen = permutation[piece]
             ids.append(rows.ids[chosen])

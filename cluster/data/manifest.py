@@ -40,7 +40,7 @@ class Manifest(Spec):
     class_names: tuple[str, ...] = ()
     mean: tuple[float, ...]
     std: tuple[PositiveFloat, ...]
-    splits: dict[Literal["train", "validation", "test"], tuple[Shard, ...]]
+    splits: dict[str, tuple[Shard, ...]]  # by the names in SPLITS
 
     @property
     def signature(self) -> Signature:
@@ -49,11 +49,11 @@ class Manifest(Spec):
 
     def rows(self, split: str) -> NonNegativeInt:
         """Rows in a split; 0 where there is no such split."""
-        return sum(shard.rows for shard in self.splits.get(split, ()))  # type: ignore[call-overload]
+        return sum(shard.rows for shard in self.splits.get(split, ()))
 
     def row_groups(self, split: str) -> list[int]:
         """Rows in each row group of a split, in the order of the row ids."""
-        return [rows for shard in self.splits.get(split, ()) for rows in shard.row_groups]  # type: ignore[call-overload]
+        return [rows for shard in self.splits.get(split, ()) for rows in shard.row_groups]
 
     @property
     def row_bytes(self) -> int:

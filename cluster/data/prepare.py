@@ -80,7 +80,7 @@ def _publish(unfinished: Path, folder: Path) -> None:
             raise
 
 
-def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:  # type: ignore[assignment]
+def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
     """Write the spec's rows as shards into `out`; the manifest comes last, so half a data set is none.
 
     `mapper` converts parts elsewhere (Ray Data for large sources). Raises UserError for bad content.
@@ -96,13 +96,13 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:  
     manifest = Manifest(
         source=spec.kind,
         input_shape=source.columns.input_shape,
-        input_dtype=source.columns.input_dtype,  # type: ignore[arg-type]  # validated by pydantic
+        input_dtype=source.columns.input_dtype,
         target_kind=source.columns.target_kind,
         num_outputs=source.columns.num_outputs,
         class_names=source.columns.class_names,
         **_statistics(converted),
         splits={
-            split: tuple(part.shards[split] for part in converted if split in part.shards)  # type: ignore[misc]
+            split: tuple(part.shards[split] for part in converted if split in part.shards)
             for split in SPLITS
             if any(split in part.shards for part in converted)
         },

@@ -131,7 +131,7 @@ class DataSet:
 
     def shards(self, split: str) -> Sequence[Shard]:
         """The split's shards in the order of their rows; none where there is no such split."""
-        return self.manifest.splits.get(split, ())  # type: ignore[call-overload]
+        return self.manifest.splits.get(split, ())
 
     def table(self, split: str) -> pa.Table:
         """All rows of a split, each column in one chunk. Raises UserError naming a shard whose checksum differs."""

@@ -1,0 +1,1 @@
+"""Training: the recipe, the loop and its contexts, checkpoints, the run's directory."""

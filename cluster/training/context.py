@@ -55,7 +55,7 @@ def open_splits(data: DataSet, *, window: int | None) -> Splits:
     """Read the splits that are held in memory, their checksums verified. Raises UserError for damaged shards."""
     splits = [split for split in data.manifest.splits if held(data.manifest, split, window)]
     tables = {split: data.table(split) for split in splits}
-    return Splits(data.manifest, data.folder.uri, tables)  # type: ignore[arg-type]  # keys are the splits' names
+    return Splits(data.manifest, data.folder.uri, tables)
 
 
 class Context(Protocol):

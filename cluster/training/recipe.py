@@ -102,7 +102,19 @@ def parse_yaml(text: str, *, name: str) -> Any:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+    lines = []
+    for section, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            kind = {"kind": value.pop("kind")} if "kind" in value else {}
+            lines += [f"{section}:", *(f"  {field}: {_flow(inner)}" for field, inner in {**kind, **value}.items())]
+        else:
+            lines.append(f"{section}: {_flow(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """A value on one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()
 
 
 def _from_file(source: str) -> Recipe:

@@ -68,7 +68,8 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
         output = model(rows)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
-            f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: {error}"
+            f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: "
+            f"{error}"
         ) from None
     finally:
         for hook in hooks:

@@ -4,15 +4,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
-from cluster.runtime import Workers, ray_session, refuse_unplaceable, warn_about_cores
-from cluster.training.context import LocalContext, open_splits
+from cluster.runtime import RaySession, Workers, ray_session, refuse_unplaceable, warn_about_cores
+from cluster.training.context import LocalContext, Splits, open_splits
 from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, environment, read_metrics
 from nn_models.errors import UserError
@@ -72,43 +73,54 @@ def train(
     elif resume and run is None:
         raise UserError("--resume: say which run to continue with --run DIR")
     workers = _workers(recipe, num_workers, use_gpu, address)
+    if address and not workers.most:
+        raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
     data = prepared(recipe.data)
     recipe.check(data.manifest)
     splits = open_splits(data, window=recipe.data.shuffle_window)
     _refuse_what_cannot_start(recipe, splits, workers)
 
     facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=_device_name(use_gpu))
-    with _session(workers, address, verbose) as ray:
-        if ray is not None:
-            refuse_unplaceable(ray, workers)
+    with ExitStack() as stack:
+        session = None
+        if workers.most:
+            cpus = workers.most * workers.cpus
+            session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
+            if session.embedded:
+                warn_about_cores(workers)
+            refuse_unplaceable(session.ray, workers)
         if resume and directory.exists():
             directory.write_start(recipe, facts)
         else:
             directory.begin(recipe, facts)
         status: dict[str, Any] = {"status": "stopped"}
-        tail = _Tail(directory, listener) if listener else None
+        if listener:
+            stack.enter_context(_Tail(directory, listener))
         try:
-            if ray is not None:
-                from cluster.training.ray_train import train_on_ray
-
-                fitted = train_on_ray(recipe, splits, run=directory.folder, workers=workers, embedded=address is None)
-            else:
-                from cluster.training.loop import fit
-
-                context = LocalContext(run=directory.folder, splits=splits, device=_local_device(use_gpu))
-                fitted = {**fit(recipe, context=context), "restarts": 0}
-            status = {"status": "finished", **fitted}
+            status = {"status": "finished", **_fit(recipe, splits, directory, workers, session)}
         except Exception as error:
             status = {"status": "failed", "error": str(error)}
             if isinstance(error, (UserError, RunFailed)):
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            if tail:
-                tail.close()
             result = _result(status, directory, began)
             directory.write_result(result)
     return Outcome(result["status"], result["metrics"], str(directory), result)
+
+
+def _fit(
+    recipe: Recipe, splits: Splits, directory: RunDirectory, workers: Workers, session: RaySession | None
+) -> dict[str, Any]:
+    """What `fit` returns, run in this process or in Ray workers."""
+    if session is not None:
+        from cluster.training.ray_train import train_on_ray
+
+        return train_on_ray(recipe, splits, run=directory.folder, workers=workers, embedded=session.embedded)
+    from cluster.training.loop import fit
+
+    context = LocalContext(run=directory.folder, splits=splits, device=local_device(workers.use_gpu))
+    return {**fit(recipe, context=context), "restarts": 0}
 
 
 def new_run_name(recipe: Recipe) -> str:
@@ -144,24 +156,6 @@ def _workers(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, 
     return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu)
 
 
-class _NoRay:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _session(workers: Workers, address: str | None, verbose: bool) -> Any:
-    if workers.most == 0:
-        if address:
-            raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
-        return _NoRay()
-    if address is None:
-        warn_about_cores(workers)
-    return ray_session(address=address, cpus=workers.most * workers.cpus, verbose=verbose)
-
-
 def _refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
     """A run goes on with the recipe that it began with."""
     began_with = directory.recipe()
@@ -180,17 +174,17 @@ def _differences(old: Any, new: Any) -> list[str]:
     return []
 
 
-def _refuse_what_cannot_start(recipe: Recipe, splits: Any, workers: Workers) -> None:
+def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
     """Build the model without memory and see that one row goes through it; check the GPU and the ranks."""
     from cluster.training.summary import summarise
 
     summarise(recipe, splits.manifest)
     if workers.use_gpu and workers.most == 0:
-        _local_device(True)
+        local_device(True)
     if workers.most > recipe.train.global_batch_size:
         raise UserError(
-            f"train.global_batch_size: {recipe.train.global_batch_size} rows cannot be shared by {workers.most} workers; "
-            "raise it, or use fewer workers"
+            f"train.global_batch_size: {recipe.train.global_batch_size} rows cannot be shared by {workers.most} "
+            "workers; raise it, or use fewer workers"
         )
     if "train" not in splits.tables and workers.most:
         from cluster.data.loader import training_order
@@ -204,7 +198,8 @@ def _refuse_what_cannot_start(recipe: Recipe, splits: Any, workers: Workers) -> 
         order.rows(0, 0, 0, workers.most)
 
 
-def _local_device(use_gpu: bool) -> Any:
+def local_device(use_gpu: bool) -> Any:
+    """The torch device of a run in this process. Raises UserError where a GPU is asked for and there is none."""
     import torch
 
     if use_gpu and not torch.cuda.is_available():
@@ -223,23 +218,25 @@ class _Tail:
 
     def __init__(self, directory: RunDirectory, listener: Listener) -> None:
         self._directory, self._listener = directory, listener
-        self._seen: float = -1.0
+        self._seen = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
+
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read()  # what is left
 
     def _follow(self) -> None:
         while not self._stop.wait(0.5):
             self._read()
 
     def _read(self) -> None:
-        for line in read_metrics(self._directory):
-            if line["time_s"] > self._seen:
-                self._seen = line["time_s"]
-                self._listener(line)
-
-    def close(self) -> None:
-        """Hand on what is left."""
-        self._stop.set()
-        self._thread.join()
-        self._read()
+        lines = read_metrics(self._directory)
+        for line in lines[self._seen :]:
+            self._listener(line)
+        self._seen = len(lines)  # fewer than before where a restart has dropped some

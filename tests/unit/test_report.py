@@ -1,5 +1,7 @@
 """The report: what a run holds is on the page, what it lacks is named there, and nothing in it can break or run."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from jobs.report import write_report
@@ -310,6 +313,26 @@ def test_rows_that_are_no_pictures_have_no_pictures(tmp_path: Path):
     assert page.addresses == []
     assert "Right" in page.headings
     assert "The learned filters: no layer of this model looks at pictures." in page.words
+
+
+def test_weights_in_half_precision_are_read(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    content = np.array([[[[1.0, -1.0], [0.5, 0.0]]]], np.float32).view(np.uint32) >> 16  # bfloat16, unknown to NumPy
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [1, 1, 2, 2], "data_offsets": [0, 8]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + content.astype(np.uint16).tobytes()
+    (run / "model/model.safetensors").write_bytes(data)
+    page = report(run)
+    assert "1 filter of w" in page.alternatives
+    png = base64.b64decode(page.addresses[-1].partition(",")[2])
+    assert np.asarray(Image.open(io.BytesIO(png)))[..., 3].tolist() == [[255, 255], [127, 0]]
+
+
+def test_reconstructions_are_no_scatter(tmp_path: Path):
+    images = np.zeros((4, 1, 8, 8), np.float32)
+    evaluation = {f"example_{name}": images for name in ("inputs", "targets", "predictions")}
+    page = report(write_run(tmp_path / "run", evaluation=evaluation))
+    assert "The examples: predictions of shape (4, 1, 8, 8) are neither classes nor numbers." in page.words
+    assert "Predicted against true" not in page.headings
 
 
 def test_filters_of_the_encoder_come_before_those_of_the_decoder(tmp_path: Path):

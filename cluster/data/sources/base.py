@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
@@ -38,8 +39,13 @@ class Part:
 class Source(Protocol):
     """An opened source. It is pickled to the processes that convert its parts."""
 
-    columns: Columns
-    pools: Mapping[str, list[Part]]  # "train", and "test" where the source has a test split of its own
+    @property
+    def columns(self) -> Columns:
+        """What its rows hold."""
+
+    @property
+    def pools(self) -> Mapping[str, list[Part]]:
+        """The parts of "train", and of "test" where the source has a test split of its own."""
 
     def load(self, part: Part) -> tuple[Array, Array]:
         """Inputs (rows, *input_shape) and targets (rows,) or (rows, outputs). Raises UserError for bad content."""
@@ -95,6 +101,11 @@ class DrawnTestSpec(SplitSpec):
     def held_out_for_test(self) -> float:
         """See SplitSpec."""
         return self.test_fraction
+
+
+def absolute(path: str, base: str) -> str:
+    """A local path made absolute against the directory `base`; a URI as it is."""
+    return path if "://" in path else str(Path(base, Path(path).expanduser()).absolute())
 
 
 def even_parts(rows: int, part_rows: int) -> list[Part]:

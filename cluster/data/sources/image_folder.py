@@ -30,9 +30,9 @@ class ImageFolder:
     def load(self, part: Part) -> tuple[Array, Array]:
         """See Source."""
         folder = Folder(self.root)
-        channels, *size = self.columns.input_shape
+        channels, height, width = self.columns.input_shape
         images = [
-            decode_image(folder.read_bytes(name), name=f"{self.root}/{name}", channels=channels, size=tuple(size))
+            decode_image(folder.read_bytes(name), name=f"{self.root}/{name}", channels=channels, size=(height, width))
             for name, _ in part.what
         ]
         return np.stack(images), np.array([label for _, label in part.what], np.int64)

@@ -5,13 +5,14 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from cluster.data.cache import cache_root
 from cluster.data.sources.base import Array, Columns, DrawnTestSpec, Fraction, Part, SplitSpec, even_parts
+from cluster.data.sources.pixels import resize
 from nn_models.errors import UserError
 
 PART_ROWS = 20_000
@@ -45,16 +46,20 @@ class ImageSet:
         """See Source."""
         pool, first, end = part.what
         images, labels = _read(self.reader, self.where, pool)
-        return images[first:end], labels[first:end]
+        _, height, width = self.columns.input_shape
+        return resize(images[first:end], (height, width)), labels[first:end]
 
 
-def _image_set(reader: str, where: str, names: tuple[str, ...], pools: tuple[str, ...]) -> ImageSet:
+def _image_set(
+    reader: str, where: str, names: tuple[str, ...], pools: tuple[str, ...], size: tuple[int, int] | None
+) -> ImageSet:
     loaded = {pool: _read(reader, where, pool) for pool in pools}
     parts = {
         pool: [Part(part.rows, (pool, *part.what)) for part in even_parts(len(labels), PART_ROWS)]
         for pool, (_, labels) in loaded.items()
     }
-    shape = loaded["train"][0].shape[1:]
+    channels, *own_size = loaded["train"][0].shape[1:]
+    shape = (channels, *(size or own_size))
     return ImageSet(reader, where, Columns(shape, "uint8", "label", len(names), names), parts)
 
 
@@ -109,18 +114,25 @@ def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
     return np.ascontiguousarray(images), np.asarray(loaded.targets, np.int64)
 
 
+ImageSize = Annotated[
+    tuple[PositiveInt, PositiveInt] | None, Field(description="height and width that images are resized to")
+]
+
+
 class DigitsSpec(DrawnTestSpec):
     """1797 real handwritten digits of 8x8 pixels, bundled with scikit-learn: always there."""
 
     kind: Literal["digits"] = "digits"
+    image_size: ImageSize = None
     test_fraction: Fraction = Field(0.2, description="share held out for test")
 
     def open(self) -> ImageSet:
         """See DataSpec."""
-        return _image_set("digits", "", DIGIT_NAMES, ("train",))
+        return _image_set("digits", "", DIGIT_NAMES, ("train",), self.image_size)
 
 
 class _DownloadedSpec(SplitSpec):
+    image_size: ImageSize = None
     root: str | None = Field(None, description="folder with the files; downloaded into the cache where it is not given")
 
     def resolved(self, base: str) -> SplitSpec:
@@ -129,6 +141,9 @@ class _DownloadedSpec(SplitSpec):
 
     @property
     def _place(self) -> str:
+        """Where torchvision looks, and downloads to. Raises UserError for a root that is not there."""
+        if self.root and not Path(self.root).is_dir():
+            raise UserError(f"data.root: {self.root}: no such folder; give the one with the files of {self.kind}")
         return self.root or str(cache_root() / "downloads")
 
 
@@ -139,11 +154,12 @@ class FashionMNISTSpec(_DownloadedSpec):
 
     def open(self) -> ImageSet:
         """From `root`, else Debian's package dataset-fashion-mnist, else torchvision's download."""
+        place = self._place
         for folder in [Path(self.root)] if self.root else [DEBIAN_FASHION]:
             for inside in (folder, folder / "FashionMNIST" / "raw"):  # torchvision's layout too
                 if any((inside / f"train-labels-idx1-ubyte{ending}").exists() for ending in ("", ".gz")):
-                    return _image_set("idx", str(inside), FASHION_NAMES, ("train", "test"))
-        return _image_set("FashionMNIST", self._place, FASHION_NAMES, ("train", "test"))
+                    return _image_set("idx", str(inside), FASHION_NAMES, ("train", "test"), self.image_size)
+        return _image_set("FashionMNIST", place, FASHION_NAMES, ("train", "test"), self.image_size)
 
 
 class MNISTSpec(_DownloadedSpec):
@@ -153,7 +169,7 @@ class MNISTSpec(_DownloadedSpec):
 
     def open(self) -> ImageSet:
         """See DataSpec."""
-        return _image_set("MNIST", self._place, DIGIT_NAMES, ("train", "test"))
+        return _image_set("MNIST", self._place, DIGIT_NAMES, ("train", "test"), self.image_size)
 
 
 class CIFAR10Spec(_DownloadedSpec):
@@ -163,4 +179,4 @@ class CIFAR10Spec(_DownloadedSpec):
 
     def open(self) -> ImageSet:
         """See DataSpec."""
-        return _image_set("CIFAR10", self._place, CIFAR_NAMES, ("train", "test"))
+        return _image_set("CIFAR10", self._place, CIFAR_NAMES, ("train", "test"), self.image_size)

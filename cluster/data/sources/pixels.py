@@ -25,3 +25,13 @@ def decode_image(content: bytes, *, name: str, channels: int, size: tuple[int, i
         raise UserError(f"{name}: not a readable image ({error}); replace or remove it") from None
     pixels = np.asarray(picture)
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def resize(images: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.generic]:
+    """Images (rows, channels, height, width) at another (height, width), interpolated linearly."""
+    if images.shape[2:] == size:
+        return images
+    resized = np.empty((*images.shape[:2], *size), np.uint8)
+    for target, image in zip(resized.reshape(-1, *size), images.reshape(-1, *images.shape[2:]), strict=True):
+        target[:] = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    return resized

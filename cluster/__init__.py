@@ -1,0 +1,27 @@
+"""Where and how models are trained: data, the loop, Ray. `train`, `evaluate` and `load_recipe` are the way in."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.training.evaluate_run import evaluate_run as evaluate
+    from cluster.training.recipe import load_recipe
+    from cluster.training.trainer import Outcome, train
+
+__all__ = ["Outcome", "evaluate", "load_recipe", "train"]
+
+_HOMES = {
+    "train": ("cluster.training.trainer", "train"),
+    "Outcome": ("cluster.training.trainer", "Outcome"),
+    "load_recipe": ("cluster.training.recipe", "load_recipe"),
+    "evaluate": ("cluster.training.evaluate_run", "evaluate_run"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch takes two seconds, and Ray as long again."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cluster' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

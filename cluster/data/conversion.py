@@ -1,0 +1,38 @@
+"""Conversion of large sources with Ray Data: parts are turned into shards by many processes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from cluster.data.prepare import Converted, Mapper, Slot
+from nn_models.errors import UserError
+
+
+def ray_mapper(ray: Any) -> Mapper:
+    """A mapper for `prepare` that runs on the Ray that this process is connected to."""
+
+    def mapper(function: Callable[[Slot], Converted], slots: Sequence[Slot]) -> Iterable[Converted]:
+        rows = [{"index": index, "slot": slot} for index, slot in enumerate(slots)]
+        # one block a part: a part is as much as one process should hold
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        converted = dataset.map(_Convert(function))
+        try:
+            results = converted.take_all()
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or getattr(cause, "cause", None)
+            raise cause or error from None
+        return [row["converted"] for row in sorted(results, key=lambda row: row["index"])]
+
+    return mapper
+
+
+class _Convert:
+    """The map function; a class because Ray Data names a step after it."""
+
+    def __init__(self, function: Callable[[Slot], Converted]) -> None:
+        self._function = function
+        self.__name__ = "convert"
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"index": row["index"], "converted": self._function(row["slot"])}

@@ -1,0 +1,81 @@
+"""evaluate: the figures of a run's best model, from RUN/model alone."""
+
+from typing import Any
+
+import torch
+
+from cluster.data.loader import HeldRows
+from cluster.data.manifest import MANIFEST
+from cluster.data.prepare import prepared
+from cluster.data.sources.base import DataSpec
+from cluster.data.sources.catalogue import AnyDataSpec
+from cluster.storage import Folder
+from cluster.training.checkpoints import restore_model
+from cluster.training.context import LocalContext, Splits
+from cluster.training.evaluation import evaluate, prefixed
+from cluster.training.loop import EVALUATION_ROWS
+from cluster.training.recipe import Recipe, parse_yaml
+from nn_models.errors import UserError
+from nn_models.spec import validate
+
+
+def evaluate_run(
+    run: str, *, data: DataSpec | None = None, split: str = "test", device: torch.device | None = None
+) -> dict[str, Any]:
+    """Metrics of the run's best model on a split of its own data, or of other data that fits it.
+
+    Inputs are normalised as in training. Returns {"metrics": {"test/accuracy": …}, "rows", "run", "data"}.
+    Raises UserError where there is no model, no such split, or the data does not fit.
+    """
+    folder = Folder(run)
+    recipe = _recipe(folder)
+    model, saved = restore_model(folder, recipe)
+    source = data or recipe.data
+    other = prepared(source)
+    ours, theirs = saved.manifest, other.manifest
+    have, want = ((m.input_shape, m.input_dtype, m.target_kind, m.num_outputs) for m in (theirs, ours))
+    if have != want:
+        raise UserError(
+            f"--data: the rows of {source.kind} are {_row(*have)}, but the model of {run} was trained on {_row(*want)}"
+        )
+    if ours.class_names != theirs.class_names:
+        raise UserError(
+            f"--data: the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
+            f"({', '.join(ours.class_names[:5])}, …)"
+        )
+    if not theirs.rows(split):
+        raise UserError(f"--split: {source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
+    device = device or torch.device("cpu")
+    rows = HeldRows(other.table(split), ours, device)
+    context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
+    metrics = evaluate(
+        model.to(device),
+        rows,
+        recipe.objective.build(ours.num_outputs),
+        context=context,
+        precision=recipe.train.precision,
+        batch_size=EVALUATION_ROWS,
+    )
+    return {"metrics": prefixed(split, metrics), "rows": rows.num_rows, "run": folder.uri, "data": other.folder.uri}
+
+
+def _row(shape: tuple[int, ...], dtype: str, target_kind: str, num_outputs: int) -> str:
+    return f"{' x '.join(map(str, shape))} {dtype} with {num_outputs} {target_kind} outputs"
+
+
+def _recipe(folder: Folder) -> Recipe:
+    name = "model/recipe.yaml"
+    try:
+        text = folder.read_text(name)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run's directory ({name} is missing); give the one of `manta train`") from None
+    return validate(Recipe, parse_yaml(text, name=f"{folder}/{name}"))
+
+
+def parse_data(text: str) -> DataSpec:
+    """A data section from the command line: a source's name, a prepared folder, or YAML like {kind: parquet, …}."""
+    value = parse_yaml(text, name="--data")
+    if isinstance(value, str):
+        prepared_here = "/" in value or Folder(value).exists(MANIFEST)
+        value = {"kind": "shards", "path": value} if prepared_here else {"kind": value}
+    return validate(AnyDataSpec, value, prefix="data")

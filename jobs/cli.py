@@ -1,0 +1,257 @@
+"""The `manta` command. Heavy imports (torch, ray) happen inside the commands, so that --help is quick."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from nn_models.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train the classic neural-network architectures: in this process, on a local Ray, or on a cluster.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data as Parquet shards, and look at them.")
+app.add_typer(data_app, name="data")
+
+DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name (`manta recipes`) or a YAML file.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Replace a value, e.g. optimizer.lr=3e-4; repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+GpuOption = Annotated[bool, typer.Option("--gpu", help="Use a GPU (one for each worker).")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages too.")]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 the run failed, 2 the user must change something, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger().handlers[0].addFilter(lambda record: record.name.startswith(("cluster", "jobs", "nn_models")))
+    signal.signal(signal.SIGTERM, _interrupt)
+    if os.getcwd() not in sys.path:  # custom models stand where the user is
+        sys.path.insert(0, os.getcwd())
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _complain(str(error), USER_ERROR)
+    except typer.Abort:
+        code = INTERRUPTED
+    except KeyboardInterrupt:
+        code = _complain("interrupted", INTERRUPTED)
+    except Exception as error:
+        code = _other(error)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _other(error: Exception) -> int:
+    from cluster.errors import RunFailed
+
+    if isinstance(error, RunFailed):
+        return _complain(str(error), FAILED)
+    if hasattr(error, "format_message"):  # typer's usage errors
+        path = getattr(getattr(error, "ctx", None), "command_path", "manta")
+        return _complain(f"{error.format_message()} (`{path} --help` tells more)", USER_ERROR)
+    raise error
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    from cluster.training.recipe import parse_yaml
+
+    changes = {}
+    for pair in pairs or []:
+        path, equals, value = pair.partition("=")
+        if not equals or not path:
+            raise UserError(f"--set: {pair!r} is not PATH=VALUE; write for example --set optimizer.lr=3e-4")
+        changes[path.strip()] = parse_yaml(value, name=f"--set {path}")
+    return changes
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run: Annotated[str | None, typer.Option(help="Directory or URI to write; by default a new one in runs/.")] = None,
+    workers: Annotated[str, typer.Option(help="Ray workers: 0 trains in this process; MIN-MAX is elastic.")] = "0",
+    gpu: GpuOption = False,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster, HOST:PORT.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run.")] = False,
+    as_json: JsonOption = False,
+    report: Annotated[bool, typer.Option(help="Write RUN/report.html at the end.")] = True,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a recipe."""
+    from cluster.runtime import configure_ray, parse_workers
+    from jobs.progress import Progress
+
+    least, most = parse_workers(workers)
+    configure_ray()
+    from cluster.training.recipe import load_recipe
+    from cluster.training.trainer import train as run_training
+
+    resolved = load_recipe(recipe, _overrides(set_))
+    with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
+        outcome = run_training(
+            resolved,
+            num_workers=least if least == most else (least, most),
+            use_gpu=gpu,
+            run=run,
+            address=address,
+            resume=resume,
+            listener=progress,
+            verbose=verbose,
+        )
+    written = None
+    if report:
+        from jobs.report import write_report
+
+        written = write_report(outcome.run)
+    if as_json:
+        print(json.dumps({"run": outcome.run, **outcome.result}))
+        return
+    for name, value in outcome.metrics.items():
+        print(f"{name:24} {value:.4f}")
+    print(f"{'run':24} {outcome.run}")
+    if written:
+        print(f"{'report':24} {written}")
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    workers: Annotated[str, typer.Option(help="Ray workers that the memory is estimated for.")] = "0",
+    as_json: JsonOption = False,
+) -> None:
+    """Show a recipe resolved: layers, parameters, steps, memory. Trains nothing."""
+    from cluster.data.prepare import prepared
+    from cluster.runtime import parse_workers
+    from cluster.training.recipe import load_recipe
+    from cluster.training.summary import summarise
+    from jobs.show import print_summary
+
+    _, most = parse_workers(workers)
+    resolved = load_recipe(recipe, _overrides(set_))
+    manifest = prepared(resolved.data).manifest
+    resolved.check(manifest)
+    print_summary(resolved, manifest, summarise(resolved, manifest, num_workers=most), as_json=as_json)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="A model's kind: show its fields.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models, or the fields of one."""
+    from jobs.show import print_model, print_models
+
+    if name is None:
+        print_models(as_json=as_json)
+    else:
+        print_model(name, as_json=as_json)
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the built-in recipes."""
+    from jobs.show import print_recipes
+
+    print_recipes(as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: a source's name, a prepared folder, or YAML: '{kind: parquet, …}'.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a run's best model, from RUN/model alone."""
+    from cluster.data.manifest import SPLITS
+    from cluster.training.evaluate_run import evaluate_run, parse_data
+    from cluster.training.trainer import local_device
+    from nn_models.errors import did_you_mean
+
+    if split not in SPLITS:
+        raise UserError(f"--split: {split!r} is no split; {did_you_mean(split, SPLITS)}")
+    source = parse_data(data).resolved(os.getcwd()) if data else None
+    result = evaluate_run(run, data=source, split=split, device=local_device(gpu))
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result["metrics"].items():
+        print(f"{name:24} {value:.4f}")
+    print(f"{'rows':24} {result['rows']}")
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write RUN/report.html anew."""
+    from jobs.report import write_report
+
+    print(write_report(run))
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="A source's name, or YAML like '{kind: image_folder, path: photos}'.")],
+    out: Annotated[str, typer.Option(help="Folder or URI to write the shards to; it must be new or empty.")],
+    set_: SetOption = None,
+    workers: Annotated[int, typer.Option(min=0, help="Convert with Ray Data on so many CPUs; 0 in this process.")] = 0,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster to convert on.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a source as Parquet shards with a manifest."""
+    from cluster.data.prepare import prepare as write_shards
+    from cluster.runtime import ray_session
+    from cluster.storage import Folder
+    from cluster.training.recipe import parse_yaml
+    from jobs.show import data_spec, print_manifest
+
+    spec = data_spec(parse_yaml(source, name="SOURCE"), _overrides(set_)).resolved(os.getcwd())
+    folder = Folder(out)
+    if workers:
+        with ray_session(address=address, cpus=workers, verbose=False) as session:
+            from cluster.data.conversion import ray_mapper
+
+            manifest = write_shards(spec, folder, mapper=ray_mapper(session.ray))
+    else:
+        manifest = write_shards(spec, folder)
+    print_manifest(folder.uri, manifest, as_json=as_json)
+
+
+@data_app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A prepared data set: the folder with manifest.json, or its URI.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Describe prepared data and verify its checksums."""
+    from cluster.data.shards import DataSet
+    from jobs.show import print_manifest
+
+    data = DataSet(path)
+    data.verify()
+    print_manifest(data.folder.uri, data.manifest, as_json=as_json)

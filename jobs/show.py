@@ -1,0 +1,136 @@
+"""What `manta show`, `models`, `recipes` and `data` print."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.data.manifest import Manifest
+from cluster.data.sources.base import DataSpec
+from cluster.data.sources.catalogue import AnyDataSpec
+from cluster.training.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe
+from cluster.training.summary import Summary
+from nn_models import zoo
+from nn_models.spec import validate
+
+
+def _console() -> Console:
+    return Console(soft_wrap=True, highlight=False)
+
+
+def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_json: bool) -> None:
+    """The resolved recipe, its layers, steps and memory."""
+    if as_json:
+        facts = {
+            "recipe": recipe.model_dump(mode="json"),
+            "input_shape": manifest.input_shape,
+            "num_outputs": manifest.num_outputs,
+            "layers": [vars(layer) for layer in summary.layers],
+            **{name: value for name, value in vars(summary).items() if name != "layers"},
+        }
+        print(json.dumps(facts))
+        return
+    console = _console()
+    console.print(dump_recipe(recipe), markup=False)
+    table = Table("layer", "kind", "output of a row", "parameters", box=None, pad_edge=False, header_style="bold")
+    for layer in summary.layers:
+        shape = " x ".join(str(size) for size in layer.output_shape)
+        table.add_row(layer.name, layer.kind, shape, f"{layer.num_parameters:,}" if layer.num_parameters else "")
+    console.print(table)
+    rows = ", ".join(f"{count:,} {split}" for split, count in summary.rows.items())
+    console.print()
+    console.print(f"rows             {rows}; {_shape(manifest)}")
+    console.print(f"parameters       {summary.num_parameters:,}")
+    console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
+    parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
+    text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
+    console.print(f"memory, about    {text} a worker; data {_size(summary.data_bytes)}")
+
+
+def print_models(*, as_json: bool) -> None:
+    """Each model with a line about it."""
+    summaries = zoo.summaries()
+    if as_json:
+        print(json.dumps(summaries))
+        return
+    _pairs(summaries)
+
+
+def print_model(name: str, *, as_json: bool) -> None:
+    """The fields of one model, with what its class says of it."""
+    rows = zoo.field_table(name)
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows]))
+        return
+    console = _console()
+    console.print((zoo.MODELS[name].__doc__ or "").strip(), markup=False)
+    console.print()
+    table = Table("field", "type", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console.print(table)
+
+
+def print_recipes(*, as_json: bool) -> None:
+    """Each built-in recipe with the first comment in its file."""
+    comments = {name: text.splitlines()[0].lstrip("# ") for name, text in builtin_recipes().items()}
+    if as_json:
+        loaded = {name: load_recipe(name) for name in comments}
+        facts = {n: {"about": comments[n], "model": r.model.kind, "data": r.data.kind} for n, r in loaded.items()}
+        print(json.dumps(facts))
+        return
+    _pairs(comments)
+
+
+def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
+    """What a prepared data set holds."""
+    if as_json:
+        print(json.dumps({"path": where, **manifest.model_dump(mode="json")}))
+        return
+    console = _console()
+    console.print(f"data set         {where}", markup=False)
+    console.print(f"source           {manifest.source}; {_shape(manifest)}", markup=False)
+    for split, shards in manifest.splits.items():
+        size = _size(sum(shard.bytes for shard in shards))
+        groups = len(manifest.row_groups(split))
+        console.print(f"{split:16} {manifest.rows(split):,} rows in {len(shards)} shards, {groups} row groups, {size}")
+    if manifest.class_names:
+        more = ", …" if len(manifest.class_names) > 20 else ""
+        console.print(f"classes          {', '.join(manifest.class_names[:20])}{more}", markup=False)
+    if len(manifest.mean) <= 4:
+        console.print(f"mean, deviation  {_numbers(manifest.mean)}; {_numbers(manifest.std)}")
+    console.print("checksums        match")
+
+
+def data_spec(value: Any, changes: Mapping[str, Any]) -> DataSpec:
+    """A source from the command line: its name, or a mapping."""
+    section = {"kind": value} if isinstance(value, str) else value
+    section = {**section, **changes} if isinstance(section, Mapping) else section
+    return validate(AnyDataSpec, section, prefix="data")
+
+
+def _pairs(rows: Mapping[str, str]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    _console().print(table)
+
+
+def _shape(manifest: Manifest) -> str:
+    shape = " x ".join(str(size) for size in manifest.input_shape)
+    kind = "classes" if manifest.class_names else "numbers"
+    return f"{shape} {manifest.input_dtype} to {manifest.num_outputs} {kind}"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count //= 1024
+    return f"{count} GiB" if count < 10240 else f"{count / 1024:.1f} TiB"

@@ -1,0 +1,45 @@
+"""A hand-written data-parallel loop for torchrun: argv is the shards' folder, a recipe as JSON, and the epochs."""
+
+import json
+import sys
+from time import perf_counter
+
+import torch
+from torch import distributed
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.data.loader import Normalise
+from cluster.data.shards import DataSet, table_rows
+from cluster.training.recipe import Recipe
+
+
+def main() -> None:
+    folder, recipe_json, epochs = sys.argv[1:]
+    recipe, data = Recipe.model_validate_json(recipe_json), DataSet(folder)
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+
+    rows = table_rows(data.table("train"), data.manifest)
+    inputs = Normalise(data.manifest, torch.device("cpu"))(torch.from_numpy(rows.inputs.copy()))
+    targets = torch.from_numpy(rows.targets.copy())
+    torch.manual_seed(0)
+    model = DistributedDataParallel(recipe.model.build(data.manifest.signature))
+    optimizer = recipe.optimizer.build(model.parameters())
+    ends = []
+    for epoch in range(int(epochs)):
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(recipe.train.global_batch_size):
+            chosen = batch[rank::world_size]
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+            optimizer.step()
+        ends.append(perf_counter())
+    if rank == 0:
+        print(json.dumps(ends))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The command line as a user types it, right and wrong."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs import cli
+
+
+@pytest.fixture
+def manta(capsys, monkeypatch):
+    """Runs the command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["manta", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(manta):
+    """Runs a command that must be refused; returns its one message."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = manta(*arguments)
+        assert code == 2, err
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.startswith("error: ")
+        return err.removeprefix("error: ").strip()
+
+    return run
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    code = "import sys, jobs.cli; sys.exit(bool({'torch', 'ray', 'matplotlib', 'sklearn', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_in_process_training_imports_no_ray(tmp_path):
+    code = (
+        "import sys, cluster; cluster.train('digits-mlp', run=sys.argv[1], overrides={'train.epochs': 1}); "
+        "sys.exit('ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")]).returncode == 0
+
+
+def test_train_evaluate_report(manta, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = manta("train", "digits-mlp", "--run", run, "--set", "train.epochs=3", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["status"] == "finished"
+    assert result["run"] == str(run)
+    assert result["metrics"]["test/accuracy"] > 0.8
+    assert "epoch 3/3" in err
+    on_disk = json.loads((run / "result.json").read_text())
+    assert on_disk["metrics"] == result["metrics"]
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "report.html", "model/model.safetensors", "events"):
+        assert (run / name).exists(), name
+    assert "digits-mlp" in (run / "report.html").read_text()
+
+    code, out, _ = manta("evaluate", run, "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"] == pytest.approx(
+        {name: value for name, value in result["metrics"].items() if name.startswith("test/")}, abs=1e-9
+    )
+    (run / "report.html").unlink()
+    assert manta("report", run)[0] == 0
+    assert (run / "report.html").exists()
+
+
+def test_the_written_recipe_reproduces_the_run(manta, tmp_path):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    torch.set_num_threads(1)
+    assert manta("train", "digits-mlp", "--run", runs[0], "--set", "train.epochs=2")[0] == 0
+    assert manta("train", runs[0] / "recipe.yaml", "--run", runs[1])[0] == 0
+    first, second = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_of_a_finished_run_trains_nothing(manta, tmp_path):
+    run = tmp_path / "run"
+    manta("train", "digits-mlp", "--run", run, "--set", "train.epochs=1")
+    before = (run / "metrics.jsonl").read_bytes()
+    code, out, _ = manta("train", run / "recipe.yaml", "--run", run, "--resume", "--json")
+    assert code == 0
+    assert json.loads(out)["status"] == "finished"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_show_models_recipes(manta):
+    code, out, _ = manta("show", "digits-cnn", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["num_parameters"] == 53_098
+    assert facts["num_steps"] == facts["steps_per_epoch"] * 30
+    assert sum(layer["num_parameters"] for layer in facts["layers"]) == facts["num_parameters"]
+    assert "digits-cnn" in manta("recipes")[1]
+    assert set(json.loads(manta("models", "--json")[1])) == {"mlp", "cnn", "alexnet", "custom"}
+    assert "kernel_size" in manta("models", "cnn")[1]
+
+
+def test_prepare_and_inspect(manta, tmp_path):
+    out = tmp_path / "digits"
+    assert manta("data", "prepare", "digits", "--out", out, "--set", "split_seed=3")[0] == 0
+    code, text, _ = manta("data", "inspect", out)
+    assert code == 0
+    assert "1,258 rows" in text
+    data = f"data={{kind: shards, path: {out}}}"
+    assert manta("train", "digits-mlp", "--set", data, "--set", "train.epochs=1", "--run", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digits-mpl"], "digits-mpl: no such recipe or file; did you mean digits-mlp?"),
+        (["train", "nowhere/x.yaml"], "nowhere/x.yaml: no such recipe file; `manta recipes` lists the built-in ones"),
+        (["train", "digits-mlp", "--set", "model.hiden=3"], "model.hiden: unknown field; did you mean hidden?"),
+        (["train", "digits-mlp", "--set", "train.epochs=many"], "train.epochs: must be a valid integer"),
+        (["train", "digits-mlp", "--set", "train.epochs=0"], "train.epochs: must be greater than 0, not 0"),
+        (["train", "digits-mlp", "--set", "optimizer.lr=-1"], "optimizer.lr: must be greater than 0, not -1"),
+        (["train", "digits-mlp", "--set", "optimizer.lr=.nan"], "optimizer.lr: "),
+        (["train", "digits-mlp", "--set", "optimizer.kind=adamm"], "optimizer.kind: unknown kind 'adamm'; did you mean"),
+        (["train", "digits-mlp", "--set", "epochs"], "--set: 'epochs' is not PATH=VALUE"),
+        (["train", "digits-mlp", "--workers", "two"], "--workers: 'two' is not a number of workers"),
+        (["train", "digits-mlp", "--workers", "3-2"], "--workers: '3-2'"),
+        (["train", "digits-mlp", "--resume"], "--resume: say which run to continue with --run DIR"),
+        (["train", "digits-mlp", "--address", "127.0.0.1:1"], "--address: training with --workers 0 uses no cluster"),
+        (["train", "digits-mlp", "--set", "model.activation=relo"], "model.activation: "),
+        (["train", "digits-mlp", "--set", "objective.kind=regression"], "objective.kind: regression needs a number"),
+        (["train", "digits-mlp", "--set", "data={kind: image_folder, path: gone}"], "data.path: "),
+        (["train", "digits-mlp", "--set", "data={kind: parquet, path: gone, input: a, target: b}"], "data.path: "),
+        (["train", "digits-mlp", "--set", "data={kind: shards, path: gone}"], "no prepared data set here"),
+        (["train", "digits-mlp", "--set", "data={kind: fashion_mnist, root: gone}"], "gone"),
+        (["train", "digits-mlp", "--set", "model={kind: custom, target: 'no.such:Net'}"], "model.target: "),
+        (["train", "digits-mlp", "--workers", "100"], "train.global_batch_size: 64 rows cannot be shared by 100 workers"),
+        (["show", "digits-cnn", "--set", "model.channels=[8, 8, 8, 8]"], "model.channels: "),
+        (["show", "digits-cnn", "--set", "model.kind=alexnet"], "model."),
+        (["models", "lstmm"], "lstmm"),
+        (["evaluate", "gone"], "not a run's directory"),
+        (["evaluate", "gone", "--split", "tset"], "--split: 'tset' is no split; did you mean test?"),
+        (["report", "gone"], "gone"),
+        (["data", "inspect", "gone"], "no prepared data set here"),
+        (["data", "prepare", "digit", "--out", "x"], "data.kind: unknown kind 'digit'; did you mean digits?"),
+        (["trian"], "No such command 'trian'"),
+        (["train", "digits-mlp", "--worker", "2"], "No such option"),
+        (["train"], "Missing argument"),
+    ],
+)
+def test_what_a_user_must_change(refused, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments)
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_a_gpu_that_is_not_there(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--gpu: torch finds no GPU" in refused("train", "digits-mlp", "--gpu", "--run", tmp_path / "run")
+
+
+def test_no_cluster_at_the_address(refused, tmp_path):
+    message = refused("train", "digits-mlp", "--workers", "1", "--address", "127.0.0.1:1", "--run", tmp_path / "run")
+    assert "--address: 127.0.0.1:1: no Ray cluster answers there" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten(manta, refused, tmp_path):
+    run = tmp_path / "run"
+    manta("train", "digits-mlp", "--run", run, "--set", "train.epochs=1")
+    assert "a run is here already; continue it with --resume" in refused("train", "digits-mlp", "--run", run)
+    message = refused("train", "digits-mlp", "--run", run, "--resume", "--set", "optimizer.lr=1")
+    assert "optimizer.lr" in message
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    assert "not an empty directory" in refused("train", "digits-mlp", "--run", tmp_path / "mine")
+
+
+def test_a_directory_that_cannot_be_written(refused, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "cannot be written" in refused("train", "digits-mlp", "--run", file / "run")
+    if os.getuid() != 0:  # root may write everywhere
+        tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        assert "cannot be written" in refused("train", "digits-mlp", "--run", tmp_path / "run")
+
+
+def test_a_diverging_run_fails_with_its_step(manta, tmp_path):
+    run = tmp_path / "run"
+    wild = "optimizer={kind: sgd, lr: 1.0e+30}"
+    code, out, err = manta("train", "digits-mlp", "--run", run, "--set", wild)
+    assert code == 1
+    assert out == ""
+    assert "NaN or infinite at step" in err.splitlines()[-1]
+    assert json.loads((run / "result.json").read_text())["status"] == "failed"
+
+
+def test_damaged_shards(manta, refused, tmp_path):
+    data = tmp_path / "data"
+    manta("data", "prepare", "digits", "--out", data)
+    use = ("train", "digits-mlp", "--set", f"data={{kind: shards, path: {data}}}", "--run", tmp_path / "run")
+    shard = data / "train-00000.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    assert f"{shard}: the shard has {len(content) - 100} bytes where the manifest says {len(content)}" in refused(*use)
+    flipped = bytearray(content)
+    flipped[1000] ^= 1
+    shard.write_bytes(flipped)
+    assert f"{shard}: the shard does not have the checksum" in refused(*use)
+    assert "checksum" in refused("data", "inspect", data)
+    shard.unlink()
+    assert f"{shard}: the shard is missing" in refused(*use)
+    (data / "manifest.json").write_text("{")
+    assert "not valid JSON" in refused(*use)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_pictures(refused, tmp_path):
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (photos / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(photos / name / f"{number}.png")
+    use = ("train", "digits-mlp", "--set", f"data={{kind: image_folder, path: {photos}}}", "--run", tmp_path / "run")
+    (photos / "emu").mkdir()
+    assert f"{photos}/emu: no images in this class folder; add some or remove it" in refused(*use)
+    (photos / "emu").rmdir()
+    (photos / "cat" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
+    assert f"{photos}/cat/0.png: not a readable image" in refused(*use)
+
+
+def test_a_recipe_file_with_mistakes(refused, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {kind: mlp\ndata: {kind: digits}\n")
+    assert f"{recipe}: not valid YAML" in refused("train", recipe)
+    recipe.write_text("")
+    assert "a recipe is a mapping" in refused("train", recipe)
+    recipe.write_text("model: {kind: mlp}\nmodel: {kind: cnn}\ndata: {kind: digits}\n")
+    assert "stands twice" in refused("train", recipe)
+    recipe.write_text("data: {kind: digits}\n")
+    assert "model: missing" in refused("train", recipe)
+
+
+def test_a_custom_model_from_the_users_folder(manta, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("my_nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, width, signature):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(signature.input_size, width), nn.ReLU(),\n"
+        "                         nn.Linear(width, signature.num_outputs))\n"
+    )
+    model = "model={kind: custom, target: 'my_nets:Net', arguments: {width: 32}}"
+    code, _, _ = manta("train", "digits-mlp", "--set", model, "--set", "train.epochs=2", "--run", "run")
+    assert code == 0
+    assert manta("evaluate", "run")[0] == 0
+
+
+@pytest.mark.ray
+def test_ray_data_prepares_the_same_shards(manta, tmp_path):
+    assert manta("data", "prepare", "digits", "--out", tmp_path / "a")[0] == 0
+    command = [sys.executable, "-m", "jobs", "data", "prepare", "digits", "--out", str(tmp_path / "b"), "--workers", "2"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert (tmp_path / "a" / "manifest.json").read_text() == (tmp_path / "b" / "manifest.json").read_text()

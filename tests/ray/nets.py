@@ -1,0 +1,34 @@
+"""Custom models that go wrong in a worker."""
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+
+class Faulty(nn.Module):
+    """Raises in its third training step."""
+
+    def __init__(self, signature):
+        super().__init__()
+        self.linear = nn.Linear(signature.input_size, signature.num_outputs)
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.device.type != "meta":
+            self.steps += 1
+            if self.steps == 3:
+                raise ValueError("this net fails in its third step")
+        return self.linear(x.flatten(1))
+
+
+class Suicidal(Faulty):
+    """Kills its own process in its second training step."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.device.type != "meta":
+            self.steps += 1
+            if self.steps == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.linear(x.flatten(1))

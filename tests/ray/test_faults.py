@@ -1,0 +1,165 @@
+"""Faults by real signals: killed workers, a killed driver, damaged shards, a diverging loss."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cluster
+from cluster.errors import Diverged, RunFailed
+from nn_models import UserError
+from tests.ray.conftest import EXACT
+
+# Dropout, momentum and the moving average carry state; checkpoints fall in mid-epoch. Slow enough to be hit.
+SLOW = {
+    "model.hidden": [256, 256],
+    "model.dropout": 0.2,
+    "train.ema_decay": 0.9,
+    "train.epochs": 6,
+    "train.checkpoint_every_steps": 5,
+    "data.augment": [{"kind": "random_crop", "padding": 1}],
+}
+
+
+def steps_done(run: Path) -> int:
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except OSError:
+        return 0
+    return max((json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")), default=0)
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+def wait_for(condition, seconds=120.0):
+    """Poll: how long starting processes takes differs widely between machines."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray, tmp_path_factory):
+    return cluster.train(EXACT, num_workers=2, run=str(tmp_path_factory.mktemp("whole") / "run"), overrides=SLOW)
+
+
+@pytest.mark.parametrize("step", [1, 17, 60])
+def test_a_killed_worker_changes_nothing(ray, undisturbed, tmp_path, step):
+    run = tmp_path / "run"
+    killed = []
+
+    def kill():
+        wait_for(lambda: steps_done(run) >= step)
+        victim = workers()[step % 2]
+        victim.kill()
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = cluster.train(EXACT, num_workers=2, run=str(run), overrides=SLOW)
+    killer.join()
+    assert killed
+    assert outcome.status == "finished"
+    assert outcome.result["restarts"] == 1
+    ours, theirs = weights(run), weights(undisturbed.run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert outcome.metrics == undisturbed.metrics
+    digests = [
+        [json.loads(line)["rows_digest"] for line in Path(place, "metrics.jsonl").read_text().splitlines() if "digest" in line]
+        for place in (run, undisturbed.run)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_workers_that_always_die_end_the_run(ray, tmp_path):
+    recipe = {**EXACT, "model": {"kind": "custom", "target": "tests.ray.nets:Suicidal"}}
+    with pytest.raises(RunFailed, match="failed more often than train.max_failures"):
+        cluster.train(recipe, num_workers=1, run=str(tmp_path / "run"), overrides={"train.max_failures": 1})
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+
+
+def test_an_error_in_the_model_is_not_tried_again(ray, tmp_path):
+    recipe = {**EXACT, "model": {"kind": "custom", "target": "tests.ray.nets:Faulty"}}
+    with pytest.raises(RunFailed, match="ValueError: this net fails in its third step"):
+        cluster.train(recipe, num_workers=2, run=str(tmp_path / "run"))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert "third step" in result["error"]
+
+
+def test_a_diverging_loss_names_its_step(ray, tmp_path):
+    wild = {"optimizer.lr": 1e30, "model.activation": "relu"}
+    with pytest.raises(Diverged, match=r"NaN or infinite at step \d+ .*lower optimizer.lr"):
+        cluster.train(EXACT, num_workers=2, run=str(tmp_path / "run"), overrides=wild)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_damaged_shard_found_while_streaming_is_named(ray, tmp_path):
+    from cluster.data.prepare import prepare
+    from cluster.data.sources.images import DigitsSpec
+    from cluster.storage import Folder
+
+    prepare(DigitsSpec(), Folder(tmp_path / "data"))
+    shard = tmp_path / "data" / "train-00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    streamed = {**EXACT, "data": {"kind": "shards", "path": str(tmp_path / "data"), "shuffle_window": 100}}
+    with pytest.raises(UserError, match=r"train-00000.parquet: the shard"):
+        cluster.train(streamed, num_workers=2, run=str(tmp_path / "run"))
+
+
+def test_a_killed_driver_leaves_nothing_behind_and_can_be_continued(undisturbed, tmp_path):
+    """From the command line, with an embedded Ray of its own."""
+    run = tmp_path / "run"
+    recipe = tmp_path / "exact.yaml"
+    settings = [f"--set={path}={json.dumps(value)}" for path, value in SLOW.items()]
+    recipe.write_text(json.dumps(EXACT))
+    command = [sys.executable, "-m", "jobs", "train", str(recipe), *settings, "--workers=2", f"--run={run}"]
+    before = {p.pid for p in psutil.process_iter()}
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: steps_done(run) >= 30)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    wait_for(lambda: not left_over(before), seconds=60)
+    assert not (run / "result.json").exists()
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=300)
+    ours, theirs = weights(run), weights(undisturbed.run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    wait_for(lambda: not left_over(before), seconds=60)
+
+
+def left_over(before: set[int]) -> list[str]:
+    words = ("raylet", "gcs_server", "ray::", "RayTrainWorker")
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
+    return [line for line in lines if any(word in line for word in words)]
+
+
+def test_an_interrupt_stops_the_run_and_says_so(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "jobs", "train", "digits-mlp", "--workers=2", f"--run={run}"]
+    driver = subprocess.Popen(
+        [*command, "--set=train.epochs=5000"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: steps_done(run) >= 100)
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert errors.splitlines()[-1].startswith("error: interrupted")
+    assert json.loads((run / "result.json").read_text())["status"] == "stopped"
