@@ -100,8 +100,8 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--address: {address}: no Ray cluster answers there ({reason})") from None
     else:
-        # loopback: no other machine needs to reach an embedded Ray
-        ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     try:
         yield RaySession(ray, embedded=address is None)
     finally:

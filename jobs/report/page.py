@@ -1,0 +1,154 @@
+"""The page: gathers figures, curves and pictures of a run and renders report.html."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from numpy.typing import NDArray
+
+from cluster.storage import Folder
+from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, words
+from jobs.report.files import AbsentError, Tensors, is_number, left_out, mapping, read_records
+from jobs.report.pictures import example_shape, read_evaluation, read_first_layer
+from nn_models.errors import UserError
+
+Array = NDArray[Any]
+
+
+def write_report(run: str) -> str:
+    """Write RUN/report.html from what the run left behind, and return its path.
+
+    `run` is a local path or a URI. Nothing in the run is executed: JSON, YAML (safe) and safetensors only. Whatever
+    is missing or broken is left out of the page and named at its end.
+    Raises UserError where the directory is no run or cannot be written.
+    """
+    folder = Folder(run)
+    _refuse_what_is_no_run(folder)
+    notes: list[str] = []
+    recipe: dict[str, Any] = {}
+    recipe_text = None
+    with left_out(notes, "The recipe", file="recipe.yaml"):
+        recipe_text = folder.read_bytes("recipe.yaml").decode(errors="replace")
+        recipe = mapping(yaml.safe_load(recipe_text))
+    result: dict[str, Any] = {}
+    with left_out(notes, "The final result", file="result.json"):
+        result = mapping(json.loads(folder.read_bytes("result.json")))
+    environment: list[tuple[str, str]] = []
+    with left_out(notes, "The environment", file="environment.json"):
+        environment = list(_flat(mapping(json.loads(folder.read_bytes("environment.json")))))
+    best = mapping(result.get("best"))
+    charts: list[Chart] = []
+    with left_out(notes, "The curves", file="metrics.jsonl"):
+        records, num_unreadable = read_records(folder.read_bytes("metrics.jsonl"))
+        if num_unreadable:
+            notes.append(f"Lines of metrics.jsonl that cannot be read: {num_unreadable}.")
+        charts = metric_charts(records, best_step=best.get("step"))
+        if not charts:
+            raise AbsentError("metrics.jsonl holds no finite value")
+        if len(charts) > MAX_CHARTS:
+            notes.append(f"The curves: only {MAX_CHARTS} of the {len(charts)} metrics are drawn.")
+    evaluation: dict[str, Any] = dict.fromkeys(("num_classes", "scatter", "right", "wrong"))
+    image_shape = None
+    with left_out(notes, "The predictions", file="evaluation.safetensors"):
+        tensors = Tensors(folder, "evaluation.safetensors")
+        image_shape = example_shape(tensors)
+        evaluation |= read_evaluation(tensors, notes)
+    filters = None
+    with left_out(notes, "The learned filters", file="model/model.safetensors"):
+        filters = read_first_layer(Tensors(folder, "model/model.safetensors"), image_shape)
+
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    page = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(template)
+    kinds = {section: mapping(recipe.get(section)).get("kind") for section in ("model", "data", "objective")}
+    html = page.render(
+        name=str(recipe.get("name") or folder.path.rsplit("/", 1)[-1]),
+        where=str(folder),
+        kinds=kinds,
+        status=str(result.get("status") or "unfinished"),
+        error=result.get("error"),
+        figures=_figures(mapping(result.get("metrics"))),
+        facts=[(label, value) for label, value in _facts(recipe, result) if value],
+        charts=charts[:MAX_CHARTS],
+        best=words(str(best["metric"])) if best.get("metric") else None,
+        evaluation=evaluation,
+        filters=filters,
+        recipe=recipe_text,
+        environment=environment,
+        result=json.dumps(result, indent=2, ensure_ascii=False) if result else None,
+        notes=notes,
+    )
+    try:
+        folder.write_bytes("report.html", html.lstrip().encode(errors="replace"))  # a name may hold a lone surrogate
+    except OSError as error:
+        raise UserError(f"{folder}/report.html: cannot be written ({error}); make the directory writable") from None
+    return f"{folder}/report.html"
+
+
+def _refuse_what_is_no_run(folder: Folder) -> None:
+    try:
+        names = folder.names()
+    except OSError as error:
+        raise UserError(f"{folder}: not a directory that can be read ({error}); name a run's directory") from None
+    if {"recipe.yaml", "result.json", "metrics.jsonl"} & set(names):
+        return
+    if not folder.exists():
+        raise UserError(f"{folder}: no such directory; name the directory of a run, as given to --run")
+    runs = [name for name in names[:100] if (folder / name).exists("recipe.yaml")]
+    fix = f"name one of the runs in it: {', '.join(runs[:5])}" if runs else "name the directory given to --run"
+    raise UserError(f"{folder}: not a run (it holds no recipe.yaml, metrics.jsonl or result.json); {fix}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers that matter most: of the test split where there is one, the loss after the others."""
+    for split in reversed(SPLITS):
+        found = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and is_number(value)}
+        if found:
+            names = sorted(found, key=lambda name: name.endswith("/loss"))
+            return [(words(name), figure(name, found[name])) for name in names[:4]]
+    return []
+
+
+def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    train, best = mapping(recipe.get("train")), mapping(result.get("best"))
+    yield "parameters", number(result.get("num_parameters"))
+    for section in ("optimizer", "schedule"):
+        kind = mapping(recipe.get(section)).get("kind")
+        yield section, None if kind is None else str(kind)
+    workers = result.get("num_workers", result.get("world_size"))
+    yield "workers", "none (in one process)" if workers == 0 else number(workers)
+    done, planned = number(result.get("epochs")), number(train.get("epochs"))
+    yield "epochs", f"{done} of {planned}" if done and planned and done != planned else done or planned
+    yield "steps", number(result.get("steps"))
+    yield "global batch", number(train.get("global_batch_size"))
+    yield "duration", _duration(result.get("wall_s"))
+    yield "to the first step", _duration(result.get("time_to_first_step_s"))
+    yield "rows per second", number(result.get("rows_per_s"))
+    yield "restarts", number(result.get("restarts"))
+    if is_number(best.get("value")):
+        name = str(best.get("metric", "value"))
+        epoch = f", epoch {number(best['epoch'] + 1)}" if is_number(best.get("epoch")) else ""
+        yield f"best {words(name)}", f"{figure(name, best['value'])}{epoch}"
+
+
+def _duration(seconds: Any) -> str | None:
+    if not is_number(seconds):
+        return None
+    if seconds < 60:
+        return f"{seconds:.3g}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}\u202fmin {rest:02}\u202fs"
+    return f"{minutes // 60:,}\u202fh {minutes % 60:02}\u202fmin"
