@@ -45,9 +45,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error), USER_ERROR)
-    except typer.Abort:
-        code = INTERRUPTED
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         code = _complain("interrupted", INTERRUPTED)
     except Exception as error:
         code = _other(error)
@@ -107,20 +105,28 @@ def train(
     least, most = parse_workers(workers)
     configure_ray()
     from cluster.training.recipe import load_recipe
+    from cluster.training.trainer import new_run_name
     from cluster.training.trainer import train as run_training
 
     resolved = load_recipe(recipe, _overrides(set_))
-    with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
-        outcome = run_training(
-            resolved,
-            num_workers=least if least == most else (least, most),
-            use_gpu=gpu,
-            run=run,
-            address=address,
-            resume=resume,
-            listener=progress,
-            verbose=verbose,
-        )
+    if resume and run is None:
+        raise UserError("--resume: say which run to continue with --run DIR")
+    run = run or new_run_name(resolved)
+    try:
+        with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
+            outcome = run_training(
+                resolved,
+                num_workers=least if least == most else (least, most),
+                use_gpu=gpu,
+                run=run,
+                address=address,
+                resume=resume,
+                listener=progress,
+                verbose=verbose,
+            )
+    except KeyboardInterrupt:
+        message = f"interrupted; to go on: manta train {run}/recipe.yaml --run {run} --resume"
+        raise typer.Exit(_complain(message, INTERRUPTED)) from None
     written = None
     if report:
         from jobs.report import write_report

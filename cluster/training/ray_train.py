@@ -135,7 +135,7 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
     # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
     notes = tempfile.mkdtemp(prefix="manta-") if embedded else run.uri
     on_one_machine = embedded and not workers.use_gpu
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
@@ -172,6 +172,14 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
     if "failure" in returned:
         _raise(returned["failure"])
     return {**returned["result"], "restarts": starts - 1}
+
+
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead.
+
+        The controller and its workers end with the last reference to the controller, which `fit` holds.
+        """
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,9 @@ SLOW = {
 }
 
 
+MARK = "MANTA_TEST"  # in the environment of a driver and all that it starts
+
+
 def steps_done(run: Path) -> int:
     try:
         text = (run / "metrics.jsonl").read_text()
@@ -132,23 +135,23 @@ def test_a_killed_driver_leaves_nothing_behind_and_can_be_continued(undisturbed,
     settings = [f"--set={path}={json.dumps(value)}" for path, value in SLOW.items()]
     recipe.write_text(json.dumps(EXACT))
     command = [sys.executable, "-m", "jobs", "train", str(recipe), *settings, "--workers=2", f"--run={run}"]
-    before = {p.pid for p in psutil.process_iter()}
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    mark = {MARK: str(tmp_path)}
+    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **mark})
     wait_for(lambda: steps_done(run) >= 30)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    wait_for(lambda: not left_over(before), seconds=60)
+    wait_for(lambda: not left_over(mark), seconds=60)
     assert not (run / "result.json").exists()
-    subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=300)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, timeout=300, env={**os.environ, **mark})
     ours, theirs = weights(run), weights(undisturbed.run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    wait_for(lambda: not left_over(before), seconds=60)
+    wait_for(lambda: not left_over(mark), seconds=60)
 
 
-def left_over(before: set[int]) -> list[str]:
-    words = ("raylet", "gcs_server", "ray::", "RayTrainWorker")
-    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
-    return [line for line in lines if any(word in line for word in words)]
+def left_over(mark: dict[str, str]) -> list[psutil.Process]:
+    """Processes that inherited the mark: whatever Ray starts inherits its driver's environment."""
+    ((name, value),) = mark.items()
+    return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(name) == value]
 
 
 def test_an_interrupt_stops_the_run_and_says_so(tmp_path):
