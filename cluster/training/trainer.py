@@ -104,7 +104,7 @@ def train(
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            result = _result(status, directory, began)
+            result = _result(status, directory, workers, began)
             directory.write_result(result)
     return Outcome(result["status"], result["metrics"], str(directory), result)
 
@@ -130,7 +130,7 @@ def new_run_name(recipe: Recipe) -> str:
     return next(candidate for candidate in taken if not Path(candidate).exists())
 
 
-def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
+def _result(status: dict[str, Any], directory: RunDirectory, workers: Workers, began: float) -> dict[str, Any]:
     """result.json; of a run that did not finish it holds the last metrics that were written."""
     first = status.pop("first_step_at", None)
     if status["status"] != "finished":
@@ -145,6 +145,7 @@ def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> di
         }
         status["steps"] = lines[-1]["step"] if lines else 0
     now = time.time()
+    status["num_workers"] = workers.num_workers
     times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}
     return {**status, **times}
 
