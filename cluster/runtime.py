@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nn_models.errors import UserError
@@ -79,6 +80,9 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     A Ray that the caller has started already is used, and left running. Raises UserError where none answers.
     """
     configure_ray()
+    if address:
+        _knock(address)
+        _show_token()
     import ray
 
     if ray.is_initialized():
@@ -93,10 +97,14 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
             raise UserError(
                 f"--address: {address}: the Ray client cannot drive training; give HOST:PORT, or submit a job"
             )
-        _knock(address)
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
+            if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
+                raise UserError(
+                    f"--address: {address}: this cluster wants a token that is not the one here; copy the head node's "
+                    "~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN"
+                ) from None
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--address: {address}: no Ray cluster answers there ({reason})") from None
     else:
@@ -106,6 +114,13 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         yield RaySession(ray, embedded=address is None)
     finally:
         ray.shutdown()
+
+
+def _show_token() -> None:
+    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode."""
+    place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or place.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _knock(address: str) -> None:
