@@ -176,27 +176,32 @@ def _differences(old: Any, new: Any) -> list[str]:
 
 
 def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
-    """Build the model without memory and see that one row goes through it; check the GPU and the ranks."""
+    """Send imaginary rows through the model, and see that GPU and ranks have what they need."""
+    from cluster.data.loader import training_order
     from cluster.training.summary import summarise
 
-    summarise(recipe, splits.manifest)
-    if workers.use_gpu and workers.most == 0:
+    train, ranks = recipe.train, max(1, workers.most)
+    summary = summarise(recipe, splits.manifest)
+    if workers.use_gpu and not workers.most:
         local_device(True)
-    if workers.most > recipe.train.global_batch_size:
+    if ranks > train.global_batch_size:
         raise UserError(
-            f"train.global_batch_size: {recipe.train.global_batch_size} rows cannot be shared by {workers.most} "
-            "workers; raise it, or use fewer workers"
+            f"train.global_batch_size: {train.global_batch_size} rows cannot be shared by {ranks} workers; raise it, or "
+            "use fewer workers"
         )
-    if "train" not in splits.tables and workers.most:
-        from cluster.data.loader import training_order
-
-        order = training_order(
-            splits.manifest,
-            global_batch_size=recipe.train.global_batch_size,
-            seed=recipe.train.seed,
-            window=recipe.data.shuffle_window,
+    order = training_order(
+        splits.manifest,
+        global_batch_size=train.global_batch_size,
+        seed=train.seed,
+        window=recipe.data.shuffle_window,
+    )
+    order.rows(0, 0, 0, ranks)  # a streamed set has lanes for so many ranks only
+    fewest = order.num_rows // order.num_steps // ranks // train.accumulation
+    if fewest < 2 and any(layer.kind == "BatchNorm1d" for layer in summary.layers):
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} leaves some of {ranks} workers a single row at once, "
+            "which batch normalisation cannot learn from; raise it, or lower train.accumulation or the workers"
         )
-        order.rows(0, 0, 0, workers.most)
 
 
 def local_device(use_gpu: bool) -> Any:

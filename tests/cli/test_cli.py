@@ -146,6 +146,7 @@ def test_prepare_and_inspect(manta, tmp_path):
         (["train", "digits-mlp", "--set", "data={kind: fashion_mnist, root: gone}"], "gone"),
         (["train", "digits-mlp", "--set", "model={kind: custom, target: 'no.such:Net'}"], "model.target: "),
         (["train", "digits-mlp", "--workers", "100"], "train.global_batch_size: 64 rows cannot be shared by 100 workers"),
+        (["train", "digits-mlp", "--set", "model.batch_norm=true", "--set", "train.global_batch_size=1"], "a single row"),
         (["show", "digits-cnn", "--set", "model.channels=[8, 8, 8, 8]"], "model.channels: "),
         (["show", "digits-cnn", "--set", "model.kind=alexnet"], "model."),
         (["models", "lstmm"], "lstmm"),
