@@ -69,6 +69,18 @@ class Folder:
         names = (info.base_name for info in self.filesystem.get_file_info(selector))
         return sorted(name for name in names if not name.startswith("."))
 
+    def walk(self) -> list[tuple[str, fs.FileInfo]]:
+        """(name, what it is) of all files and directories at any depth, sorted by name; hidden ones left out.
+
+        Raises UserError where there is no such directory or it cannot be read.
+        """
+        try:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
+        except OSError as error:
+            raise UserError(f"{self.uri}: not a folder that can be read ({error}); check the path") from None
+        named = sorted(((info.path[len(self.path) + 1 :], info) for info in found), key=lambda pair: pair[0])
+        return [(name, info) for name, info in named if not any(part.startswith(".") for part in name.split("/"))]
+
     def read_bytes(self, name: str) -> bytes:
         """The file's content. Raises FileNotFoundError."""
         with self.filesystem.open_input_file(self.full(name)) as file:

@@ -1,8 +1,8 @@
 """Manifest: what stands beside the shards: schema, rows, row groups, checksums, normalisation statistics."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.storage import Folder
 from nn_models.errors import UserError
@@ -22,6 +22,12 @@ class Shard(Spec):
     row_groups: tuple[PositiveInt, ...]  # rows of each
     bytes: PositiveInt
     sha256: str
+
+    @model_validator(mode="after")
+    def _rows_add_up(self) -> Self:
+        if sum(self.row_groups) != self.rows:
+            raise ValueError(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}; prepare the data again")
+        return self
 
 
 class Manifest(Spec):

@@ -19,6 +19,9 @@ RowIds = NDArray[np.int64]
 
 # Lanes of a streamed set: many divisors, so that every usual number of ranks owns equally many whole lanes.
 LANE_COUNTS = (24, 12, 8, 6, 4, 3, 2, 1)
+# Coprime to all of them, so each permutes the lanes. A rank owns neighbouring lanes: what only some lanes get (one more
+# row group, the next row) should not all fall to one rank.
+DEAL_STRIDE, PHASE_STRIDE = 7, 5
 
 
 def bounds(length: int, parts: int, index: int) -> tuple[int, int]:
@@ -93,13 +96,14 @@ class LaneOrder:
 
     A global batch takes the same share of every lane, and a rank owns whole lanes, so each row group is read by one
     rank only. `window` is the number of rows, over all lanes, that are shuffled together (at least a row group a lane).
+    There are no more lanes than rows in a global batch, so that every batch has a row of the longest lane at least.
     """
 
     def __init__(self, row_groups: Sequence[int], *, global_batch_size: int, seed: int, window: int) -> None:
         self.row_groups = tuple(row_groups)
         self.num_rows = sum(row_groups)
         self.num_steps = -(-self.num_rows // global_batch_size)
-        self.num_lanes = next(count for count in LANE_COUNTS if count <= len(row_groups))
+        self.num_lanes = next(count for count in LANE_COUNTS if count <= min(len(row_groups), global_batch_size))
         self._seed, self._window = seed, window
         self._group_starts = np.concatenate([[0], np.cumsum(row_groups)])
         self.lanes = lru_cache(maxsize=1)(self._deal)
@@ -107,7 +111,8 @@ class LaneOrder:
 
     def _deal(self, epoch: int) -> tuple[Lane, ...]:
         dealt = np.random.default_rng([self._seed, epoch]).permutation(len(self.row_groups))
-        return tuple(self._cut(dealt[lane :: self.num_lanes].tolist()) for lane in range(self.num_lanes))
+        firsts = [lane * DEAL_STRIDE % self.num_lanes for lane in range(self.num_lanes)]
+        return tuple(self._cut(dealt[first :: self.num_lanes].tolist()) for first in firsts)
 
     def _cut(self, groups: list[int]) -> Lane:
         """The lane of these row groups, cut into blocks of at least the lane's share of the window."""
@@ -137,13 +142,20 @@ class LaneOrder:
         if world_size > self.num_lanes:
             raise UserError(
                 f"data.shuffle_window: {world_size} workers cannot share {self.num_lanes} lanes of row groups; use at "
-                f"most {self.num_lanes} workers, or prepare the data with smaller row groups"
+                f"most {self.num_lanes} workers, raise train.global_batch_size, or prepare more or smaller row groups"
             )
         return range(*bounds(self.num_lanes, world_size, rank))
 
     def span(self, epoch: int, lane: int, step: int) -> tuple[int, int]:
-        """First and past-the-last position in the lane that the step takes."""
-        return bounds(self.lanes(epoch)[lane].num_rows, self.num_steps, step)
+        """First and past-the-last position in the lane that the step takes.
+
+        Lanes are out of phase by equal parts of a row: of lanes of n rows each, steps 0 to k - 1 have then taken
+        sum_l floor(n k / S + l / L) = floor(L n k / S) rows (Hermite's identity), the same bounds as in WholeOrder.
+        In phase, all lanes would give their next row at the same step, and the steps between would have none.
+        """
+        rows, lanes, steps = self.lanes(epoch)[lane].num_rows, self.num_lanes, self.num_steps
+        phase = lane * PHASE_STRIDE % lanes * steps
+        return (rows * step * lanes + phase) // (lanes * steps), (rows * (step + 1) * lanes + phase) // (lanes * steps)
 
     def pieces(self, epoch: int, lane: int, step: int) -> list[tuple[int, slice]]:
         """The step's rows of one lane: (block, which of its rows in the order of use), in order."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from cluster.storage import Folder
 from nn_models.errors import UserError
 
 FORMAT = 1  # part of the cache's key: raise it when prepared data changes its meaning
+BLOCK_NUMBERS = 1 << 20  # that are in memory as float64 at once
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Converted:
-    """What one part became: its shards, and sums over its training rows for the statistics."""
+    """What one part became: its shards, and the moments of its training rows for the statistics."""
 
     shards: dict[str, Shard]
     count: int
-    total: NDArray[np.float64]
+    mean: NDArray[np.float64]
     squares: NDArray[np.float64]
 
 
@@ -73,6 +75,8 @@ def cache_key(spec: DataSpec) -> str:
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).exists():  # what is left of a set that somebody deleted
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(unfinished, folder)
     except OSError:
@@ -100,7 +104,7 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         target_kind=source.columns.target_kind,
         num_outputs=source.columns.num_outputs,
         class_names=source.columns.class_names,
-        **_statistics(converted),
+        **_statistics(converted, source.columns.input_dtype),
         splits={
             split: tuple(part.shards[split] for part in converted if split in part.shards)
             for split in SPLITS
@@ -154,24 +158,27 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
             shards[split] = write_shard(out, name, Rows(slot.ids[chosen], inputs[chosen], targets[chosen]))
         if split == "train":
             train = chosen
-    return Converted(shards, *_sums(inputs[train]))
+    return Converted(shards, *_moments(inputs[train]))
 
 
-def _sums(inputs: NDArray[np.generic]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """Numbers counted, their sum and sum of squares: by channel for images, by feature otherwise."""
-    if inputs.ndim == 4:
-        scale = 255.0 if inputs.dtype == np.uint8 else 1.0
-        by_channel = np.moveaxis(inputs, 1, 0).reshape(inputs.shape[1], -1)
-        total = by_channel.sum(1, dtype=np.float64) / scale
-        squares = np.array([np.square(channel, dtype=np.float64).sum() for channel in by_channel]) / scale**2
-        return by_channel.shape[1], total, squares
-    return len(inputs), inputs.sum(0, dtype=np.float64), np.square(inputs, dtype=np.float64).sum(0)
+def _moments(inputs: NDArray[Any]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """Numbers counted, their mean, their squared distances from it: by channel for images, by feature otherwise."""
+    values = np.moveaxis(inputs, 1, 0).reshape(inputs.shape[1], -1) if inputs.ndim == 4 else inputs.T
+    count = values.shape[1]
+    if not count:
+        return 0, np.zeros(len(values)), np.zeros(len(values))
+    mean = values.mean(1, dtype=np.float64)
+    blocks = np.array_split(values, 1 + values.size // BLOCK_NUMBERS, axis=1)
+    squares = np.sum([np.square(block - mean[:, None]).sum(1) for block in blocks], axis=0)
+    return count, mean, squares
 
 
-def _statistics(converted: Sequence[Converted]) -> dict[str, tuple[float, ...]]:
+def _statistics(converted: Sequence[Converted], dtype: str) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation over all parts (Chan, Golub & LeVeque 1983, eq. 2.1: no difference of large numbers)."""
+    unit = 255.0 if dtype == "uint8" else 1.0
     count = sum(part.count for part in converted)
-    mean = np.sum([part.total for part in converted], axis=0) / count
-    variance = np.maximum(np.sum([part.squares for part in converted], axis=0) / count - mean**2, 0)
-    std = np.sqrt(variance)
-    std[std < 1e-6] = 1.0  # a constant pixel or feature: nothing to scale
-    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    mean = np.sum([part.count * part.mean for part in converted], axis=0) / count
+    squares = np.sum([part.squares + part.count * np.square(part.mean - mean) for part in converted], axis=0)
+    std = np.sqrt(squares / count)
+    std[std <= np.maximum(1e-7 * np.abs(mean), 1e-30)] = unit  # constant but for float32's rounding: nothing to scale
+    return {"mean": tuple((mean / unit).tolist()), "std": tuple((std / unit).tolist())}

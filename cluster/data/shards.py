@@ -77,7 +77,7 @@ def _column(values: Array) -> pa.Array:
 def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
     """The table's columns as arrays, without a copy where a column is one chunk."""
     return Rows(
-        ids=_array(table["row"], np.dtype(np.int64), ()),
+        ids=_array(table["row"], np.dtype(np.int64), ()).astype(np.int64, copy=False),
         inputs=_array(table["input"], np.dtype(manifest.input_dtype), manifest.input_shape),
         targets=_array(table["target"], *_target_layout(manifest.target_kind, manifest.num_outputs)),
     )
@@ -169,6 +169,10 @@ class DataSet:
                 with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
                     # without pre-buffering pyarrow asks storage for each column chunk on its own
                     parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
-                    yield table_rows(parquet.read_row_group(index, use_threads=False), self.manifest)
-            except (OSError, pa.ArrowInvalid) as error:
+                    table = parquet.read_row_group(index, use_threads=False)
+            except (OSError, pa.ArrowException) as error:
                 raise self._damaged(shard, f"cannot be read ({error})") from None
+            # page checksums do not cover the footer, which says how many rows there are
+            if table.num_rows != shard.row_groups[index]:
+                raise self._damaged(shard, f"has {table.num_rows} rows in row group {index}: it is corrupt")
+            yield table_rows(table, self.manifest)

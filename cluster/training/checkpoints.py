@@ -2,6 +2,8 @@
 
 import io
 import json
+import pickle
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,14 +50,26 @@ class Checkpoints:
         if not names:
             return None
         try:
-            content = io.BytesIO(self.folder.read_bytes(names[-1]))
-            return torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError, … for damaged files
+            return _read_state(self.folder.read_bytes(names[-1]))
+        except Exception as error:  # torch raises RuntimeError, EOFError, … for damaged files
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"
             raise UserError(
-                f"{self.folder}/{names[-1]}: damaged checkpoint ({str(error).splitlines()[0]}); delete it to resume "
-                f"from {before}"
+                f"{self.folder}/{names[-1]}: damaged checkpoint ({reason}); delete it to resume from {before}"
             ) from None
+
+
+def _read_state(content: bytes) -> State:
+    """What `torch.save` has written, its checksums compared (torch writes them, and ignores them)."""
+    if damaged := zipfile.ZipFile(io.BytesIO(content)).testzip():
+        raise ValueError(f"the checksum of {damaged} differs")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message advises to run it
+        raise ValueError("it holds other things than tensors and numbers") from None
+    if not isinstance(state, dict) or "progress" not in state:
+        raise ValueError("it holds something else")
+    return state
 
 
 class Background:
@@ -96,7 +110,8 @@ def save_model(run: Folder, weights: dict[str, Tensor], *, best: dict[str, Any],
     """Write the best weights; everything needed to use them stands in the same file."""
     described = manifest.model_copy(update={"splits": {}}).model_dump_json()
     metadata = {"best": json.dumps(best), "data": described}
-    (run / "model").write_bytes("model.safetensors", save(weights, metadata))
+    contiguous = {name: weight.contiguous() for name, weight in weights.items()}  # safetensors keeps no strides
+    (run / "model").write_bytes("model.safetensors", save(contiguous, metadata))
 
 
 def read_model(run: Folder) -> SavedModel:
@@ -111,7 +126,7 @@ def read_model(run: Folder) -> SavedModel:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         manifest = Manifest.model_validate_json(header["data"])
         return SavedModel(load(content), json.loads(header["best"]), manifest)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); train again or restore the file") from None
 
 

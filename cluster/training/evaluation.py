@@ -16,6 +16,7 @@ from cluster.training.run_directory import EVALUATION
 from nn_models.objectives import Classification, Objective
 
 NUM_EXAMPLES = 24  # right ones, and as many wrong ones
+MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -57,7 +58,7 @@ class Evidence:
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self._objective = objective
         self._confusion: Tensor | None = None
-        if isinstance(objective, Classification):
+        if isinstance(objective, Classification) and objective.num_classes <= MAX_CONFUSION_CLASSES:
             size = objective.num_classes
             self._confusion = torch.zeros(size, size, dtype=torch.int64, device=device)
         self._examples: list[dict[str, Tensor]] = []
@@ -65,10 +66,11 @@ class Evidence:
 
     def add(self, stored: Tensor, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch: inputs as stored, the model's outputs, targets."""
-        if self._confusion is None or not isinstance(self._objective, Classification):
+        if not isinstance(self._objective, Classification):
             self._keep(torch.arange(len(targets)), True, stored, targets, outputs, None)
             return
-        self._confusion += self._objective.confusion(outputs, targets)
+        if self._confusion is not None:
+            self._confusion += self._objective.confusion(outputs, targets)
         if any(self._wanted.values()):
             predictions, confidences = self._objective.confidence(outputs)
             right = predictions == targets

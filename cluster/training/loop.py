@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ class _Loop:
         self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
 
         self.progress = Progress(sums=[0.0] * len(self.names))
-        self.pending = _Pending(self.train.log_every_steps, len(self.names), context.device)
+        interval = min(self.train.log_every_steps, self.rows.order.num_steps)
+        self.pending = _Pending(interval, len(self.names), context.device)
         self.first_step_at: float | None = None
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
@@ -110,7 +111,7 @@ class _Loop:
             finished = stopped_early or self.progress.epoch == self.train.epochs
             if finished or self.progress.epoch % self.train.checkpoint_every_epochs == 0:
                 self._checkpoint()
-            if self.recorder:
+            elif self.recorder:
                 self.recorder.flush()
         return self._conclude(stopped_early)
 
@@ -128,7 +129,9 @@ class _Loop:
             if self.pending.full or done or save:
                 began = self._log_interval(began)
             if save:
+                self._refuse_broken_weights()
                 self._checkpoint()
+        self._refuse_broken_weights()
         means = [total / self.progress.rows for total in self.progress.sums]
         metrics = dict(zip(self.names, means, strict=True))
         self._log("train", metrics, rows_digest=digest_text(self.progress.digest), end_of_epoch=True)
@@ -182,6 +185,8 @@ class _Loop:
             batch_size=EVALUATION_ROWS,
         )
         self._log("validation", metrics)
+        if not np.isfinite(metrics["loss"]):
+            self._diverged("validation loss", self.progress.step)
         return metrics
 
     def _conclude(self, stopped_early: bool) -> dict[str, Any]:
@@ -231,7 +236,7 @@ class _Loop:
         totals = sums.sum(0).tolist()
         if not np.isfinite(totals[0]):
             first = int((~torch.isfinite(sums[:, 0])).nonzero()[0])
-            self._diverged(progress.step - len(sums) + first)
+            self._diverged("loss", progress.step - len(sums) + first + 1)
         halves = self.context.reduce_sums(torch.from_numpy(digest).to(self.context.device)).tolist()
         elapsed = time.perf_counter() - began
         progress.rows += rows
@@ -246,12 +251,18 @@ class _Loop:
         self._log("train", metrics, rows_per_s=rows / elapsed, **extra)
         return time.perf_counter()
 
-    def _diverged(self, step: int) -> None:
+    def _diverged(self, what: str, step: int) -> NoReturn:
         rate = self.base_rates[0]
         raise Diverged(
-            f"the loss became NaN or infinite at step {step + 1} (epoch {self.progress.epoch + 1}); lower "
+            f"the {what} became NaN or infinite at step {step} (epoch {self.progress.epoch + 1}); lower "
             f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
         )
+
+    def _refuse_broken_weights(self) -> None:
+        """Never keep weights that are NaN: the loss was taken before the step that made them so, and looks well."""
+        finite = [parameter.isfinite().all() for parameter in self.model.parameters()]
+        if finite and not torch.stack(finite).all():
+            self._diverged("weights", self.progress.step)
 
     def _log(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
         entry = {
@@ -320,6 +331,7 @@ class _Loop:
             state: State = {
                 "recipe": self.recipe.model_dump_json(),
                 "world_size": self.context.world_size,
+                "rows": self._rows_of_training(),
                 "progress": asdict(self.progress),
                 "model": _to_cpu(self.model.state_dict()),
                 "optimizer": _to_cpu(self.optimizer.state_dict()),
@@ -328,6 +340,8 @@ class _Loop:
             }
             step = self.progress.step
             self.background.submit(lambda: self.checkpoints.save(step, state))
+        if self.recorder:
+            self.recorder.flush()
 
     def _resume(self) -> None:
         # Rank 0 looks: ranks that list an object store on their own might see different files.
@@ -338,6 +352,11 @@ class _Loop:
         assert state is not None  # rank 0 has seen it, and nobody deletes it now
         if json.loads(state["recipe"])["model"] != json.loads(self.recipe.model_dump_json())["model"]:
             raise UserError(f"{self.checkpoints.folder}: checkpoints of another model; choose another --run")
+        if state["rows"] != self._rows_of_training():
+            raise UserError(
+                f"{self.checkpoints.folder}: the data has changed since this run began, from {state['rows']} to "
+                f"{self._rows_of_training()}; start a new run with another --run"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:
@@ -347,6 +366,12 @@ class _Loop:
             self._set_generator_state(state["generators"][self.context.rank])
         else:
             self._seed_rank(self.progress.step)
+
+    def _rows_of_training(self) -> str:
+        """What places in the order of rows, and the model's inputs and outputs, refer to."""
+        manifest = self.context.splits.manifest
+        shape = " x ".join(map(str, manifest.input_shape))
+        return f"{manifest.rows('train')} rows of {shape} with {manifest.num_outputs} outputs"
 
     def _seed_rank(self, step: int) -> None:
         """A stream of its own for each rank, for dropout."""

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from nn_models.spec import Spec
 
@@ -21,6 +21,12 @@ class SGDSpec(Spec):
     momentum: Beta = 0.0
     nesterov: bool = False
     weight_decay: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_looks_ahead_along_the_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum; set momentum, for instance to 0.9, or nesterov to false")
+        return self
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
@@ -148,7 +154,8 @@ class StepSpec(ScheduleSpec):
 
     def decay(self, done: float) -> float:
         """See ScheduleSpec."""
-        return self.gamma ** min(int(done * (self.num_drops + 1)), self.num_drops)
+        # 0.29 * 100 is 28.999999999999996
+        return self.gamma ** min(int(done * (self.num_drops + 1) + 1e-9), self.num_drops)
 
 
 AnyScheduleSpec = Annotated[ConstantSpec | CosineSpec | LinearSpec | StepSpec, Field(discriminator="kind")]

@@ -1,7 +1,7 @@
 """Recipe: model + data + objective + optimizer + schedule + train, read from YAML, validated before any work."""
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,7 +31,7 @@ class TrainSpec(Spec):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of the moving average of the weights, which is then what is evaluated and kept"
     )
-    seed: NonNegativeInt = Field(0, description="seed of weights, order of rows, dropout and augmentation")
+    seed: NonNegativeInt = Field(0, lt=2**63, description="seed of weights, order of rows, dropout and augmentation")
     patience: PositiveInt | None = Field(None, description="epochs without improvement after which to stop")
     log_every_steps: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
     checkpoint_every_epochs: PositiveInt = Field(1, description="epochs between checkpoints")
@@ -66,6 +66,7 @@ class Recipe(Spec):
             raise UserError(f"data: {self.data.kind} has no training rows; add some")
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
             raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
+        self.objective.build(manifest.num_outputs)  # refuses a number of outputs that makes no sense
         self.model.check(manifest.signature)
 
 
@@ -96,7 +97,8 @@ def parse_yaml(text: str, *, name: str) -> Any:
     """YAML with the numbers people write (1e-3 is one). Raises UserError with line and column."""
     try:
         return yaml.load(text, _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
+    # PyYAML lets out what its constructors run into: a date of 2020-99-99, "!!float x", a thousand brackets
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -114,19 +116,17 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).removesuffix("...\n").strip()
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6)
+    return text.removesuffix("...\n").strip()
 
 
 def _from_file(source: str) -> Recipe:
     path = Path(source)
     if "://" in source:
         folder, _, name = source.rpartition("/")
-        try:
-            text = Folder(folder).read_text(name)
-        except FileNotFoundError:
-            raise UserError(f"{source}: no such recipe file") from None
+        text = _read(source, Folder(folder).read_bytes, name)
     elif path.is_file():
-        text = path.read_text()
+        text = _read(source, path.read_bytes)
     else:
         if path.suffix in (".yaml", ".yml") or "/" in source:
             raise UserError(f"{source}: no such recipe file; `manta recipes` lists the built-in ones")
@@ -137,23 +137,36 @@ def _from_file(source: str) -> Recipe:
     data = parse_yaml(text, name=source)
     if not isinstance(data, Mapping):
         raise UserError(f"{source}: a recipe is a mapping with the sections model and data, not {data!r}")
-    if "name" not in data and path.stem:
-        data = {"name": re.sub(r"[^A-Za-z0-9._-]", "-", path.stem), **data}
-    return validate(Recipe, data)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")
+    return validate(Recipe, {"name": name, **data} if name else data)
+
+
+def _read(source: str, read: Callable[..., bytes], *arguments: str) -> str:
+    try:
+        return read(*arguments).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not a recipe file that can be read ({error})") from None
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats, and no key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        # a merge key (<<: *defaults) is no key of its own
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=deep) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts what `_Loader` would take for a number into quotes."""
+
+
 # PyYAML follows YAML 1.1, where 1e-3 and 1e5 are strings.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _part in (_Loader, _Dumper):
+    _part.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )

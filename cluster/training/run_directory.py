@@ -137,7 +137,9 @@ def _lines_to(run: RunDirectory, last_step: int | None) -> list[str]:
     lines = run.folder.read_text(METRICS).splitlines(keepends=True)
     if last_step is None:
         return lines
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    # the test, which ends a run, is done anew
+    return [line for line, entry in entries if entry["step"] <= last_step and entry["split"] != "test"]
 
 
 def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> dict[str, Any]:

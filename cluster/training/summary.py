@@ -44,36 +44,17 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
     Raises UserError where the rows do not go through, or come out with the wrong shape.
     """
     try:
-        with torch.device("meta"):
-            model = recipe.model.build(manifest.signature)
-    except NotImplementedError:  # a custom model that looks at its own weights
-        model = recipe.model.build(manifest.signature)
-    layers: list[Layer] = []
-    sizes: list[int] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                count = sum(p.numel() for p in module.parameters(recurse=False))
-                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
-                sizes.append(output[0].numel() * output.element_size())
-
-        return hook
-
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
-    device = next((p.device for p in model.parameters()), torch.device("meta"))
-    rows = torch.zeros(2, *manifest.input_shape, device=device)
-    try:
-        output = model(rows)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: "
-            f"{error}"
-        ) from None
-    finally:
-        for hook in hooks:
-            hook.remove()
+        model, layers, sizes, output = _rehearse(recipe, manifest, "meta")
+    except Exception:  # tensors without memory have no values, which a custom model may look at
+        try:
+            model, layers, sizes, output = _rehearse(recipe, manifest, "cpu")
+        except UserError:
+            raise
+        except Exception as error:  # a custom model may raise anything
+            raise UserError(
+                f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from "
+                f"{recipe.data.kind}: {type(error).__name__}: {error}"
+            ) from error
     expected = (2, manifest.num_outputs)
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -81,8 +62,13 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
             f"model: {recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}; "
             "its last layer must have one output a class"
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"model: {recipe.model.kind} has no weights to train; give it nn.Parameters that need gradients"
+        )
     count = sum(p.numel() for p in model.parameters())
-    copies = 2 + STATES_PER_PARAMETER[recipe.optimizer.kind] + (1 if recipe.train.ema_decay else 0)
+    momentum = 1 if getattr(recipe.optimizer, "momentum", 0) else 0
+    copies = 2 + STATES_PER_PARAMETER[recipe.optimizer.kind] + momentum + (1 if recipe.train.ema_decay else 0)
     order = training_order(
         manifest,
         global_batch_size=recipe.train.global_batch_size,
@@ -102,3 +88,27 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
         activation_bytes=share * sum(sizes) // narrow,
         data_bytes=sum(held.values()) * manifest.row_bytes,
     )
+
+
+def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Module, list[Layer], list[int], Any]:
+    """The model, its layers, the bytes of a row that each puts out, and what comes out for two rows."""
+    layers: list[Layer] = []
+    sizes: list[int] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                count = sum(p.numel() for p in module.parameters(recurse=False))
+                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
+                sizes.append(output.numel() // 2 * output.element_size())
+
+        return hook
+
+    with torch.device(device):
+        model = recipe.model.build(manifest.signature)
+        leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+        hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+        output = model(torch.zeros(2, *manifest.input_shape))
+    for hook in hooks:
+        hook.remove()
+    return model, layers, sizes, output

@@ -76,7 +76,7 @@ def test_the_digest_sees_an_exchange_of_two_rows():
 
 
 def test_lane_shuffles_stay_within_the_window():
-    order = LaneOrder([10] * 48, global_batch_size=16, seed=0, window=240)
+    order = LaneOrder([10] * 48, global_batch_size=32, seed=0, window=240)
     for lane in range(order.num_lanes):
         for index, block in enumerate(order.lanes(0)[lane].groups):
             assert len(order.block(0, lane, index).ids) == 10 * len(block) == 10

@@ -1,20 +1,20 @@
 """parquet: the user's own columns; shards: a data set that `manta data prepare` has written."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pyarrow import fs
 from pydantic import Field, PositiveInt
 
 from cluster.data.manifest import TargetKind
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
@@ -30,47 +30,68 @@ class ParquetColumns:
     pools: dict[str, list[Part]]
     inputs: tuple[str, ...]
     target: str
+    resize: bool
 
     def load(self, part: Part) -> tuple[Array, Array]:
         """See Source."""
         file, group = part.what
-        table = _open(file).read_row_group(group, columns=[*self.inputs, self.target])
+        table = _read(file, group, [*self.inputs, self.target])
         where = f"{file}, row group {group}"
         for name in table.column_names:
             if table[name].null_count:
                 raise UserError(f"{where}: column {name} has {table[name].null_count} empty values; fill or drop them")
-        return self._inputs(table, where), self._targets(table[self.target], where)
+        return self._inputs(table, where), self._targets(table[self.target], f"{where}, column {self.target}")
 
     def _inputs(self, table: pa.Table, where: str) -> Array:
         shape = self.columns.input_shape
-        if self.columns.input_dtype == "float32":
-            columns = [_numbers(table[name]) for name in self.inputs]
-            values = np.concatenate(columns, axis=1)
-            if values.shape[1:] != shape and values.shape[1] != int(np.prod(shape)):
-                raise UserError(
-                    f"{where}: rows of {values.shape[1]} numbers where the first file has {shape}; mend the file"
-                )
-            if not np.isfinite(values).all():
-                raise UserError(f"{where}: {', '.join(self.inputs)} hold NaN or infinity; fill or drop those rows")
-            return values.reshape(-1, *shape)
-        column = table[self.inputs[0]].combine_chunks()
-        if pa.types.is_fixed_size_list(column.type) or pa.types.is_list(column.type):
-            return _numbers(table[self.inputs[0]]).reshape(-1, *shape).astype(np.uint8)
-        rows = (f"{where}, row {row}, column {self.inputs[0]}" for row in range(len(column)))
-        channels, height, width = shape
+        if _is_encoded(table[self.inputs[0]].type):
+            return self._images(table[self.inputs[0]], f"{where}, column {self.inputs[0]}")
+        columns = ", ".join(self.inputs)
+        values = np.concatenate([_numbers(table[name], f"{where}, column {name}") for name in self.inputs], axis=1)
+        if values.shape[1] != int(np.prod(shape)):
+            raise UserError(
+                f"{where}: rows of {values.shape[1]} numbers in {columns} where the first file has {shape}; "
+                "mend the file"
+            )
+        if not np.isfinite(values).all():
+            raise UserError(f"{where}: {columns} hold NaN or infinity; fill or drop those rows")
+        rows = values.reshape(-1, *shape)
+        return _pixels(rows, f"{where}, column {columns}") if self.columns.input_dtype == "uint8" else rows
+
+    def _images(self, column: pa.ChunkedArray, where: str) -> Array:
+        channels, height, width = self.columns.input_shape
+        field = None if self.resize else "data.image_shape"
         return np.stack(
             [
-                decode_image(_encoded(value), name=name, channels=channels, size=(height, width))
-                for name, value in zip(rows, column.to_pylist(), strict=True)
+                decode_image(
+                    _encoded(value),
+                    name=f"{where}, row {row}",
+                    channels=channels,
+                    size=(height, width),
+                    size_field=field,
+                )
+                for row, value in enumerate(column.to_pylist())
             ]
         )
 
     def _targets(self, column: pa.ChunkedArray, where: str) -> Array:
         if self.columns.target_kind == "number":
-            return _numbers(column)
-        labels = pc.index_in(column.cast(pa.string()), pa.array(self.columns.class_names, pa.string()))
+            numbers = _numbers(column, where)
+            if not np.isfinite(numbers).all():
+                raise UserError(f"{where}: NaN or infinity; fill or drop those rows")
+            if numbers.shape[1] != self.columns.num_outputs:
+                raise UserError(
+                    f"{where}: {numbers.shape[1]} numbers a row where the first file has {self.columns.num_outputs}; "
+                    "mend the file"
+                )
+            return numbers
+        names = _labels(column, where)
+        labels = pc.index_in(names, pa.array(self.columns.class_names, pa.string()))
         if labels.null_count:
-            raise UserError(f"{where}: column {self.target} holds a class that the other files do not; mend the file")
+            unknown = names.filter(labels.is_null())[0].as_py()
+            raise UserError(
+                f"{where}: no training row has the class {unknown!r}; drop such rows, or add some to train on"
+            )
         return labels.to_numpy().astype(np.int64)
 
 
@@ -78,7 +99,7 @@ class ParquetSpec(DrawnTestSpec):
     """Columns of Parquet files: images (encoded bytes, or fixed-size lists of 0 to 255) or numeric features."""
 
     kind: Literal["parquet"] = "parquet"
-    path: str = Field(description="a Parquet file or a folder of them, local or a URI")
+    path: str = Field(min_length=1, description="a Parquet file or a folder of them, local or a URI")
     test_path: str | None = Field(None, description="the test split, where it stands apart")
     input: str | tuple[str, ...] = Field(description="the column with the input, or several numeric columns")
     target: str = Field(description="the column with the label or number to predict")
@@ -90,70 +111,69 @@ class ParquetSpec(DrawnTestSpec):
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
         paths = {"path": self.path, "test_path": self.test_path}
-        local = {name: str(Path(base, path).absolute()) for name, path in paths.items() if path and "://" not in path}
-        return self.model_copy(update=local)
-
-    @cached_property
-    def _files(self) -> dict[str, list[fs.FileInfo]]:
-        paths = {"train": self.path, "test": self.test_path}
-        return {pool: _parquet_files(path, pool) for pool, path in paths.items() if path}
+        return self.model_copy(update={name: absolute(path, base) for name, path in paths.items() if path})
 
     def fingerprint(self) -> str:
         """See DataSpec."""
-        files = [(info.path, info.size, info.mtime_ns) for infos in self._files.values() for info in infos]
+        files = [(name, info.size, info.mtime_ns) for found in self._files().values() for name, info in found]
         return hashlib.sha256(repr(files).encode()).hexdigest()
 
     def open(self) -> ParquetColumns:
         """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""
         inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
+        if not inputs:
+            raise UserError("data.input: names no column; give at least one")
         pools: dict[str, list[Part]] = {}
-        for pool, infos in self._files.items():
-            base = self.path if pool == "train" else str(self.test_path)
+        for pool, found in self._files().items():
             pools[pool] = []
-            for info in infos:
-                name = _name(base, info)
+            for name, _ in found:
                 file = _open(name)
                 for column in (*inputs, self.target):
-                    if column not in file.schema_arrow.names:
+                    if (count := file.schema_arrow.names.count(column)) > 1:
+                        raise UserError(f"{name}: {count} columns are named {column!r}; rename them")
+                    if not count:
                         hint = did_you_mean(column, file.schema_arrow.names)
                         raise UserError(f"{name}: no column {column!r}; {hint}")
                 groups = range(file.metadata.num_row_groups)
                 pools[pool] += [Part(file.metadata.row_group(g).num_rows, (name, g)) for g in groups]
             pools[pool] = [part for part in pools[pool] if part.rows]
             if not pools[pool]:
+                base = self.path if pool == "train" else self.test_path
                 raise UserError(f"{base}: no rows in these Parquet files; give files with data")
-        return ParquetColumns(self._columns(pools, inputs), pools, inputs, self.target)
+        columns = self._columns(pools["train"], inputs)
+        return ParquetColumns(columns, pools, inputs, self.target, resize=self.image_shape is not None)
 
-    def _columns(self, pools: dict[str, list[Part]], inputs: tuple[str, ...]) -> Columns:
-        name, group = pools["train"][0].what
-        file = _open(name)
-        shape, dtype = self._input_layout(file, name, inputs)
-        target = file.schema_arrow.field(self.target).type
-        kind = self.target_kind or ("number" if pa.types.is_floating(target) else "label")
+    def _files(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
+        """Pool -> its files as they are there now."""
+        found = {"train": _parquet_files(self.path, "data.path")}
+        if self.test_path:
+            found["test"] = _parquet_files(self.test_path, "data.test_path")
+        return found
+
+    def _columns(self, parts: Sequence[Part], inputs: tuple[str, ...]) -> Columns:
+        name, _ = parts[0].what
+        first = _first_row(name, [*inputs, self.target])
+        shape, dtype = self._input_layout(first, name, inputs)
+        target = first.schema.field(self.target).type
+        kind = self.target_kind or ("number" if pa.types.is_floating(_innermost(target)) else "label")
         if kind == "number":
-            return Columns(
-                shape, dtype, "number", _numbers(file.read_row_group(group, [self.target])[self.target]).shape[1]
-            )
-        files = dict.fromkeys(part.what[0] for parts in pools.values() for part in parts)
-        values = {
-            value for file in files for value in _open(file).read([self.target])[self.target].unique().to_pylist()
-        }
-        if None in values:
-            raise UserError(f"{self.path}: column {self.target} has empty values; fill or drop them")
-        names = [str(value) for value in sorted(values)]
+            numbers = _numbers(first[self.target], f"{name}, column {self.target}")
+            return Columns(shape, dtype, "number", numbers.shape[1])
+        names = _class_names(dict.fromkeys(part.what[0] for part in parts), self.target)
         if len(names) < 2:
             raise UserError(f"{self.path}: column {self.target} holds {len(names)} class; at least two are needed")
-        return Columns(shape, dtype, "label", len(names), tuple(names))
+        return Columns(shape, dtype, "label", len(names), names)
 
-    def _input_layout(self, file: pq.ParquetFile, name: str, inputs: tuple[str, ...]) -> tuple[tuple[int, ...], str]:
-        kinds = [file.schema_arrow.field(column).type for column in inputs]
-        if len(inputs) == 1 and (_is_bytes(kinds[0]) or pa.types.is_struct(kinds[0])):
+    def _input_layout(self, first: pa.Table, name: str, inputs: tuple[str, ...]) -> tuple[tuple[int, ...], str]:
+        kinds = [first.schema.field(column).type for column in inputs]
+        if len(inputs) == 1 and _is_encoded(kinds[0]):
             if self.image_shape:
                 return self.image_shape, "uint8"
-            first = _encoded(next(file.iter_batches(1, columns=list(inputs)))[0][0].as_py())
-            return decode_image(first, name=f"{name}, row 0", channels=3, size=None).shape, "uint8"
-        first = next(file.iter_batches(1, columns=list(inputs)))
-        size = sum(_numbers(pa.chunked_array([first[column]])).shape[1] for column in inputs)
+            content = _encoded(first[inputs[0]][0].as_py())
+            return decode_image(content, name=f"{name}, row 0", channels=3, size=None).shape, "uint8"
+        size = sum(_numbers(first[column], f"{name}, column {column}").shape[1] for column in inputs)
+        if not size:
+            raise UserError(f"{name}: empty lists in {', '.join(inputs)}; drop those rows")
         if self.image_shape is None:
             return (size,), "float32"
         if size != int(np.prod(self.image_shape)):
@@ -161,42 +181,100 @@ class ParquetSpec(DrawnTestSpec):
                 f"data.image_shape: {self.image_shape} is {int(np.prod(self.image_shape))} numbers, but rows of "
                 f"{', '.join(inputs)} in {name} have {size}"
             )
-        integers = all(
-            pa.types.is_integer(kind) or pa.types.is_integer(getattr(kind, "value_type", kind)) for kind in kinds
-        )
-        return self.image_shape, "uint8" if integers and len(inputs) == 1 else "float32"
+        integers = all(pa.types.is_integer(_innermost(kind)) for kind in kinds)
+        return self.image_shape, "uint8" if integers else "float32"
 
 
-def _parquet_files(path: str, pool: str) -> list[fs.FileInfo]:
+def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
+    """The name, as a user would write it, of each file, sorted."""
     folder = Folder(path)
-    field = "data.path" if pool == "train" else "data.test_path"
     info = folder.filesystem.get_file_info(folder.path)
     if info.type == fs.FileType.File:
-        return [info]
+        return [(folder.uri, info)]
     if info.type == fs.FileType.NotFound:
         raise UserError(f"{field}: {path}: no such file or folder; give Parquet files")
-    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
-    files = sorted((info for info in found if info.path.endswith((".parquet", ".pq"))), key=lambda info: info.path)
+    files = [(name, info) for name, info in folder.walk() if name.endswith((".parquet", ".pq")) and info.is_file]
     if not files:
         raise UserError(f"{field}: {path}: no .parquet files in this folder; give one that has some")
-    return files
-
-
-def _name(base: str, info: fs.FileInfo) -> str:
-    """The file's path as a user would write it, with the scheme of `base`."""
-    return info.path if "://" not in base else f"{base.split('://')[0]}://{info.path.lstrip('/')}"
+    return [((folder / name).uri, info) for name, info in files]
 
 
 def _open(name: str) -> pq.ParquetFile:
-    filesystem, path = Folder(name).filesystem, Folder(name).path
+    folder = Folder(name)
     try:
-        return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
-    except (pa.ArrowInvalid, OSError) as error:
+        return pq.ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{name}: not a readable Parquet file ({error}); replace or remove it") from None
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
+    """Columns of one row group, or of the whole file. Raises UserError for damaged content."""
+    file, columns = _open(name), list(dict.fromkeys(columns))
+    try:
+        table = file.read(columns) if group is None else file.read_row_group(group, columns)
+        return table.select(columns)  # pyarrow takes a column a.b for a part of the column a
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+
+
+def _first_row(name: str, columns: Sequence[str]) -> pa.Table:
+    try:
+        columns = list(dict.fromkeys(columns))
+        first = pa.Table.from_batches([next(_open(name).iter_batches(1, columns=columns))]).select(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+    for column in first.column_names:
+        if first[column].null_count:
+            raise UserError(f"{name}, row 0: column {column} has an empty value; fill or drop such rows")
+    return first
+
+
+def _class_names(files: Iterable[str], target: str) -> tuple[str, ...]:
+    """The names of the classes in these files: whole numbers in their order, others in the alphabet's."""
+    names: set[str] = set()
+    numeric = True
+    for file in files:
+        column = _read(file, None, [target])[target]
+        if column.null_count:
+            raise UserError(f"{file}: column {target} has {column.null_count} empty values; fill or drop them")
+        numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        names.update(_labels(column, f"{file}, column {target}").unique().to_pylist())
+    return tuple(sorted(names, key=int) if numeric else sorted(names))
+
+
+def _labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """A column of labels as their names."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_floating(kind):
+        try:
+            column = column.cast(pa.int64())
+        except pa.ArrowInvalid:
+            raise UserError(
+                f"{where}: fractions are no labels; set data.target_kind to number, or make them whole numbers"
+            ) from None
+    elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+        raise UserError(
+            f"{where}: values of type {column.type} are no labels; make them text or whole numbers, or set "
+            "data.target_kind to number"
+        )
+    return column.cast(pa.string())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
+
+
+def _is_any_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _innermost(kind: pa.DataType) -> pa.DataType:
+    """The type of the values in lists of any depth."""
+    return _innermost(kind.value_type) if _is_any_list(kind) else kind
 
 
 def _encoded(value: Any) -> bytes:
@@ -205,30 +283,39 @@ def _encoded(value: Any) -> bytes:
     return content if isinstance(content, bytes) else b""
 
 
-def _numbers(column: pa.ChunkedArray) -> Array:
-    """A numeric column, or one of equally long lists, as (rows, numbers) float32."""
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks)
+def _numbers(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
+    """A numeric column, or one of equally long lists (of lists), as (rows, numbers) float32."""
+    array = pa.concat_arrays(column.chunks)
     rows = len(array)
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+    while _is_any_list(array.type):
         lengths = pc.list_value_length(array).unique()
         if len(lengths) != 1:
-            raise UserError(
-                f"lists of different lengths ({', '.join(map(str, lengths.to_pylist()))}); make them equally long"
-            )
+            sizes = ", ".join(map(str, lengths.to_pylist()))
+            raise UserError(f"{where}: lists of different lengths ({sizes}); make them equally long")
         array = array.flatten()
     if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):
-        raise UserError(f"values of type {array.type} are not numbers; choose numeric columns")
-    return array.cast(pa.float32()).to_numpy(zero_copy_only=False).reshape(rows, -1)
+        raise UserError(f"{where}: values of type {array.type} are not numbers; choose numeric columns")
+    # not safe: whole numbers past 2^24 are rounded, as fractions are
+    return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(rows, -1)
+
+
+def _pixels(values: NDArray[np.float32], where: str) -> NDArray[np.uint8]:
+    """Numbers as uint8, none of them changed."""
+    bad = values[(values < 0) | (values > 255) | (values != np.floor(values))]
+    if len(bad):
+        raise UserError(
+            f"{where}: {bad[0]:g} is no pixel; images of whole numbers hold 0 to 255, so rescale them, or store the "
+            "column as floats"
+        )
+    return values.astype(np.uint8)
 
 
 class ShardsSpec(DataSpec):
     """A data set that `manta data prepare` has written; its splits are fixed."""
 
     kind: Literal["shards"] = "shards"
-    path: str = Field(description="the folder with manifest.json, local or a URI")
+    path: str = Field(min_length=1, description="the folder with manifest.json, local or a URI")
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
-        return self if "://" in self.path else self.model_copy(update={"path": str(Path(base, self.path).absolute())})
+        return self.model_copy(update={"path": absolute(self.path, base)})

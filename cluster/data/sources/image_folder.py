@@ -2,21 +2,22 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pyarrow import fs
 from pydantic import Field, PositiveInt
 
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PART_ROWS = 1024
+
+Tree = dict[str, dict[str, list[fs.FileInfo]]]  # pool -> class -> its images
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,14 @@ class ImageFolder:
     root: str
     columns: Columns
     pools: dict[str, list[Part]]
+    resize: bool
 
     def load(self, part: Part) -> tuple[Array, Array]:
         """See Source."""
+        channels, *size = self.columns.input_shape
+        field = None if self.resize else "data.image_size"
         folder = Folder(self.root)
-        channels, height, width = self.columns.input_shape
-        images = [
-            decode_image(folder.read_bytes(name), name=f"{self.root}/{name}", channels=channels, size=(height, width))
-            for name, _ in part.what
-        ]
+        images = [_image(folder, name, channels=channels, size=tuple(size), size_field=field) for name, _ in part.what]
         return np.stack(images), np.array([label for _, label in part.what], np.int64)
 
 
@@ -42,7 +42,7 @@ class ImageFolderSpec(DrawnTestSpec):
     """A folder of images: ROOT/class/image.png, or ROOT/train/class/… and ROOT/test/class/…."""
 
     kind: Literal["image_folder"] = "image_folder"
-    path: str = Field(description="the folder, local or a URI")
+    path: str = Field(min_length=1, description="the folder, local or a URI")
     image_size: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="height and width that images are resized to; needed where they differ in size"
     )
@@ -50,62 +50,76 @@ class ImageFolderSpec(DrawnTestSpec):
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
-        return self if "://" in self.path else self.model_copy(update={"path": str(Path(base, self.path).absolute())})
-
-    @cached_property
-    def _files(self) -> list[tuple[str, int]]:
-        """(path below the root, bytes) of each image."""
-        folder = Folder(self.path)
-        if not folder.exists():
-            raise UserError(f"data.path: {self.path}: no such folder; give the one with a folder for each class")
-        below = len(folder.path) + 1
-        infos = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
-        files = [(info.path[below:], info.size) for info in infos if info.type == fs.FileType.File]
-        return sorted((path, size) for path, size in files if path.lower().endswith(ENDINGS))
-
-    @cached_property
-    def _classes(self) -> dict[str, list[str]]:
-        """Pool -> the names of its class folders."""
-        folder = Folder(self.path)
-        names = [name for name in folder.names() if not _is_file(folder, name)]
-        pools = [name for name in names if name in ("train", "test")]
-        if "train" not in pools:
-            return {"": names}
-        return {pool: [name for name in (folder / pool).names() if not _is_file(folder / pool, name)] for pool in pools}
+        return self.model_copy(update={"path": absolute(self.path, base)})
 
     def fingerprint(self) -> str:
         """See DataSpec."""
-        return hashlib.sha256(repr((self._files, self._classes)).encode()).hexdigest()
+        found = [
+            (info.path, info.size, info.mtime_ns)
+            for classes in self._tree().values()
+            for images in classes.values()
+            for info in images
+        ]
+        return hashlib.sha256(repr(found).encode()).hexdigest()
 
     def open(self) -> ImageFolder:
         """See DataSpec. Refuses class folders without images."""
-        files = self._files
-        names = sorted({name for classes in self._classes.values() for name in classes})
+        tree = self._tree()
+        names = sorted(tree["train"])
         if len(names) < 2:
             raise UserError(
                 f"data.path: {self.path} has {len(names)} class folders; put the images of each class into a folder "
                 f"of its own ({self.path}/cat/1.png, {self.path}/dog/2.png)"
             )
+        for name in tree.get("test", {}):
+            if name not in names:
+                raise UserError(f"{self.path}/test/{name}: a class without training images; add some or remove it")
+        folder = Folder(self.path)
+        below = len(folder.path) + 1
+        label = {name: index for index, name in enumerate(names)}
         pools: dict[str, list[Part]] = {}
-        for pool, classes in self._classes.items():
-            labelled: list[tuple[str, int]] = []
-            for name in classes:
-                prefix = f"{pool}/{name}/" if pool else f"{name}/"
-                found = [(path, names.index(name)) for path, _ in files if path.startswith(prefix)]
-                if not found:
-                    raise UserError(f"{self.path}/{prefix[:-1]}: no images in this class folder; add some or remove it")
-                labelled += found
+        for pool, classes in tree.items():
+            labelled = [(info.path[below:], label[name]) for name, images in classes.items() for info in images]
             shuffled = [labelled[i] for i in np.random.default_rng(self.split_seed).permutation(len(labelled))]
             runs = [shuffled[first : first + PART_ROWS] for first in range(0, len(shuffled), PART_ROWS)]
-            pools[pool or "train"] = [Part(len(run), tuple(run)) for run in runs]
-        return ImageFolder(self.path, self._columns(files[0][0], names), pools)
+            pools[pool] = [Part(len(run), tuple(run)) for run in runs]
+        first = tree["train"][names[0]][0].path[below:]
+        shape = _image(folder, first, channels=self.channels, size=self.image_size, size_field=None).shape
+        columns = Columns(shape, "uint8", "label", len(names), tuple(names))
+        return ImageFolder(self.path, columns, pools, resize=self.image_size is not None)
 
-    def _columns(self, first: str, names: list[str]) -> Columns:
-        content = Folder(self.path).read_bytes(first)
-        name = f"{self.path}/{first}"
-        shape = decode_image(content, name=name, channels=self.channels, size=self.image_size).shape
-        return Columns(shape, "uint8", "label", len(names), tuple(names))
+    def _tree(self) -> Tree:
+        """What is there now, sorted. Raises UserError where there is no folder, or one of a class without images."""
+        folder = Folder(self.path)
+        if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+            raise UserError(f"data.path: {self.path}: no such folder; give the one with a folder for each class")
+        entries = [(tuple(name.split("/")), info) for name, info in folder.walk()]
+        folders = [names for names, info in entries if info.type == fs.FileType.Directory]
+        places = {pool: (pool,) for pool in ("train", "test") if (pool,) in folders}
+        tree: Tree = {}
+        for pool, place in places.items() if "train" in places else [("train", ())]:
+            depth = len(place)
+            tree[pool] = {names[-1]: [] for names in folders if names[:-1] == place}
+            for names, info in entries:
+                if len(names) > depth + 1 and names[:depth] == place and _is_image(info):
+                    tree[pool][names[depth]].append(info)
+            for name, images in tree[pool].items():
+                if not images:
+                    where = "/".join([self.path, *place, name])
+                    raise UserError(f"{where}: no images in this class folder; add some or remove it")
+        return tree
 
 
-def _is_file(folder: Folder, name: str) -> bool:
-    return folder.size(name) is not None
+def _is_image(info: fs.FileInfo) -> bool:
+    return info.is_file and info.path.lower().endswith(ENDINGS)
+
+
+def _image(
+    folder: Folder, name: str, *, channels: int, size: tuple[int, ...] | None, size_field: str | None
+) -> NDArray[np.uint8]:
+    where = f"{folder}/{name}"
+    try:
+        content = folder.read_bytes(name)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error}); check the file") from None
+    return decode_image(content, name=where, channels=channels, size=size, size_field=size_field)  # type: ignore[arg-type]

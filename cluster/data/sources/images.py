@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from cluster.data.cache import cache_root
-from cluster.data.sources.base import Array, Columns, DrawnTestSpec, Fraction, Part, SplitSpec, even_parts
+from cluster.data.sources.base import Array, Columns, DrawnTestSpec, Fraction, Part, SplitSpec, absolute, even_parts
 from cluster.data.sources.pixels import resize
 from nn_models.errors import UserError
 
@@ -86,14 +87,15 @@ def _digits() -> tuple[Array, Array]:
 def _idx(folder: Path, name: str) -> Array:
     """The bytes after the header of an IDX file (LeCun's MNIST format), checked against the known md5."""
     plain, packed = folder / name, folder / f"{name}.gz"
+    path = plain if plain.exists() else packed
     try:
-        content = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+        content = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{packed}: missing; put all four files of Fashion-MNIST there") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"{packed}: cannot be read ({error}); fetch it again") from None
+        raise UserError(f"{path}: missing; put all four files of Fashion-MNIST there") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != FASHION_MD5[name]:
-        raise UserError(f"{folder / name}: not the published Fashion-MNIST file (its md5 differs); fetch it again")
+        raise UserError(f"{path}: not the published Fashion-MNIST file (its md5 differs); fetch it again")
     dimensions = content[3]
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
 
@@ -105,8 +107,9 @@ def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
     try:
         loaded = getattr(datasets, name)(where, train=pool == "train", download=True)
     except Exception as error:  # torchvision raises whatever its mirrors and archives do
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"data.root: {name} is neither in {where} nor could it be downloaded ({str(error).strip()}); "
+            f"data.root: {name} is neither in {where} nor could it be downloaded ({reason}); "
             f"put the files there or give another data.root"
         ) from None
     images = np.asarray(loaded.data)
@@ -137,7 +140,7 @@ class _DownloadedSpec(SplitSpec):
 
     def resolved(self, base: str) -> SplitSpec:
         """See DataSpec."""
-        return self.model_copy(update={"root": str(Path(base, self.root).absolute())}) if self.root else self
+        return self.model_copy(update={"root": absolute(self.root, base)}) if self.root else self
 
     @property
     def _place(self) -> str:

@@ -1,0 +1,76 @@
+"""Small data sets made for the tests, whose every row can be told from the others."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.data.prepare import prepare
+from cluster.data.shards import DataSet, table_rows
+from cluster.data.sources.columns import ParquetSpec
+from cluster.storage import Folder
+
+NUM_CLASSES = 3
+
+
+def features(folder: Path, rows: int, *, width: int = 4, seed: int = 0, target: str = "label", **fields) -> ParquetSpec:
+    """Rows of `width` normal numbers, their class (which a linear model can learn), or two numbers to predict.
+
+    Their first feature is the row's number in the file.
+    """
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(rows, width)).astype(np.float32)
+    x[:, 0] = np.arange(rows)
+    scores = (x - x.mean(0)) / np.maximum(x.std(0), 1e-6) @ generator.normal(size=(width, NUM_CLASSES))
+    labels = scores.argmax(1)
+    labels[:NUM_CLASSES] = range(min(rows, NUM_CLASSES))  # every class is there, however few rows there are
+    y = pa.array(labels) if target == "label" else _lists(scores[:, :2].astype(np.float32))
+    columns = {"x": _lists(x), "y": y}
+    return _parquet(folder, columns, **fields)
+
+
+def images(folder: Path, rows: int, *, shape: tuple[int, int, int] = (3, 6, 5), seed: int = 0, **fields) -> ParquetSpec:
+    """Images of noise, brighter for later classes; their first two pixels are the row's number in the file."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(rows) % NUM_CLASSES
+    pixels = generator.integers(0, 100, (rows, int(np.prod(shape))), dtype=np.uint8)
+    pixels += (labels * 60).astype(np.uint8)[:, None]
+    pixels[:, 0], pixels[:, 1] = np.divmod(np.arange(rows), 256)
+    return _parquet(folder, {"x": _lists(pixels), "y": pa.array(labels)}, image_shape=shape, **fields)
+
+
+def source_rows(spec: ParquetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """(inputs, targets) as they stand in the files, read without any of manta's code."""
+    table = pq.read_table(spec.path)
+    inputs = np.array(table["x"].to_pylist(), np.float32 if spec.image_shape is None else np.uint8)
+    return inputs.reshape(len(inputs), *(spec.image_shape or inputs.shape[1:])), np.array(table["y"].to_pylist())
+
+
+def number_of(inputs: np.ndarray) -> np.ndarray:
+    """The numbers in the file of these rows (as stored)."""
+    if inputs.ndim == 2:
+        return inputs[:, 0].astype(int)
+    flat = inputs.reshape(len(inputs), -1).astype(int)
+    return flat[:, 0] * 256 + flat[:, 1]
+
+
+def written(spec: ParquetSpec, folder: Path) -> DataSet:
+    """The spec prepared into a folder of its own."""
+    prepare(spec, Folder(folder))
+    return DataSet(Folder(folder))
+
+
+def split_rows(data: DataSet, split: str):
+    """All rows of a split as arrays."""
+    return table_rows(data.table(split), data.manifest)
+
+
+def _lists(values: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+def _parquet(folder: Path, columns: dict[str, pa.Array], *, row_group_size: int = 100, **fields) -> ParquetSpec:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=row_group_size)
+    return ParquetSpec(path=str(folder / "rows.parquet"), input="x", target="y", **fields)

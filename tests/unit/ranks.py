@@ -1,0 +1,81 @@
+"""Runs `fit` in several processes over gloo, without Ray: `python -m tests.unit.ranks JOBS`.
+
+JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Prints the exit codes of each
+job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from cluster.data.prepare import prepared
+from cluster.storage import Folder
+from cluster.training.context import LocalContext, open_splits
+from cluster.training.loop import fit
+from cluster.training.ray_train import DistributedContext
+from cluster.training.recipe import load_recipe
+
+
+def main() -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    jobs = json.loads(sys.argv[1])
+    _fit(
+        jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0}, 0, Path()
+    )  # imports what torch imports when it is used
+    print(json.dumps([_forked(job) for job in jobs]))
+
+
+def _forked(job: dict) -> list[int]:
+    store = Path(tempfile.mkdtemp()) / "store"
+    ranks = [_fork(job, rank, store) for rank in range(max(1, job["world_size"]))]
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+
+
+def _fork(job: dict, rank: int, store: Path) -> int:
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        with warnings.catch_warnings():
+            # torch 2.15 advises an argument that torch 2.11 does not know
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            _fit(job, rank, store)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _fit(job: dict, rank: int, store: Path) -> None:
+    recipe = load_recipe(job["recipe"])
+    splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
+    place = {"run": Folder(job["run"]), "splits": splits, "device": torch.device("cpu")}
+    if not job["world_size"]:
+        fit(recipe, context=LocalContext(**place))
+        return
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=job["world_size"],
+        timeout=timedelta(seconds=60),
+    )
+    result = fit(recipe, context=DistributedContext(**place))
+    if rank == 0:
+        (Path(job["run"]) / "result.json").write_text(json.dumps(result))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
