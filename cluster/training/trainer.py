@@ -186,8 +186,8 @@ def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) 
         local_device(True)
     if ranks > train.global_batch_size:
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} rows cannot be shared by {ranks} workers; raise it, or "
-            "use fewer workers"
+            f"train.global_batch_size: {train.global_batch_size} rows cannot be shared by {ranks} workers; raise it, "
+            "or use fewer workers"
         )
     order = training_order(
         splits.manifest,

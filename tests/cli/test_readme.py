@@ -30,7 +30,10 @@ def test_its_table_lists_every_recipe():
     assert set(builtin_recipes()) <= table
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("") for line in block.splitlines() if line.startswith("manta ")])
+COMMANDS = [line for block in blocks("") for line in block.splitlines() if line.startswith("manta ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
 def test_its_commands_parse(line):
     arguments = shlex.split(line, comments=True)[1:]
     command = typer.main.get_command(app)

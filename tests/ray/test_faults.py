@@ -45,6 +45,11 @@ def workers() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
 
 
+def digests(run: str | Path) -> list[str]:
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [line["rows_digest"] for line in lines if "rows_digest" in line]
+
+
 def weights(run: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "model" / "model.safetensors")
 
@@ -83,16 +88,12 @@ def test_a_killed_worker_changes_nothing(ray, undisturbed, tmp_path, step):
     ours, theirs = weights(run), weights(undisturbed.run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert outcome.metrics == undisturbed.metrics
-    digests = [
-        [json.loads(line)["rows_digest"] for line in Path(place, "metrics.jsonl").read_text().splitlines() if "digest" in line]
-        for place in (run, undisturbed.run)
-    ]
-    assert digests[0] == digests[1]
+    assert digests(run) == digests(undisturbed.run)
 
 
 def test_workers_that_always_die_end_the_run(ray, tmp_path):
     recipe = {**EXACT, "model": {"kind": "custom", "target": "tests.ray.nets:Suicidal"}}
-    with pytest.raises(RunFailed, match="failed more often than train.max_failures"):
+    with pytest.raises(RunFailed, match=r"failed more often than train\.max_failures"):
         cluster.train(recipe, num_workers=1, run=str(tmp_path / "run"), overrides={"train.max_failures": 1})
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
