@@ -55,15 +55,17 @@ class Normalise:
 
     def __init__(self, manifest: Manifest, device: torch.device) -> None:
         mean, std = torch.tensor(manifest.mean, dtype=torch.float64), torch.tensor(manifest.std, dtype=torch.float64)
-        unit = 255.0 if manifest.input_dtype == "uint8" else 1.0
+        scale, shift = 1 / (std * (255.0 if manifest.input_dtype == "uint8" else 1.0)), -mean / std
         shape: tuple[int, ...] = (-1, 1, 1) if len(manifest.input_shape) == 3 else (-1,)
-        if len(mean) == 1:  # one number for all is much quicker than a broadcast
-            shape = ()
-        self._scale = (1 / (unit * std)).float().reshape(shape).to(device)
-        self._shift = (-mean / std).float().reshape(shape).to(device)
+        self._scale = scale.float().reshape(shape).to(device)
+        # one number for all inputs needs no broadcast, and then one pass over them does
+        self._only_scale = float(scale) if len(scale) == 1 else None
+        self._shift = shift.float().reshape(() if len(shift) == 1 else shape).to(device)
 
     def __call__(self, stored: Tensor) -> Tensor:
         """Float32 of the same shape."""
+        if self._only_scale is not None:
+            return torch.add(self._shift, stored, alpha=self._only_scale)
         return torch.mul(stored, self._scale).add_(self._shift)
 
 
