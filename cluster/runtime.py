@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +83,8 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     """
     configure_ray()
     if address:
+        if address.startswith("ray://"):
+            raise UserError(f"--address: {address}: the Ray client cannot drive training; give HOST:PORT")
         _knock(address)
         _show_token()
     import ray
@@ -88,15 +92,12 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     if ray.is_initialized():
         yield RaySession(ray, embedded=False)
         return
+    on_terminate = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
     if address:
-        if address.startswith("ray://"):
-            raise UserError(
-                f"--address: {address}: the Ray client cannot drive training; give HOST:PORT, or submit a job"
-            )
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -110,6 +111,8 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     else:
         # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
     try:
         yield RaySession(ray, embedded=address is None)
     finally:

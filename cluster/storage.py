@@ -18,11 +18,13 @@ class Folder:
     def __init__(self, where: str | os.PathLike[str] | Self) -> None:
         """`where` is a local path or a URI that pyarrow.fs knows. Raises UserError for one that it does not."""
         self.uri = str(where)
-        if "://" not in self.uri:
-            self.uri = str(Path(self.uri).expanduser().absolute())
+        if not self.uri:
+            raise UserError("'': not a place that can be read or written; give a directory or a URI")
         try:
+            if "://" not in self.uri:
+                self.uri = str(Path(self.uri).expanduser().absolute())
             self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
-        except (ArrowInvalid, OSError, ValueError) as error:
+        except (ArrowInvalid, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~unknown-user
             raise UserError(f"{self.uri}: not a place that can be read or written ({error})") from None
         self.path = self.path.rstrip("/")
 
@@ -50,7 +52,7 @@ class Folder:
             self.filesystem.create_dir(self.path, recursive=True)
             if self.local and not os.access(self.local, os.W_OK):
                 raise PermissionError(f"no permission to write into {self.local}")
-        except OSError as error:
+        except (OSError, ArrowInvalid) as error:
             raise UserError(f"{self.uri}: cannot be written ({error}); choose another directory") from None
         return self
 
@@ -82,13 +84,21 @@ class Folder:
         return [(name, info) for name, info in named if not any(part.startswith(".") for part in name.split("/"))]
 
     def read_bytes(self, name: str) -> bytes:
-        """The file's content. Raises FileNotFoundError."""
-        with self.filesystem.open_input_file(self.full(name)) as file:
-            return file.read()
+        """The file's content. Raises FileNotFoundError, and UserError where it cannot be read."""
+        try:
+            with self.filesystem.open_input_file(self.full(name)) as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(self.full(name)) from None
+        except OSError as error:
+            raise UserError(f"{self.uri}/{name}: cannot be read ({error}); check the path and permissions") from None
 
     def read_text(self, name: str) -> str:
-        """The file's content as UTF-8. Raises FileNotFoundError."""
-        return self.read_bytes(name).decode()
+        """The file's content as UTF-8. Raises FileNotFoundError, and UserError where it cannot be read."""
+        try:
+            return self.read_bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.uri}/{name}: not UTF-8 text ({error}); restore the file") from None
 
     def read_json(self, name: str) -> Any:
         """The file's content. Raises FileNotFoundError, and UserError where it is not JSON."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -39,18 +40,42 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger().handlers[0].addFilter(lambda record: record.name.startswith(("cluster", "jobs", "nn_models")))
     signal.signal(signal.SIGTERM, _interrupt)
-    if os.getcwd() not in sys.path:  # custom models stand where the user is
-        sys.path.insert(0, os.getcwd())
     try:
+        _import_from_here()
         code = app(standalone_mode=False)
+    except SystemExit as ended:  # how typer takes a broken pipe
+        code = _no_more_output() if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except UserError as error:
         code = _complain(str(error), USER_ERROR)
     except (typer.Abort, KeyboardInterrupt):
         code = _complain("interrupted", INTERRUPTED)
     except Exception as error:
         code = _other(error)
-    sys.stdout.flush()
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = _no_more_output()
+    except OSError as error:
+        code = _complain(f"standard output: {error.strerror}", USER_ERROR)
+        _no_more_output()
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _import_from_here() -> None:
+    """Custom models stand where the user is."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory is gone; cd to one that exists") from None
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _no_more_output() -> int:
+    """Whoever read the output has seen enough (`| head`): no failure. Keeps Python from trying again at its end."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    return DONE
 
 
 def _other(error: Exception) -> int:
@@ -65,7 +90,8 @@ def _other(error: Exception) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    for line in message.splitlines() or [""]:
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
 
@@ -105,13 +131,14 @@ def train(
     least, most = parse_workers(workers)
     configure_ray()
     from cluster.training.recipe import load_recipe
+    from cluster.training.run_directory import RunDirectory
     from cluster.training.trainer import new_run_name
     from cluster.training.trainer import train as run_training
 
     resolved = load_recipe(recipe, _overrides(set_))
     if resume and run is None:
         raise UserError("--resume: say which run to continue with --run DIR")
-    run = run or new_run_name(resolved)
+    run = new_run_name(resolved) if run is None else run
     try:
         with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
             outcome = run_training(
@@ -125,7 +152,10 @@ def train(
                 verbose=verbose,
             )
     except KeyboardInterrupt:
-        message = f"interrupted; to go on: manta train {run}/recipe.yaml --run {run} --resume"
+        message = "interrupted before the run began"
+        if RunDirectory(run).exists():
+            path = shlex.quote(run)
+            message = f"interrupted; to go on: manta train {path}/recipe.yaml --run {path} --resume"
         raise typer.Exit(_complain(message, INTERRUPTED)) from None
     written = None
     if report:
@@ -203,7 +233,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise UserError(f"--split: {split!r} is no split; {did_you_mean(split, SPLITS)}")
-    source = parse_data(data).resolved(os.getcwd()) if data else None
+    source = None if data is None else parse_data(data).resolved(os.getcwd())
     result = evaluate_run(run, data=source, split=split, device=local_device(gpu))
     if as_json:
         print(json.dumps(result))
@@ -234,10 +264,10 @@ def prepare(
     from cluster.data.prepare import prepare as write_shards
     from cluster.runtime import ray_session
     from cluster.storage import Folder
-    from cluster.training.recipe import parse_yaml
-    from jobs.show import data_spec, print_manifest
+    from cluster.training.evaluate_run import parse_data
+    from jobs.show import print_manifest
 
-    spec = data_spec(parse_yaml(source, name="SOURCE"), _overrides(set_)).resolved(os.getcwd())
+    spec = parse_data(source, _overrides(set_), name="SOURCE").resolved(os.getcwd())
     folder = Folder(out)
     if workers:
         with ray_session(address=address, cpus=workers, verbose=False) as session:

@@ -2,18 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.data.manifest import Manifest
-from cluster.data.sources.base import DataSpec
-from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.training.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe
 from cluster.training.summary import Summary
 from nn_models import zoo
-from nn_models.spec import validate
 
 
 def _console() -> Console:
@@ -102,13 +98,6 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
     if len(manifest.mean) <= 4:
         console.print(f"mean, deviation  {_numbers(manifest.mean)}; {_numbers(manifest.std)}")
     console.print("checksums        match")
-
-
-def data_spec(value: Any, changes: Mapping[str, Any]) -> DataSpec:
-    """A source from the command line: its name, or a mapping."""
-    section = {"kind": value} if isinstance(value, str) else value
-    section = {**section, **changes} if isinstance(section, Mapping) else section
-    return validate(AnyDataSpec, section, prefix="data")
 
 
 def _pairs(rows: Mapping[str, str]) -> None:

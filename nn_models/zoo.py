@@ -61,6 +61,10 @@ class CustomSpec(ModelSpec):
             raise UserError(
                 f"model.target: cannot import {path}: {error}; install it, or put its folder on PYTHONPATH"
             ) from error
+        except (Exception, SystemExit) as error:  # the module may do anything
+            raise UserError(
+                f"model.target: importing {path} failed ({type(error).__name__}: {error}); mend that module"
+            ) from error
         if not hasattr(module, name):
             callables = [known for known, value in vars(module).items() if _makes_modules(value)]
             raise UserError(f"model.target: {path} has no {name}; {did_you_mean(name, callables)}")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from nn_models.spec import Spec
 
@@ -33,7 +33,7 @@ class RandomCropSpec(Spec):
     """Pad by `padding` pixels of zeros on each side, then cut out the original size anywhere."""
 
     kind: Literal["random_crop"] = "random_crop"
-    padding: PositiveInt = 4
+    padding: Annotated[int, Field(ge=1, le=1024)] = 4
 
     def build(self, shape: tuple[int, ...]) -> "v2.Transform":
         """The transform for images of (channels, height, width)."""

@@ -3,7 +3,15 @@
 import os
 from pathlib import Path
 
+from nn_models.errors import UserError
+
 
 def cache_root() -> Path:
-    """The cache's directory; it may not exist yet."""
-    return Path(os.environ.get("MANTA_CACHE") or Path.home() / ".cache" / "manta").expanduser().absolute()
+    """The cache's directory, made where it is not there yet. Raises UserError where it cannot be written."""
+    place = Path(os.environ.get("MANTA_CACHE") or Path.home() / ".cache" / "manta")
+    try:
+        place = place.expanduser().absolute()
+        place.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"MANTA_CACHE: {place} cannot be written ({error}); set it to a writable directory") from None
+    return place

@@ -48,6 +48,16 @@ class Manifest(Spec):
     std: tuple[PositiveFloat, ...]
     splits: dict[str, tuple[Shard, ...]]  # by the names in SPLITS
 
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Self:
+        if len(self.input_shape) not in (1, 3) or {len(self.mean), len(self.std)} != {self.input_shape[0]}:
+            raise ValueError("input_shape, mean and std do not fit each other; prepare the data again")
+        if self.target_kind == "label" and len(self.class_names) != self.num_outputs:
+            raise ValueError("num_outputs is not the number of class_names; prepare the data again")
+        if unknown := set(self.splits) - set(SPLITS):
+            raise ValueError(f"unknown splits {', '.join(sorted(unknown))}; prepare the data again")
+        return self
+
     @property
     def signature(self) -> Signature:
         """What the model must fit."""

@@ -53,9 +53,10 @@ class Splits:
 
 def open_splits(data: DataSet, *, window: int | None) -> Splits:
     """Read the splits that are held in memory, their checksums verified. Raises UserError for damaged shards."""
-    splits = [split for split in data.manifest.splits if held(data.manifest, split, window)]
+    manifest = data.manifest
+    splits = [split for split in manifest.splits if manifest.rows(split) and held(manifest, split, window)]
     tables = {split: data.table(split) for split in splits}
-    return Splits(data.manifest, data.folder.uri, tables)
+    return Splits(manifest, data.folder.uri, tables)
 
 
 class Context(Protocol):

@@ -1,5 +1,6 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from cluster.training.checkpoints import restore_model
 from cluster.training.context import LocalContext, Splits
 from cluster.training.evaluation import evaluate, prefixed
 from cluster.training.loop import EVALUATION_ROWS
-from cluster.training.recipe import Recipe, parse_yaml
+from cluster.training.recipe import parse_yaml
+from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
@@ -28,7 +30,7 @@ def evaluate_run(
     Raises UserError where there is no model, no such split, or the data does not fit.
     """
     folder = Folder(run)
-    recipe = _recipe(folder)
+    recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     model, saved = restore_model(folder, recipe)
     source = data or recipe.data
     other = prepared(source)
@@ -56,26 +58,23 @@ def evaluate_run(
         precision=recipe.train.precision,
         batch_size=EVALUATION_ROWS,
     )
-    return {"metrics": prefixed(split, metrics), "rows": rows.num_rows, "run": folder.uri, "data": other.folder.uri}
+    return {
+        "metrics": jsonable(prefixed(split, metrics)),
+        "rows": rows.num_rows,
+        "run": folder.uri,
+        "data": other.folder.uri,
+    }
 
 
 def _row(shape: tuple[int, ...], dtype: str, target_kind: str, num_outputs: int) -> str:
     return f"{' x '.join(map(str, shape))} {dtype} with {num_outputs} {target_kind} outputs"
 
 
-def _recipe(folder: Folder) -> Recipe:
-    name = "model/recipe.yaml"
-    try:
-        text = folder.read_text(name)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a run's directory ({name} is missing); give the one of `manta train`") from None
-    return validate(Recipe, parse_yaml(text, name=f"{folder}/{name}"))
-
-
-def parse_data(text: str) -> DataSpec:
+def parse_data(text: str, changes: Mapping[str, Any] | None = None, *, name: str = "--data") -> DataSpec:
     """A data section from the command line: a source's name, a prepared folder, or YAML like {kind: parquet, …}."""
-    value = parse_yaml(text, name="--data")
-    if isinstance(value, str):
+    value = parse_yaml(text, name=name)
+    if isinstance(value, str) and value:
         prepared_here = "/" in value or Folder(value).exists(MANIFEST)
         value = {"kind": "shards", "path": value} if prepared_here else {"kind": value}
+    value = {**value, **(changes or {})} if isinstance(value, Mapping) else value
     return validate(AnyDataSpec, value, prefix="data")

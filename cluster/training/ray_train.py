@@ -82,8 +82,11 @@ class DistributedContext:
 class LoopbackConfig(TorchConfig):
     """A gloo process group of workers on one machine that listens on no network.
 
-    Ray's own TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
+    `meeting` is a directory of the caller's for the file through which the workers find each other; Ray's own
+    TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
     """
+
+    meeting: str = ""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -94,7 +97,7 @@ class LoopbackConfig(TorchConfig):
 class _LoopbackBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
-        store = Path(tempfile.mkdtemp(prefix="manta-")) / "store"
+        store = Path(tempfile.mkdtemp(dir=backend_config.meeting)) / "store"
         shared = {"size": len(worker_group), "store": store, "timeout_s": backend_config.timeout_s}
         ray.get(
             [
@@ -134,7 +137,9 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
         run.delete(name)
     # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
     notes = tempfile.mkdtemp(prefix="manta-") if embedded else run.uri
-    on_one_machine = embedded and not workers.use_gpu
+    group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
+    if embedded and not workers.use_gpu:
+        group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
     trainer = _Trainer(
         _work,
         train_loop_config={
@@ -146,7 +151,7 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
             "path": sys.path,
             "threads": workers.cpus,
         },
-        torch_config=(LoopbackConfig if on_one_machine else TorchConfig)(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=group,
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.bundle
         ),
@@ -205,6 +210,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 
 def _collateral(error: Exception) -> bool:
     """Whether this is only how another rank's death looks from here: then Ray starts all again."""
+    if isinstance(error, (UserError, RunFailed)):
+        return False
     text = str(error).lower()
     return isinstance(error, distributed.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
 

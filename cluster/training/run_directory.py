@@ -55,15 +55,15 @@ class RunDirectory:
         self.folder.write_text(f"model/{RECIPE}", text)
         self.folder.write_text(RECIPE, text)
 
-    def recipe(self) -> Recipe:
-        """The run's resolved recipe. Raises UserError where there is none."""
+    def recipe(self, name: str = RECIPE) -> Recipe:
+        """The run's resolved recipe, or the one beside its model. Raises UserError where there is none."""
         try:
-            text = self.folder.read_text(RECIPE)
+            text = self.folder.read_text(name)
         except FileNotFoundError:
             raise UserError(
-                f"{self}: not a run's directory ({RECIPE} is missing); give the one of `manta train`"
+                f"{self}: not a run's directory ({name} is missing); give the one of `manta train`"
             ) from None
-        return validate(Recipe, parse_yaml(text, name=f"{self}/{RECIPE}"))
+        return validate(Recipe, parse_yaml(text, name=f"{self}/{name}"))
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the run has not ended."""
@@ -72,10 +72,6 @@ class RunDirectory:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json."""
         self.folder.write_json(RESULT, jsonable(result))
-
-    def checkpoints_folder(self) -> Folder:
-        """Where resume state stands."""
-        return self.folder / "checkpoints"
 
 
 class Recorder:
@@ -91,7 +87,7 @@ class Recorder:
         self._run = run
         self._remote = run.folder.local is None
         self._local = Path(tempfile.mkdtemp(prefix="manta-")) if self._remote else Path(run.folder.path)
-        lines = _lines_to(run, keep_to_step)
+        lines = (json.dumps(entry) + "\n" for entry in _kept(run, keep_to_step))
         Folder(self._local).write_text(METRICS, "".join(lines))
         self._file = (self._local / METRICS).open("a", buffering=1)
         self._events = SummaryWriter(str(self._local / "events"), flush_secs=10, purge_step=keep_to_step + 1)
@@ -121,25 +117,25 @@ class Recorder:
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-    entries = []
-    for line in _lines_to(run, None):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
-
-
-def _lines_to(run: RunDirectory, last_step: int | None) -> list[str]:
-    if last_step == 0 or not run.folder.exists(METRICS):
+    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    if not run.folder.exists(METRICS):
         return []
-    lines = run.folder.read_text(METRICS).splitlines(keepends=True)
-    if last_step is None:
-        return lines
-    entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    # the test, which ends a run, is done anew
-    return [line for line, entry in entries if entry["step"] <= last_step and entry["split"] != "test"]
+    entries = map(_entry, run.folder.read_text(METRICS).splitlines())
+    return [entry for entry in entries if entry is not None]
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """A line's content; None where it is no line of metrics."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and {"step", "epoch", "split", "time_s"} <= entry.keys() else None
+
+
+def _kept(run: RunDirectory, last_step: int) -> list[dict[str, Any]]:
+    """The lines up to a step; the test, which ends a run, is done anew."""
+    return [entry for entry in read_metrics(run) if entry["step"] <= last_step and entry["split"] != "test"]
 
 
 def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.data.loader import training_order
+from cluster.data.loader import held, training_order
 from cluster.data.manifest import Manifest
 from cluster.training.recipe import Recipe
 from nn_models.errors import UserError
@@ -45,15 +45,15 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
     """
     try:
         model, layers, sizes, output = _rehearse(recipe, manifest, "meta")
-    except Exception:  # tensors without memory have no values, which a custom model may look at
+    except (Exception, SystemExit):  # tensors without memory have no values, which a custom model may look at
         try:
             model, layers, sizes, output = _rehearse(recipe, manifest, "cpu")
         except UserError:
             raise
-        except Exception as error:  # a custom model may raise anything
+        except (Exception, SystemExit) as error:  # a custom model may raise anything
             raise UserError(
                 f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from "
-                f"{recipe.data.kind}: {type(error).__name__}: {error}"
+                f"{recipe.data.kind}: {type(error).__name__}: {first_line(error)}"
             ) from error
     expected = (2, manifest.num_outputs)
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
@@ -77,16 +77,17 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
     )
     share = -(-recipe.train.global_batch_size // max(1, num_workers) // recipe.train.accumulation)
     narrow = 2 if recipe.train.precision == "bf16" else 1
-    held = {split: manifest.rows(split) for split in manifest.splits}
+    rows = {split: manifest.rows(split) for split in manifest.splits}
+    in_memory = sum(n for split, n in rows.items() if held(manifest, split, recipe.data.shuffle_window))
     return Summary(
         layers=tuple(layers),
         num_parameters=count,
         steps_per_epoch=order.num_steps,
         num_steps=order.num_steps * recipe.train.epochs,
-        rows={str(split): rows for split, rows in held.items()},
+        rows=rows,
         parameter_bytes=4 * count * copies,
         activation_bytes=share * sum(sizes) // narrow,
-        data_bytes=sum(held.values()) * manifest.row_bytes,
+        data_bytes=in_memory * manifest.row_bytes,
     )
 
 
@@ -112,3 +113,8 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
     for hook in hooks:
         hook.remove()
     return model, layers, sizes, output
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch's C++ puts behind it."""
+    return (str(error).splitlines() or [""])[0]

@@ -1,5 +1,6 @@
 """train: one recipe from data to result, in this process or on Ray."""
 
+import logging
 import os
 import threading
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,11 +17,13 @@ from cluster.errors import RunFailed
 from cluster.runtime import RaySession, Workers, ray_session, refuse_unplaceable, warn_about_cores
 from cluster.training.context import LocalContext, Splits, open_splits
 from cluster.training.recipe import Recipe, load_recipe
-from cluster.training.run_directory import RunDirectory, environment, read_metrics
+from cluster.training.run_directory import RunDirectory, environment, jsonable, read_metrics
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, Any]], None]  # called with each line of metrics
 
@@ -28,7 +32,7 @@ Listener = Callable[[Mapping[str, Any]], None]  # called with each line of metri
 class Outcome:
     """How a run ended. `metrics` are named as in result.json (`test/accuracy`); `run` is its directory."""
 
-    status: str  # finished | failed | stopped
+    status: str  # finished; a run that fails or is stopped raises, and result.json says so
     metrics: dict[str, float]
     run: str
     result: dict[str, Any]
@@ -64,14 +68,14 @@ def train(
     """
     began = time.time()
     recipe = load_recipe(recipe, overrides)
-    directory = RunDirectory(run or new_run_name(recipe))
+    directory = RunDirectory(new_run_name(recipe) if run is None else run)
     if resume and directory.exists():
         _refuse_other_recipe(recipe, directory)
         done = directory.result()
         if done and done["status"] == "finished":
             return Outcome("finished", done["metrics"], str(directory), done)
-    elif resume and run is None:
-        raise UserError("--resume: say which run to continue with --run DIR")
+    elif resume:
+        raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
     workers = _workers(recipe, num_workers, use_gpu, address)
     if address and not workers.most:
         raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
@@ -89,7 +93,7 @@ def train(
             if session.embedded:
                 warn_about_cores(workers)
             refuse_unplaceable(session.ray, workers)
-        if resume and directory.exists():
+        if resume:
             directory.write_start(recipe, facts)
         else:
             directory.begin(recipe, facts)
@@ -145,6 +149,7 @@ def _result(status: dict[str, Any], directory: RunDirectory, workers: Workers, b
         }
         status["steps"] = lines[-1]["step"] if lines else 0
     now = time.time()
+    status["metrics"] = jsonable(status["metrics"])
     status["num_workers"] = workers.num_workers
     times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}
     return {**status, **times}
@@ -196,6 +201,8 @@ def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) 
         window=recipe.data.shuffle_window,
     )
     order.rows(0, 0, 0, ranks)  # a streamed set has lanes for so many ranks only
+    if recipe.schedule.warmup_steps >= summary.num_steps:
+        logger.warning("the learning rate is still warming up when the run ends, after %d steps", summary.num_steps)
     fewest = order.num_rows // order.num_steps // ranks // train.accumulation
     if fewest < 2 and any(layer.kind == "BatchNorm1d" for layer in summary.layers):
         raise UserError(
@@ -224,7 +231,7 @@ class _Tail:
 
     def __init__(self, directory: RunDirectory, listener: Listener) -> None:
         self._directory, self._listener = directory, listener
-        self._seen = 0
+        self._seen = read_metrics(directory)  # of a run that is continued
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
 
@@ -238,11 +245,13 @@ class _Tail:
         self._read()  # what is left
 
     def _follow(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(0.5 if self._directory.folder.local else 5.0):
             self._read()
 
     def _read(self) -> None:
         lines = read_metrics(self._directory)
-        for line in lines[self._seen :]:
+        # a restart drops the lines that came after its checkpoint, and writes them anew
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._seen, lines, strict=False)))
+        for line in lines[same:]:
             self._listener(line)
-        self._seen = len(lines)  # fewer than before where a restart has dropped some
+        self._seen = lines

@@ -12,10 +12,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from cluster.storage import Folder
+from nn_models.errors import UserError
 
 Array = NDArray[Any]
 
-BROKEN = (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError, yaml.YAMLError, SafetensorError)
+BROKEN = (
+    UserError,
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    RecursionError,
+    yaml.YAMLError,
+    SafetensorError,
+)
 
 
 class AbsentError(Exception):

@@ -1,7 +1,7 @@
-"""The loader: rows a second of one shuffled epoch, against torch's DataLoader and Ray Data, all giving the same batches.
+"""The loader: rows a second of one shuffled epoch, against torch's DataLoader and Ray Data.
 
-The batches are of 128 normalised float images and their labels. DataLoader works on the ready set in memory, both as
-it is stored (normalised batch by batch, as manta does) and as floats made beforehand: the quicker counts. Ray Data
+All give batches of 128 normalised float images and their labels. DataLoader works on a set in memory, both as it is
+stored (normalised batch by batch, as manta does) and as floats made beforehand: the quicker counts. Ray Data
 reads the same Parquet shards, its start included (Ray itself runs already).
 """
 

@@ -88,7 +88,9 @@ def main() -> None:
     with scratch() as folder:
         data = fashion(folder / "data", rows=chosen.rows)
         cases = [
-            compare(fashion_recipe(model, data, epochs=1 + chosen.repetitions), data, device=torch.device("cpu"), name=model)
+            compare(
+                fashion_recipe(model, data, epochs=1 + chosen.repetitions), data, device=torch.device("cpu"), name=model
+            )
             for model in MODELS
         ]
     publish("training_in_process", cases, threads=chosen.threads, batch=BATCH, rows=data.manifest.rows("train"))

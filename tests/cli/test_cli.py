@@ -139,6 +139,12 @@ def test_prepare_and_inspect(manta, tmp_path):
         (["train", "digits-mlp", "--workers", "two"], "--workers: 'two' is not a number of workers"),
         (["train", "digits-mlp", "--workers", "3-2"], "--workers: '3-2'"),
         (["train", "digits-mlp", "--resume"], "--resume: say which run to continue with --run DIR"),
+        (["train", "digits-mlp", "--resume", "--run", "typo"], "typo holds no run to continue; check --run"),
+        (["train", "digits-mlp", "--run", ""], "'': not a place"),
+        (["train", "digits-mlp", "--workers=1", "--address=ray://127.0.0.1:1"], "the Ray client cannot drive training"),
+        (["train", "digits-mlp", "--set", "data.image_size=[1000000, 1000000]"], "data.image_size.0: "),
+        (["evaluate", "/dev/null"], "not a run's directory"),
+        (["data", "inspect", "/dev/null"], "no prepared data set here"),
         (["train", "digits-mlp", "--address", "127.0.0.1:1"], "--address: training with --workers 0 uses no cluster"),
         (["train", "digits-mlp", "--set", "model.activation=relo"], "model.activation: "),
         (["train", "digits-mlp", "--set", "objective.kind=regression"], "objective.kind: regression needs a number"),
@@ -271,6 +277,41 @@ def test_a_custom_model_from_the_users_folder(manta, tmp_path, monkeypatch):
     code, _, _ = manta("train", "digits-mlp", "--set", model, "--set", "train.epochs=2", "--run", "run")
     assert code == 0
     assert manta("evaluate", "run")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(5)", "SystemExit: 5"),
+        ("import no_such_thing", "cannot import"),
+    ],
+)
+def test_a_custom_model_that_cannot_be_imported(refused, tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"broken_{abs(hash(message))}"
+    Path(f"{name}.py").write_text(content)
+    assert message in refused("show", "digits-mlp", "--set", f"model={{kind: custom, target: '{name}:Net'}}")
+
+
+def test_a_run_with_damaged_files(manta, refused, tmp_path):
+    run = tmp_path / "run"
+    manta("train", "digits-mlp", "--run", run, "--set", "train.epochs=1")
+    (run / "result.json").unlink()
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('[]\nnull\n{"step": 1}\n{"step"')
+    assert manta("train", run / "recipe.yaml", "--run", run, "--resume")[0] == 0
+    (run / "model" / "recipe.yaml").write_bytes(b"\xff\xfe")
+    assert "not UTF-8 text" in refused("evaluate", run)
+    (run / "model" / "recipe.yaml").unlink()
+    (run / "model" / "recipe.yaml").mkdir()
+    assert "cannot be read" in refused("evaluate", run)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    command = f"set -o pipefail; {sys.executable} -m jobs models alexnet | true"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
 
 
 @pytest.mark.ray

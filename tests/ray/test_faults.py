@@ -155,14 +155,15 @@ def left_over(mark: dict[str, str]) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(name) == value]
 
 
-def test_an_interrupt_stops_the_run_and_says_so(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_run_and_says_so(tmp_path, number):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "jobs", "train", "digits-mlp", "--workers=2", f"--run={run}"]
     driver = subprocess.Popen(
         [*command, "--set=train.epochs=5000"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for(lambda: steps_done(run) >= 100)
-    driver.send_signal(signal.SIGINT)
+    driver.send_signal(number)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert errors.splitlines()[-1].startswith("error: interrupted")

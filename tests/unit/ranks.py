@@ -69,7 +69,7 @@ def _fit(job: dict, rank: int, store: Path) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=job["world_size"],
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
     result = fit(recipe, context=DistributedContext(**place))
     if rank == 0:

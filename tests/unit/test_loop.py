@@ -718,6 +718,7 @@ RANKED = {
     "small": ("five", None, {"train": {"global_batch_size": 2}}),  # batches of one and two rows, three ranks
     "regression": ("numbers", None, {}),
 }
+SIZES = [("whole", 2), ("whole", 3), ("streamed", 3), ("everything", 2), ("small", 2), ("small", 3), ("regression", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -737,8 +738,7 @@ def ranked(files, tmp_path_factory):
 
     jobs = [
         {"recipe": described(*RANKED[name]), "run": str(folder / f"{name}-{size}"), "world_size": size}
-        for name in RANKED
-        for size in (0, 2, 3)
+        for name, size in [*((name, 0) for name in RANKED), *SIZES]
     ]
     (folder / "buffers").mkdir()
     norm = {"model": custom("Normalised", folder=str(folder / "buffers"))}
@@ -750,14 +750,13 @@ def ranked(files, tmp_path_factory):
         {"recipe": described("features", None, killed), "run": str(folder / "killed"), "world_size": n} for n in sizes
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.ranks", json.dumps(jobs)], stdout=subprocess.PIPE, text=True, timeout=120
+        [sys.executable, "-m", "tests.unit.ranks", json.dumps(jobs)], stdout=subprocess.PIPE, text=True, timeout=400
     )
     assert done.returncode == 0
     return folder, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", RANKED)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_ranks_compute_what_one_computes(name, size, ranked):
     folder, _ = ranked
     alone, together = folder / f"{name}-0", folder / f"{name}-{size}"

@@ -15,6 +15,7 @@ from nn_models.spec import Spec
 
 Array = NDArray[np.generic]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]  # of a side; more is a slip of the keyboard that would fill the memory
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The explicit union of all data sections: THE list of sources."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -15,11 +15,5 @@ AnyDataSpec = Annotated[
 ]
 
 SOURCES: dict[str, type[DataSpec]] = {
-    "digits": DigitsSpec,
-    "fashion_mnist": FashionMNISTSpec,
-    "mnist": MNISTSpec,
-    "cifar10": CIFAR10Spec,
-    "image_folder": ImageFolderSpec,
-    "parquet": ParquetSpec,
-    "shards": ShardsSpec,
+    spec.model_fields["kind"].default: spec for spec in get_args(get_args(AnyDataSpec)[0])
 }

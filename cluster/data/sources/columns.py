@@ -14,12 +14,12 @@ from pyarrow import fs
 from pydantic import Field, PositiveInt
 
 from cluster.data.manifest import TargetKind
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Pixels, absolute
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
 
-Shape = tuple[PositiveInt, PositiveInt, PositiveInt]
+Shape = tuple[PositiveInt, Pixels, Pixels]
 
 
 @dataclass(frozen=True)

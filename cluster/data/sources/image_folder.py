@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Pixels, absolute
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError
@@ -43,7 +43,7 @@ class ImageFolderSpec(DrawnTestSpec):
 
     kind: Literal["image_folder"] = "image_folder"
     path: str = Field(min_length=1, description="the folder, local or a URI")
-    image_size: tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: tuple[Pixels, Pixels] | None = Field(
         None, description="height and width that images are resized to; needed where they differ in size"
     )
     channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")

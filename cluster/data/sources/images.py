@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from cluster.data.cache import cache_root
-from cluster.data.sources.base import Array, Columns, DrawnTestSpec, Fraction, Part, SplitSpec, absolute, even_parts
+from cluster.data.sources.base import (
+    Array,
+    Columns,
+    DrawnTestSpec,
+    Fraction,
+    Part,
+    Pixels,
+    SplitSpec,
+    absolute,
+    even_parts,
+)
 from cluster.data.sources.pixels import resize
 from nn_models.errors import UserError
 
@@ -117,9 +127,7 @@ def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
     return np.ascontiguousarray(images), np.asarray(loaded.targets, np.int64)
 
 
-ImageSize = Annotated[
-    tuple[PositiveInt, PositiveInt] | None, Field(description="height and width that images are resized to")
-]
+ImageSize = Annotated[tuple[Pixels, Pixels] | None, Field(description="height and width that images are resized to")]
 
 
 class DigitsSpec(DrawnTestSpec):

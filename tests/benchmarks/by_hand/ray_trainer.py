@@ -11,7 +11,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-
 NUM_ROWS = 1258  # as many as manta trains on
 
 
