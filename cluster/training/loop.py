@@ -8,16 +8,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cluster.data.loader import Batch
-from cluster.data.order import RowIds, digest_part, digest_text
+from cluster.data.order import digest_text
 from cluster.errors import Diverged
 from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model
 from cluster.training.context import Context
 from cluster.training.evaluation import Evidence, autocast, evaluate, prefixed
+from cluster.training.pending import Pending
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
 from nn_models.errors import UserError
@@ -84,7 +84,7 @@ class _Loop:
 
         self.progress = Progress(sums=[0.0] * len(self.names))
         interval = min(self.train.log_every_steps, self.rows.order.num_steps)
-        self.pending = _Pending(interval, len(self.names), context.device)
+        self.pending = Pending(interval, len(self.objective.names), context.device)
         self.first_step_at: float | None = None
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
@@ -145,13 +145,13 @@ class _Loop:
         # DDP averages over ranks: a rank's share of the sum counts world_size times
         scale = self.context.world_size / batch.global_rows if batch.num_rows else 0.0
         pieces = min(self.train.accumulation, max(batch.num_rows, 1))
-        slot = self.pending.next(batch)
+        self.pending.begin(batch)
         for piece in range(pieces):
             if piece + 1 < pieces:
                 with self.context.no_sync(self.wrapped):
-                    self._backward(batch, piece, pieces, scale, slot)
+                    self._backward(batch, piece, pieces, scale)
             else:
-                self._backward(batch, piece, pieces, scale, slot)
+                self._backward(batch, piece, pieces, scale)
         if self.train.clip_norm:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
             self.pending.grad_norm = norm
@@ -161,16 +161,15 @@ class _Loop:
         self.progress.step += 1
         self.progress.epoch_step += 1
 
-    def _backward(self, batch: Batch, piece: int, pieces: int, scale: float, slot: Tensor) -> None:
+    def _backward(self, batch: Batch, piece: int, pieces: int, scale: float) -> None:
         inputs, targets = batch.inputs, batch.targets
         if pieces > 1:
             inputs, targets = inputs.tensor_split(pieces)[piece], targets.tensor_split(pieces)[piece]
         with autocast(self.train.precision, self.context.device):
             measured = self.objective.measure(self.wrapped, inputs, targets)
-        (measured.loss * scale).backward()
+        measured.loss.backward(torch.full_like(measured.loss, scale))
         if batch.num_rows:  # a row that only stands in for an empty slice counts nothing
-            slot[0] += measured.loss.detach()
-            slot[1:] += self.objective.sums(measured, targets)
+            self.pending.add(measured.loss.detach(), self.objective.sums(measured, targets))
 
     def _validate(self) -> dict[str, float]:
         if self.validation is None:
@@ -397,34 +396,6 @@ class _Loop:
         finally:
             if self.recorder:
                 self.recorder.close()
-
-
-class _Pending:
-    """Sums of the steps since the last line of metrics: kept on the device, so that no step waits for it."""
-
-    def __init__(self, num_steps: int, num_sums: int, device: torch.device) -> None:
-        self._sums = torch.zeros(num_steps, num_sums, dtype=torch.float64, device=device)
-        self._used: list[tuple[RowIds, int, int]] = []  # ids, start and global rows of each step's batch
-        self.grad_norm: Tensor | None = None
-
-    @property
-    def full(self) -> bool:
-        """Whether the next step would find no room."""
-        return len(self._used) == len(self._sums)
-
-    def next(self, batch: Batch) -> Tensor:
-        """(sums,) zeros to which the step adds its own."""
-        self._used.append((batch.ids, batch.start, batch.global_rows))
-        return self._sums[len(self._used) - 1]
-
-    def collect(self) -> tuple[Tensor, NDArray[np.int64], int]:
-        """(steps, sums) of this rank, its part of the rows' digest, and the rows of all ranks; starts anew."""
-        sums = self._sums[: len(self._used)].clone()
-        digest = np.sum([digest_part(ids, start) for ids, start, _ in self._used], axis=0)
-        rows = sum(rows for _, _, rows in self._used)
-        self._sums.zero_()
-        self._used.clear()
-        return sums, digest, rows
 
 
 def _to_cpu(state: Any) -> Any:

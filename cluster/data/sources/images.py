@@ -111,7 +111,8 @@ def _idx(folder: Path, name: str) -> Array:
 
 
 def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
-    # torchvision compares the files' published md5 before it opens them, also before it unpickles CIFAR-10
+    # torchvision compares the md5 of what it downloads, and CIFAR-10's each time before it unpickles them; MNIST's
+    # unpacked files, which hold no pickles, it takes as they are
     from torchvision import datasets
 
     try:
