@@ -66,22 +66,27 @@ class Folder:
         return self.filesystem.get_file_info(self.full(name) if name else self.path).type != fs.FileType.NotFound
 
     def names(self) -> list[str]:
-        """Names of the files and directories directly inside, sorted; hidden ones left out."""
-        selector = fs.FileSelector(self.path, allow_not_found=True)
-        names = (info.base_name for info in self.filesystem.get_file_info(selector))
-        return sorted(name for name in names if not name.startswith("."))
+        """Names of the files and directories directly inside, sorted; hidden ones left out.
+
+        Raises UserError where it cannot be read.
+        """
+        found = self._list(fs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
 
     def walk(self) -> list[tuple[str, fs.FileInfo]]:
         """(name, what it is) of all files and directories at any depth, sorted by name; hidden ones left out.
 
         Raises UserError where there is no such directory or it cannot be read.
         """
-        try:
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
-        except OSError as error:
-            raise UserError(f"{self.uri}: not a folder that can be read ({error}); check the path") from None
+        found = self._list(fs.FileSelector(self.path, recursive=True))
         named = sorted(((info.path[len(self.path) + 1 :], info) for info in found), key=lambda pair: pair[0])
         return [(name, info) for name, info in named if not any(part.startswith(".") for part in name.split("/"))]
+
+    def _list(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        try:
+            return self.filesystem.get_file_info(selector)
+        except OSError as error:
+            raise UserError(f"{self.uri}: not a folder that can be read ({error}); check the path") from None
 
     def read_bytes(self, name: str) -> bytes:
         """The file's content. Raises FileNotFoundError, and UserError where it cannot be read."""

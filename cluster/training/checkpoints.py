@@ -45,12 +45,13 @@ class Checkpoints:
         return [name for name in self.folder.names() if name.startswith("step-") and name.endswith(".pt")]
 
     def newest(self) -> State | None:
-        """The newest state, on the CPU; None where there is none. Raises UserError for a damaged file."""
+        """The newest state, on the CPU; None where there is none. Raises UserError for a bad or unreadable file."""
         names = self.names()
         if not names:
             return None
+        content = self.folder.read_bytes(names[-1])
         try:
-            return _read_state(self.folder.read_bytes(names[-1]))
+            return _read_state(content)
         except Exception as error:  # torch raises RuntimeError, EOFError, … for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0]
             before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"

@@ -665,6 +665,23 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(damage, unfinished, tmp_path
     assert result["steps"] == 24
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(unfinished):
+    described, path = unfinished
+    file = path / "checkpoints" / "step-0000000009.pt"
+    file.unlink()
+    file.mkdir()  # like one without permission, but for root as well
+    message = refusal(described, path)
+    assert message.startswith(f"{path}/checkpoints/step-0000000009.pt: cannot be read (")
+    assert "delete" not in message
+
+
+def test_checkpoints_that_are_no_folder(unfinished):
+    described, path = unfinished
+    (path / "checkpoints").rename(path / "elsewhere")
+    (path / "checkpoints").write_text("")
+    assert refusal(described, path).startswith(f"{path}/checkpoints: not a folder that can be read (")
+
+
 def test_the_only_checkpoint_is_bad(unfinished):
     described, path = unfinished
     for file in (path / "checkpoints").iterdir():
