@@ -21,7 +21,8 @@ CONNECT_TIMEOUT_S = 5
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon Ray Train notices that a run has ended; 2 s by default
+    # how soon Ray Train notices that a run has ended, 2 s by default; each look takes time from busy workers
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of custom models keep their meaning
