@@ -35,6 +35,7 @@ def synthetic(folder: Path, rows: int) -> None:
         input_dtype="uint8",
         target_kind="label",
         num_outputs=10,
+        class_names=tuple(str(name) for name in range(10)),
         mean=(0.5,),
         std=(0.29,),
         splits={"train": tuple(shards)},
