@@ -90,10 +90,7 @@ def write_report(run: str) -> str:
 
 
 def _refuse_what_is_no_run(folder: Folder) -> None:
-    try:
-        names = folder.names()
-    except OSError as error:
-        raise UserError(f"{folder}: not a directory that can be read ({error}); name a run's directory") from None
+    names = folder.names()
     if {"recipe.yaml", "result.json", "metrics.jsonl"} & set(names):
         return
     if not folder.exists():

@@ -358,7 +358,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"not a run \(it holds no recipe.yaml.*name the directory given to --run"):
         write_report(str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: not a directory"):
+    with pytest.raises(UserError, match="file: not a folder that can be read"):
         write_report(str(tmp_path / "file"))
     write_run(tmp_path / "trial-1")
     with pytest.raises(UserError, match="name one of the runs in it: trial-1"):
