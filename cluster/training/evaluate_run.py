@@ -53,7 +53,7 @@ def evaluate_run(
     metrics = evaluate(
         model.to(device),
         rows,
-        recipe.objective.build(ours.num_outputs),
+        recipe.supervised.build(ours.num_outputs),
         context=context,
         precision=recipe.train.precision,
         batch_size=EVALUATION_ROWS,

@@ -61,7 +61,7 @@ class _Loop:
         self.started = time.time()
         self.recipe, self.context, self.train = recipe, context, recipe.train
         manifest = context.splits.manifest
-        self.objective = recipe.objective.build(manifest.num_outputs)
+        self.objective = recipe.supervised.build(manifest.num_outputs)
         self.names = ("loss", *self.objective.names)
 
         torch.manual_seed(self.train.seed)  # the same weights on all ranks
