@@ -99,6 +99,17 @@ class Background:
             self._thread.shutdown(wait=True)
 
 
+def to_cpu(state: Any) -> Any:
+    """A copy of a state dict that later steps cannot change."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(to_cpu(value) for value in state)
+    return state
+
+
 class SavedModel(NamedTuple):
     """What RUN/model/model.safetensors holds."""
 

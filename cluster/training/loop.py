@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.data.loader import Batch
 from cluster.data.order import digest_text
 from cluster.errors import Diverged
-from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model
+from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import Evidence, autocast, evaluate, prefixed
+from cluster.training.memory import keep_freed_memory
 from cluster.training.pending import Pending
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
@@ -59,6 +60,7 @@ def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
 class _Loop:
     def __init__(self, recipe: Recipe, context: Context) -> None:
         self.started = time.time()
+        keep_freed_memory(context.device)
         self.recipe, self.context, self.train = recipe, context, recipe.train
         manifest = context.splits.manifest
         self.objective = recipe.supervised.build(manifest.num_outputs)
@@ -301,7 +303,7 @@ class _Loop:
         if not validation:
             self._average_buffers()
         if self.context.rank == 0:
-            weights = _to_cpu(self._evaluated().state_dict())
+            weights = to_cpu(self._evaluated().state_dict())
             best, manifest = dict(self.progress.best), self.context.splits.manifest
             self.background.submit(lambda: save_model(self.context.run, weights, best=best, manifest=manifest))
 
@@ -332,9 +334,9 @@ class _Loop:
                 "world_size": self.context.world_size,
                 "rows": self._rows_of_training(),
                 "progress": asdict(self.progress),
-                "model": _to_cpu(self.model.state_dict()),
-                "optimizer": _to_cpu(self.optimizer.state_dict()),
-                "average": _to_cpu(self.average.state_dict()) if self.average else None,
+                "model": to_cpu(self.model.state_dict()),
+                "optimizer": to_cpu(self.optimizer.state_dict()),
+                "average": to_cpu(self.average.state_dict()) if self.average else None,
                 "generators": [generator.cpu() for generator in generators],
             }
             step = self.progress.step
@@ -396,14 +398,3 @@ class _Loop:
         finally:
             if self.recorder:
                 self.recorder.close()
-
-
-def _to_cpu(state: Any) -> Any:
-    """A copy of a state dict that later steps cannot change."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: _to_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_to_cpu(value) for value in state)
-    return state
