@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,22 +75,24 @@ def _read_state(content: bytes) -> State:
 
 
 class Background:
-    """Runs one job at a time beside the loop; a job's exception is raised at the next call."""
+    """Runs jobs one after the other beside the loop; a job's exception is raised at a later call."""
+
+    MOST_WAITING = 4  # each holds a copy of the weights, or of all state
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._pending: Future[Any] | None = None
+        self._jobs: deque[Future[Any]] = deque()
 
     def submit(self, job: Callable[[], Any]) -> None:
-        """Wait for the job before, then start this one."""
-        self.wait()
-        self._pending = self._thread.submit(job)
+        """Queue this job; waits only where too many are queued already."""
+        while self._jobs and (self._jobs[0].done() or len(self._jobs) >= self.MOST_WAITING):
+            self._jobs.popleft().result()
+        self._jobs.append(self._thread.submit(job))
 
     def wait(self) -> None:
         """Return once nothing is being written."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        while self._jobs:
+            self._jobs.popleft().result()
 
     def close(self) -> None:
         """Wait and end the thread."""
