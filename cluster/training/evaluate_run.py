@@ -48,6 +48,18 @@ def evaluate_run(
     if not theirs.rows(split):
         raise UserError(f"--split: {source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
+    if recipe.adversarial is not None:
+        from cluster.adversarial.features import open_features
+        from cluster.adversarial.generate import measured
+
+        found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
+        rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split))
+        return {
+            "metrics": jsonable(prefixed(split, found)),
+            "rows": rows_used,
+            "run": folder.uri,
+            "data": other.folder.uri,
+        }
     rows = HeldRows(other.table(split), ours, device)
     context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
     metrics = evaluate(

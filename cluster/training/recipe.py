@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.adversarial.spec import AdversarialTrainSpec
+from cluster.data.augment import MOVING
 from cluster.data.manifest import Manifest
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.storage import Folder
@@ -81,6 +82,11 @@ class Recipe(Spec):
             raise UserError(f"data: {self.data.kind} has no training rows; add some")
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
             raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
+        if manifest.condition_shape and (odd := [a.kind for a in self.data.augment if not isinstance(a, MOVING)]):
+            raise UserError(
+                f"data.augment: {', '.join(odd)} would not change both images of a pair alike; leave it out, and use "
+                f"{', '.join(spec.model_fields['kind'].default for spec in MOVING)}"
+            )
         self.model.check(manifest.signature)
 
     def _check_target(self, objective: ObjectiveSpec, manifest: Manifest) -> None:
@@ -99,8 +105,8 @@ class Recipe(Spec):
     def _check_adversarial(self) -> None:
         if self.train.accumulation > 1:
             raise UserError(
-                f"train.accumulation: {self.train.accumulation} pieces; the halves of a GAN take each batch at once, so "
-                "set it to 1, and lower train.global_batch_size or use more workers"
+                f"train.accumulation: {self.train.accumulation} pieces; the halves of a GAN take each batch at once, "
+                "so set it to 1, and lower train.global_batch_size or use more workers"
             )
 
 
