@@ -22,6 +22,7 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
         facts = {
             "recipe": recipe.model_dump(mode="json"),
             "input_shape": manifest.input_shape,
+            "condition_shape": manifest.condition_shape,
             "num_outputs": manifest.num_outputs,
             "layers": [vars(layer) for layer in summary.layers],
             **{name: value for name, value in vars(summary).items() if name != "layers"},
@@ -108,9 +109,15 @@ def _pairs(rows: Mapping[str, str]) -> None:
 
 
 def _shape(manifest: Manifest) -> str:
-    shape = " x ".join(str(size) for size in manifest.input_shape)
-    kind = "classes" if manifest.class_names else "numbers"
-    return f"{shape} {manifest.input_dtype} to {manifest.num_outputs} {kind}"
+    shape = f"{_by(manifest.input_shape)} {manifest.input_dtype}"
+    kind = "numbers" if not manifest.class_names else "class" if manifest.num_outputs == 1 else "classes"
+    if manifest.condition_shape:
+        return f"{_by(manifest.condition_shape)} -> {shape} of {manifest.num_outputs} {kind}"
+    return f"{shape} to {manifest.num_outputs} {kind}"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
 
 
 def _numbers(values: tuple[float, ...]) -> str:
