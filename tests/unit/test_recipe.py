@@ -113,7 +113,7 @@ def test_a_rate_of_1e_3_is_a_number(file):
         ("a: \x00", "special characters are not allowed"),
         ("a: 2020-99-99", "month must be in 1..12"),
         ("a: !!float x", "could not convert string to float"),
-        ("[" * 500, "maximum recursion depth exceeded"),
+        ("[" * 5000, "maximum recursion depth exceeded"),  # torch.compile raises the limit to 2000
     ],
 )
 def test_bad_yaml_is_named(text, message, file):
