@@ -77,6 +77,7 @@ class _Actor:
         place = {"rank": seat.replica, "world_size": seat.replicas, "device": self.device}
         self.rows = self.splits.training(self.recipe, **place)  # type: ignore[arg-type]
         self.group: Any = None  # this half's replicas
+        self._sent: tuple[Any, Tensor] | None = None  # held until it has been taken
 
     def meeting_point(self) -> str:
         """An address on this actor's node where the peers can meet."""
@@ -115,6 +116,20 @@ class _Actor:
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
 
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Send without waiting for the peer to take it; only one tensor is on its way at once.
+
+        In the pipelined mode both halves send before they receive: each waiting for the other would be for ever.
+        """
+        self.arrive()
+        self._sent = (distributed.isend(tensor, dst=peer, group=self.exchange), tensor)
+
+    def arrive(self) -> None:
+        """Return once what was sent has been taken."""
+        if self._sent is not None:
+            self._sent[0].wait()
+            self._sent = None
+
     def segment(self, first_step: int, num_steps: int, rate: float) -> Segment:
         """The turns of this pair."""
         return Segment(
@@ -147,7 +162,7 @@ class GeneratorActor(_Actor):
 
         for turn in segment:
             fake = self.half.make(turn).contiguous()
-            distributed.send(fake, dst=opponent, group=self.exchange)
+            self.send(fake, opponent)
             if waiting is not None:
                 learn_from(waiting)
             waiting = fake if turn.generator_learns else None
@@ -156,6 +171,7 @@ class GeneratorActor(_Actor):
                 waiting = None
         if waiting is not None:  # a segment ends with both halves at the same step
             learn_from(waiting)
+        self.arrive()
         self.half.average_buffers(self.seat.replicas)
         played = segment.played()
         return Played(played.sums, np.zeros_like(played.digest))  # the discriminator saw the same rows
@@ -202,7 +218,8 @@ class DiscriminatorActor(_Actor):
 
             gradient = take_turn(self.half, segment, turn, fake)
             if gradient is not None:
-                distributed.send(gradient.contiguous(), dst=opponent, group=self.exchange)
+                self.send(gradient.contiguous(), opponent)
+        self.arrive()
         self.half.average_buffers(self.seat.replicas)
         return segment.played()
 

@@ -191,7 +191,8 @@ class Coordinator:
         progress.train_s += elapsed
         progress.train_rows += rows
         progress.digest = [old + int(new) for old, new in zip(progress.digest, played.digest, strict=True)]
-        progress.epoch_sums = [old + new for old, new in zip(progress.epoch_sums, played.sums.sum(0), strict=True)]
+        totals = played.sums.sum(0).tolist()
+        progress.epoch_sums = [old + new for old, new in zip(progress.epoch_sums, totals, strict=True)]
         for end, sums in zip(interval_ends(self.recipe, first, steps), played.sums, strict=True):
             progress.step = end
             factor = self.watch.learning_rate_factor * self.recipe.schedule.factor(end - 1, self.num_steps)
@@ -221,13 +222,15 @@ class Coordinator:
         progress.validation = metrics
         self.pictures.write(progress.step, players.sample)
         self._log("validation", metrics)
-        self._keep_best(players, metrics, epoch)
-        if not progress.step:
-            return  # nothing to expect of untrained halves
-        accuracy = None
-        if self.tells_apart:
-            accuracy = (progress.train["real_accuracy"] + progress.train["fake_accuracy"]) / 2
-        self._heed(players, self.watch.look(metrics, accuracy=accuracy))
+        verdict = Verdict("fine")  # nothing to expect of untrained halves
+        if progress.step:
+            accuracy = None
+            if self.tells_apart:
+                accuracy = (progress.train["real_accuracy"] + progress.train["fake_accuracy"]) / 2
+            verdict = self.watch.look(metrics, accuracy=accuracy)
+        if self.quality.best_metric or verdict.action == "fine":  # the last one is the best, unless it has collapsed
+            self._keep_best(players, metrics, epoch)
+        self._heed(players, verdict)
 
     def _keep_best(self, players: Players, metrics: dict[str, float], epoch: int) -> None:
         name = self.quality.best_metric
