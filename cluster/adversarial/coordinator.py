@@ -57,7 +57,7 @@ class Progress:
     epoch_sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))  # of this epoch's steps
     digest: list[int] = field(default_factory=lambda: [0, 0])
     watch: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, float] = field(default_factory=dict)  # metrics of the last segment
+    train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
     validation: dict[str, float] = field(default_factory=dict)
     untrained: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
@@ -141,12 +141,13 @@ class Coordinator:
     def _train(self) -> None:
         self.background.wait()
         self.players = self._start()
-        self._resume(self.players)
+        resumed = self._resume(self.players)
         if self.recorder:
             self.recorder.close()
-        self.recorder = Recorder(RunDirectory(self.run_folder), keep_to_step=self.progress.step)
+        keep_to_step = self.progress.step if resumed else -1
+        self.recorder = Recorder(RunDirectory(self.run_folder), keep_to_step=keep_to_step)
         self.clock = time.time() - self.progress.time_s
-        if not self.progress.step:
+        if not resumed:
             self._look(self.players, epoch=0)
             self.progress.untrained = dict(self.progress.validation)
         while self.progress.step < self.num_steps and not self.progress.ended:
@@ -163,7 +164,7 @@ class Coordinator:
         finite = self._take_in(played, first, steps, elapsed)
         ended_epoch = progress.step % self.epoch_steps == 0
         if not finite:
-            self._heed(players, self.watch.look({**progress.train, "diversity": 1.0}, accuracy=None))
+            self._heed(players, self.watch.look({**self._metrics(played.sums.sum(0)), "diversity": 1.0}, accuracy=None))
         if ended_epoch:
             last = progress.step == self.num_steps
             if finite and (last or (progress.epoch + 1) % self.section.quality.every_epochs == 0):
@@ -198,10 +199,9 @@ class Coordinator:
             factor = self.watch.learning_rate_factor * self.recipe.schedule.factor(end - 1, self.num_steps)
             rate = self.recipe.optimizer.lr * factor
             self._log("train", self._metrics(sums), rows_per_s=rows / elapsed, learning_rate=rate)
-        progress.train = self._metrics(played.sums.sum(0))
         if progress.step % self.epoch_steps == 0:
-            metrics = self._metrics(np.asarray(progress.epoch_sums))
-            self._log("train", metrics, rows_digest=digest_text(progress.digest), end_of_epoch=True)
+            progress.train = self._metrics(progress.epoch_sums)
+            self._log("train", progress.train, rows_digest=digest_text(progress.digest), end_of_epoch=True)
         return bool(np.isfinite(played.sums).all())
 
     def _metrics(self, sums: Any) -> dict[str, float]:
@@ -291,17 +291,19 @@ class Coordinator:
         if self.recorder:
             self.recorder.flush()
 
-    def _resume(self, players: Players) -> None:
+    def _resume(self, players: Players) -> bool:
+        """Go on from the newest checkpoint; whether there is one."""
         state = self.checkpoints.newest()
         self.watch = CollapseWatch(self.section.collapse)
         if state is None:
             self.progress = Progress()
-            return
+            return False
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=self.rows_used)
         players.load(state["halves"])
         self.progress = Progress(**state["progress"])
         if self.progress.watch:
             self.watch.load(self.progress.watch)
+        return True
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
