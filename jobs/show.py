@@ -43,7 +43,8 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
     console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
     parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
     text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
-    console.print(f"memory, about    {text} a worker; data {_size(summary.data_bytes)}")
+    each = "a worker" if recipe.adversarial is None else "both halves"
+    console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
 
 
 def print_models(*, as_json: bool) -> None:
@@ -99,6 +100,15 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
     if len(manifest.mean) <= 4:
         console.print(f"mean, deviation  {_numbers(manifest.mean)}; {_numbers(manifest.std)}")
     console.print("checksums        match")
+
+
+def print_outcome(metrics: Mapping[str, float | None], facts: Mapping[str, object]) -> None:
+    """Metrics, then facts, in two columns; what is None is left out, but a metric is then not finite."""
+    figures = {name: "not finite" if value is None else f"{value:.4f}" for name, value in metrics.items()}
+    shown = figures | {name: fact for name, fact in facts.items() if fact is not None}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _pairs(rows: Mapping[str, str]) -> None:

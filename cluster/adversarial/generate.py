@@ -1,5 +1,6 @@
 """What a run's best generator makes, and how good it is, from RUN/model alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from cluster.training.run_directory import RECIPE, RunDirectory
 from nn_models.adversarial import Halves
 from nn_models.errors import UserError, did_you_mean
 
+MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -27,6 +30,7 @@ class Generated:
     made: Tensor
     given: Tensor | None = None  # the images they were made from
     true: Tensor | None = None  # and those they should be
+    num_classes: int | None = None  # of conditional models: so many come in turn
 
 
 def measured(
@@ -54,7 +58,7 @@ def generate(
 
     `label` is the class that a conditional model shall make, by name or number; without one all classes come in turn.
     Paired models are given the first images of the test split. Raises UserError where the run has no generator, no such
-    class, or too few images to start from.
+    class, or too few images to start from, or where the rows would take too much memory.
     """
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
@@ -64,9 +68,17 @@ def generate(
     model = described(recipe)[0]
     if label is not None and not model.conditional:
         raise UserError(f"--label: {model.kind} makes rows without labels; leave it out, or train a conditional_gan")
-    condition = given = true = None
+    most = MOST_NUMBERS // math.prod(manifest.input_shape)
+    if not 1 <= num <= most:
+        raise UserError(f"--num: {num} rows of {manifest.input_shape}; from 1 to {most} can be made at once")
+    condition = given = true = num_classes = None
     if model.paired:
         data = prepared(recipe.data)
+        if (data.manifest.input_shape, data.manifest.condition_shape) != (
+            manifest.input_shape,
+            manifest.condition_shape,
+        ):
+            raise UserError(f"{run}: {recipe.data.kind} no longer holds pairs of the size that this run was trained on")
         split = "test" if data.manifest.rows("test") else "validation"
         if num > data.manifest.rows(split):
             raise UserError(
@@ -77,12 +89,13 @@ def generate(
         condition = given = symmetric(torch.from_numpy(rows.condition))
         true = symmetric(torch.from_numpy(rows.inputs))
     elif model.conditional:
+        num_classes = manifest.num_outputs if label is None else None
         classes = torch.arange(num) % manifest.num_outputs
         condition = classes if label is None else torch.full((num,), _class(label, manifest))
     source = torch.randn(num, model.noise_size, generator=torch.Generator().manual_seed(seed))
     device = device or torch.device("cpu")
     made = sample(halves.to(device).generator, source, condition, device=device, seed=seed)
-    return Generated(made, given, true)
+    return Generated(made, given, true, num_classes)
 
 
 def _halves(run: Folder, recipe: Recipe) -> tuple[Halves, Manifest]:

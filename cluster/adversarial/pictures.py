@@ -56,9 +56,10 @@ class Pictures:
 
 
 def beside(*series: Tensor) -> Tensor:
-    """Series of images (rows, C, H, W), of one channel or three, row by row: (rows * series, C, H, W)."""
-    channels = max(images.shape[1] for images in series)
-    alike = [images.expand(-1, channels, -1, -1) for images in series]
+    """Series of images (rows, C, H, W), of any number of channels, row by row: (rows * series, 1 or 3, H, W)."""
+    shown = [images[:, :3] if images.shape[1] >= 3 else images[:, :1] for images in series]
+    channels = max(images.shape[1] for images in shown)
+    alike = [images.expand(-1, channels, -1, -1) for images in shown]
     return torch.stack(alike, dim=1).flatten(0, 1)
 
 
