@@ -16,6 +16,7 @@ from rich.console import Console
 
 import cluster
 from cluster.adversarial.generate import Generated
+from cluster.storage import Folder
 from cluster.training.trainer import Outcome
 from jobs.progress import Progress
 from jobs.samples import picture
@@ -220,6 +221,10 @@ def test_generate(manta, digits, tmp_path, monkeypatch):
     assert pixels(tmp_path / "samples.png").shape == (2 * 34 + 2, 3 * 34 + 2)
     assert (pixels(tmp_path / "samples.png")[:36, :104] == first[:36, :104]).all()  # the same noise, replaced whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.PNG", "samples.png"]
+
+
+def test_the_root_of_the_disk_is_a_folder_too():
+    assert Folder("/").local == Path("/")  # of /samples.png
 
 
 def test_generate_the_class_asked_for(manta, conditional, tmp_path):
