@@ -165,7 +165,7 @@ def refuse_unplaceable(ray: Any, workers: Workers) -> None:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
-            f"--workers: {workers.what} of {each} each, can never be placed: the cluster has "
+            f"--workers: {workers.what} of {each} each can never be placed: the cluster has "
             f"{have['CPU']:g} CPU and {have['GPU']:g} GPU, room for {places} of them; ask for fewer workers, "
             "or for less with train.cpus_per_worker"
         )

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.adversarial.collapse import CollapseWatch, Verdict
 from cluster.adversarial.features import Features
@@ -38,7 +39,7 @@ from cluster.data.order import digest_text
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
+from cluster.training.checkpoints import Background, Checkpoints, described_rows, save_model
 from cluster.training.evaluation import prefixed
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
@@ -318,7 +319,8 @@ class Coordinator:
             self._log("test", tested)
             metrics |= prefixed("test", tested)
         names = self.checkpoints.names()
-        weights = read_model(self.run_folder).weights
+        with torch.device("meta"):
+            halves = self.recipe.model.build(self.data.manifest.signature)
         return {
             "metrics": metrics,
             "best": dict(progress.best or {}),
@@ -330,7 +332,7 @@ class Coordinator:
             "ended": progress.ended,
             "rollbacks": progress.rollbacks,
             "rows_per_s": progress.train_rows / progress.train_s if progress.train_s else None,
-            "num_parameters": sum(w.numel() for w in weights.values() if w.is_floating_point()),
+            "num_parameters": sum(p.numel() for p in halves.parameters()),
             "world_size": self.replicas,
             "first_step_at": self.first_step_at,
             "restarts": self.restarts,

@@ -167,7 +167,7 @@ def test_halves_that_die_again_and_again_fail_the_run(ray, tmp_path):
 def test_what_cannot_be_is_refused(ray, tmp_path):
     with pytest.raises(UserError, match="cannot change in number"):
         cluster.train(DCGAN, num_workers=(1, 2), run=str(tmp_path / "elastic"))
-    with pytest.raises(UserError, match="5 pairs of halves, so 10 actors of 1 CPU each, can never be placed"):
+    with pytest.raises(UserError, match="5 pairs of halves, so 10 actors of 1 CPU each can never be placed"):
         cluster.train(DCGAN, num_workers=5, run=str(tmp_path / "many"), overrides={"train.cpus_per_worker": 1})
     with pytest.raises(UserError, match="1 pair of halves, so 2 actors of 1 CPU and 1 GPU each"):
         cluster.train(DCGAN, num_workers=1, use_gpu=True, run=str(tmp_path / "gpu"))
