@@ -38,6 +38,19 @@ class Workers:
     most: int
     cpus: int
     use_gpu: bool
+    halves: bool = False  # the workers are the halves of a GAN: an even number of them
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a generator and a discriminator."""
+        return self.most // 2
+
+    @property
+    def what(self) -> str:
+        """They in words: `3 workers`, or `2 pairs of halves, so 4 actors`."""
+        if not self.halves:
+            return f"{self.least} workers"
+        return f"{self.pairs} pair{'s' * (self.pairs > 1)} of halves, so {self.most} actors"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -152,7 +165,7 @@ def refuse_unplaceable(ray: Any, workers: Workers) -> None:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
-            f"--workers: {workers.least} workers of {each} each can never be placed: the cluster has "
+            f"--workers: {workers.what} of {each} each can never be placed: the cluster has "
             f"{have['CPU']:g} CPU and {have['GPU']:g} GPU, room for {places} of them; ask for fewer workers, "
             "or for less with train.cpus_per_worker"
         )

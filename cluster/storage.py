@@ -26,7 +26,7 @@ class Folder:
             self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
         except (ArrowInvalid, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~unknown-user
             raise UserError(f"{self.uri}: not a place that can be read or written ({error})") from None
-        self.path = self.path.rstrip("/")
+        self.path = self.path.rstrip("/") or "/"
 
     @property
     def local(self) -> Path | None:

@@ -6,6 +6,8 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,6 +25,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Prepare data as Parquet shard
 app.add_typer(data_app, name="data")
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+PACKAGES = ("cluster", "jobs", "nn_models")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A built-in recipe's name (`manta recipes`) or a YAML file.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's directory.")]
@@ -37,20 +40,9 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's
 
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 the run failed, 2 the user must change something, 130 interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger().handlers[0].addFilter(lambda record: record.name.startswith(("cluster", "jobs", "nn_models")))
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        _import_from_here()
-        code = app(standalone_mode=False)
-    except SystemExit as ended:  # how typer takes a broken pipe
-        code = _no_more_output() if isinstance(ended.__context__, BrokenPipeError) else ended.code
-    except UserError as error:
-        code = _complain(str(error), USER_ERROR)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _complain("interrupted", INTERRUPTED)
-    except Exception as error:
-        code = _other(error)
+    with _messages_shown():
+        code = _run_app()
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -60,6 +52,47 @@ def main() -> NoReturn:
         code = _complain(f"standard output: {error.strerror}", USER_ERROR)
         _no_more_output()
     sys.exit(code if isinstance(code, int) else DONE)
+
+
+def _run_app() -> Any:
+    """The exit code, or what the command returned."""
+    try:
+        _import_from_here()
+        return app(standalone_mode=False)
+    except SystemExit as ended:  # how typer takes a broken pipe
+        return _no_more_output() if isinstance(ended.__context__, BrokenPipeError) else ended.code
+    except UserError as error:
+        return _complain(str(error), USER_ERROR)
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("interrupted", INTERRUPTED)
+    except Exception as error:
+        return _other(error)
+
+
+class _ToStandardError(logging.StreamHandler[Any]):
+    """Shows the packages' own messages, on what standard error is at the time: above a progress bar, not across it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        self.addFilter(lambda record: record.name.startswith(PACKAGES))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextmanager
+def _messages_shown() -> Iterator[None]:
+    root = logging.getLogger()
+    if not any(isinstance(handler, _ToStandardError) for handler in root.handlers):
+        root.addHandler(_ToStandardError())  # stays: without any, Python shows what others have to say at its end
+    level = root.level
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _import_from_here() -> None:
@@ -127,6 +160,7 @@ def train(
     """Train a recipe."""
     from cluster.runtime import configure_ray, parse_workers
     from jobs.progress import Progress
+    from jobs.show import print_outcome
 
     least, most = parse_workers(workers)
     configure_ray()
@@ -165,11 +199,14 @@ def train(
     if as_json:
         print(json.dumps({"run": outcome.run, **outcome.result}))
         return
-    for name, value in outcome.metrics.items():
-        print(f"{name:24} {value:.4f}")
-    print(f"{'run':24} {outcome.run}")
-    if written:
-        print(f"{'report':24} {written}")
+    rollbacks = outcome.result.get("rollbacks") or []
+    facts = {
+        "rollbacks": f"{len(rollbacks)}, the last at step {rollbacks[-1]['step']}" if rollbacks else None,
+        "ended early": outcome.result.get("ended"),
+        "run": outcome.run,
+        "report": written,
+    }
+    print_outcome(outcome.metrics, facts)
 
 
 @app.command()
@@ -229,6 +266,7 @@ def evaluate(
     from cluster.data.manifest import SPLITS
     from cluster.training.evaluate_run import evaluate_run, parse_data
     from cluster.training.trainer import local_device
+    from jobs.show import print_outcome
     from nn_models.errors import did_you_mean
 
     if split not in SPLITS:
@@ -238,9 +276,27 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    for name, value in result["metrics"].items():
-        print(f"{name:24} {value:.4f}")
-    print(f"{'rows':24} {result['rows']}")
+    print_outcome(result["metrics"], {"rows": result["rows"]})
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to make.")] = 64,
+    out: Annotated[str, typer.Option(metavar="FILE.png", help="File to write, or to replace.")] = "samples.png",
+    label: Annotated[
+        str | None, typer.Option(help="Class to make, by name or number (conditional models); by default each in turn.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise: the same gives the same.")] = 0,
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images that a GAN's best generator makes, from RUN/model alone; for pairs: given, made, true."""
+    from cluster.training.trainer import local_device
+    from jobs.samples import write_samples
+
+    path = write_samples(run, num=num, out=out, label=label, seed=seed, device=local_device(gpu))
+    print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
 
 
 @app.command()

@@ -22,6 +22,7 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
         facts = {
             "recipe": recipe.model_dump(mode="json"),
             "input_shape": manifest.input_shape,
+            "condition_shape": manifest.condition_shape,
             "num_outputs": manifest.num_outputs,
             "layers": [vars(layer) for layer in summary.layers],
             **{name: value for name, value in vars(summary).items() if name != "layers"},
@@ -42,7 +43,8 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
     console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
     parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
     text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
-    console.print(f"memory, about    {text} a worker; data {_size(summary.data_bytes)}")
+    each = "a worker" if recipe.adversarial is None else "both halves"
+    console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
 
 
 def print_models(*, as_json: bool) -> None:
@@ -100,6 +102,15 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
     console.print("checksums        match")
 
 
+def print_outcome(metrics: Mapping[str, float | None], facts: Mapping[str, object]) -> None:
+    """Metrics, then facts, in two columns; what is None is left out, but a metric is then not finite."""
+    figures = {name: "not finite" if value is None else f"{value:.4f}" for name, value in metrics.items()}
+    shown = figures | {name: fact for name, fact in facts.items() if fact is not None}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        print(f"{name:{width}}  {value}")
+
+
 def _pairs(rows: Mapping[str, str]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in rows.items():
@@ -108,9 +119,15 @@ def _pairs(rows: Mapping[str, str]) -> None:
 
 
 def _shape(manifest: Manifest) -> str:
-    shape = " x ".join(str(size) for size in manifest.input_shape)
-    kind = "classes" if manifest.class_names else "numbers"
-    return f"{shape} {manifest.input_dtype} to {manifest.num_outputs} {kind}"
+    shape = f"{_by(manifest.input_shape)} {manifest.input_dtype}"
+    kind = "numbers" if not manifest.class_names else "class" if manifest.num_outputs == 1 else "classes"
+    if manifest.condition_shape:
+        return f"{_by(manifest.condition_shape)} -> {shape} of {manifest.num_outputs} {kind}"
+    return f"{shape} to {manifest.num_outputs} {kind}"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

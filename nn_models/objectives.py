@@ -14,8 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nn_models.adversarial import AdversarialSpec
+from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.errors import UserError
-from nn_models.spec import Spec
+from nn_models.spec import ModelSpec, Spec
 
 
 class Measured(NamedTuple):
@@ -123,6 +125,14 @@ class ObjectiveSpec(Spec):
     target_kind: ClassVar[Literal["label", "number"]]
     kind: str
 
+    def check(self, model: ModelSpec) -> None:
+        """Raise UserError where the model is not one net."""
+        if isinstance(model, AdversarialSpec):
+            raise UserError(
+                f"objective.kind: {self.kind} trains one net, but {model.kind} is a generator and a discriminator; "
+                "set objective.kind to adversarial"
+            )
+
     def build(self, num_outputs: int) -> Objective:
         """The objective for a model with so many outputs."""
         raise NotImplementedError
@@ -156,4 +166,6 @@ class RegressionSpec(ObjectiveSpec):
         return Regression(num_outputs)
 
 
-AnyObjectiveSpec = Annotated[ClassificationSpec | RegressionSpec, Field(discriminator="kind")]
+AnyObjectiveSpec = Annotated[
+    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
+]

@@ -58,11 +58,13 @@ class Signature(Spec):
     """What one row of a data set looks like to a model.
 
     `input_shape` is (channels, height, width) for images and (features,) for feature vectors;
-    `num_outputs` is the number of classes, or of regression targets.
+    `num_outputs` is the number of classes, or of regression targets. Where rows are pairs of images,
+    `input_shape` is the image to be made and `condition_shape` the one it is made from, both (channels, height, width).
     """
 
     input_shape: tuple[PositiveInt, ...]
     num_outputs: PositiveInt
+    condition_shape: tuple[PositiveInt, ...] | None = None
 
     @property
     def input_kind(self) -> str:

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, Field
 from torch import nn
 
+from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.errors import UserError, did_you_mean
 from nn_models.feedforward import MLPSpec
+from nn_models.pix2pix import Pix2PixSpec
 from nn_models.spec import ModelSpec, Signature, validate
 
 
@@ -88,7 +90,10 @@ def _makes_modules(target: Any) -> bool:
     return inspect.isfunction(target) or (inspect.isclass(target) and issubclass(target, nn.Module))
 
 
-AnyModelSpec = Annotated[MLPSpec | CNNSpec | AlexNetSpec | CustomSpec, Field(discriminator="kind")]
+AnyModelSpec = Annotated[
+    MLPSpec | CNNSpec | AlexNetSpec | GANSpec | DCGANSpec | ConditionalGANSpec | Pix2PixSpec | CustomSpec,
+    Field(discriminator="kind"),
+]
 
 MODELS: dict[str, type[ModelSpec]] = {
     spec.model_fields["kind"].default: spec for spec in get_args(get_args(AnyModelSpec)[0])
@@ -98,6 +103,7 @@ MODELS: dict[str, type[ModelSpec]] = {
 def build(model: Mapping[str, Any] | ModelSpec, signature: Signature) -> nn.Module:
     """The module that `model` describes, for rows such as `signature` says, initialised from torch's global generator.
 
+    An adversarial model comes as `adversarial.Halves`, with its `generator` and its `discriminator`.
     Raises UserError where the description is wrong, or where the model cannot read such rows.
     """
     spec: ModelSpec = model if isinstance(model, ModelSpec) else validate(AnyModelSpec, model, prefix="model")

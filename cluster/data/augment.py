@@ -101,6 +101,9 @@ AnyAugmentSpec = Annotated[
     Field(discriminator="kind"),
 ]
 
+# These only move pixels about: both images of a pair stay aligned, and neither changes its colours.
+MOVING = (HorizontalFlipSpec, RandomCropSpec, RotationSpec, ResizedCropSpec)
+
 
 class Augmentation:
     """The transforms of a recipe, applied to a batch of uint8 images row by row."""

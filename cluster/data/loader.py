@@ -27,7 +27,8 @@ HELD_BYTES = 4 << 30
 class Batch:
     """This rank's slice of a global batch.
 
-    `inputs` (rows, *input_shape) float32, `targets` (rows,) or (rows, outputs), on the device. Where the slice is
+    `inputs` (rows, *input_shape) float32, `targets` (rows,) or (rows, outputs), on the device. Where rows are pairs of
+    images, `condition` (rows, *condition_shape) float32 in [-1, 1] is the image to start from. Where the slice is
     empty, one row stands in (a rank must take part in every step) and `num_rows` is 0: its loss must count nothing.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     start: int  # position in the epoch of the first row
     num_rows: int
     global_rows: int
+    condition: Tensor | None = None
 
 
 class TrainingRows(Protocol):
@@ -69,6 +71,21 @@ class Normalise:
         return torch.mul(stored, self._scale).add_(self._shift)
 
 
+def symmetric(stored: Tensor) -> Tensor:
+    """Bytes of images as float32 in [-1, 1], as adversarial nets read them."""
+    return torch.div(stored, 127.5).sub_(1)
+
+
+def _augmented(
+    augmentation: Augmentation, stored: Tensor, condition: Tensor | None, ids: RowIds, epoch: int
+) -> tuple[Tensor, Tensor | None]:
+    """Both images of a pair are moved as one, so that they still fit each other."""
+    if condition is None:
+        return augmentation(stored, ids, epoch), None
+    both = augmentation(torch.cat((stored, condition), dim=1), ids, epoch)
+    return both[:, : stored.shape[1]], both[:, stored.shape[1] :]
+
+
 def shuffle_window(manifest: Manifest, wanted: int | None) -> int | None:
     """Rows shuffled together; None for all of them. Follows from recipe and manifest alone."""
     if wanted is not None:
@@ -95,22 +112,38 @@ class HeldRows:
         self.normalise = Normalise(manifest, device)
         self.num_rows = len(rows.ids)
         self._inputs, self._targets = _shared(rows.inputs), _shared(rows.targets)
+        self._condition = None if rows.condition is None else _shared(rows.condition)
         self.resident = device.type == "cuda" and self._fits(device)
         if self.resident:  # kept as stored, gathered and normalised there
             self._inputs, self._targets = self._inputs.to(device), self._targets.to(device)
+            self._condition = None if self._condition is None else self._condition.to(device)
 
     def _fits(self, device: torch.device) -> bool:
         free, _ = torch.cuda.mem_get_info(device)
-        return self._inputs.nbytes + self._targets.nbytes <= free // 4
+        condition_bytes = 0 if self._condition is None else self._condition.nbytes
+        return self._inputs.nbytes + self._targets.nbytes + condition_bytes <= free // 4
 
     def stored(self, ids: RowIds) -> tuple[Tensor, Tensor]:
         """Inputs as stored, and targets, of these rows, on the device."""
+        index = self._index(ids)
+        return self._gather(self._inputs, index), self._gather(self._targets, index)
+
+    def stored_condition(self, ids: RowIds) -> Tensor | None:
+        """The images to start from of these rows as stored, on the device; None where rows are no pairs."""
+        return None if self._condition is None else self._gather(self._condition, self._index(ids))
+
+    def conditions(self, ids: RowIds) -> Tensor | None:
+        """(rows, *condition_shape) float32 in [-1, 1], on the device; None where rows are no pairs."""
+        stored = self.stored_condition(ids)
+        return None if stored is None else symmetric(stored)
+
+    def _index(self, ids: RowIds) -> Tensor:
         index = torch.from_numpy(ids)
-        if self.resident:
-            index = index.to(self.device, non_blocking=True)
-            return self._inputs.index_select(0, index), self._targets.index_select(0, index)
-        inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
-        return _to_device(inputs, self.device), _to_device(targets, self.device)
+        return index.to(self.device, non_blocking=True) if self.resident else index
+
+    def _gather(self, values: Tensor, index: Tensor) -> Tensor:
+        chosen = values.index_select(0, index)
+        return chosen if self.resident else _to_device(chosen, self.device)
 
     def pass_over(self, batch_size: int, *, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(stored inputs, inputs, targets) of this rank's share of all rows, in their order, for evaluation."""
@@ -134,9 +167,11 @@ class HeldTraining:
         """See TrainingRows."""
         for step in range(first_step, self.order.num_steps):
             ids = self.order.rows(epoch, step, self._rank, self._world_size)
-            stored, targets = self._rows.stored(ids if len(ids) else np.zeros(1, np.int64))
+            taken = ids if len(ids) else np.zeros(1, np.int64)
+            stored, targets = self._rows.stored(taken)
+            condition = self._rows.stored_condition(taken)
             if self._augmentation:
-                stored = self._augmentation(stored, ids if len(ids) else np.zeros(1, np.int64), epoch)
+                stored, condition = _augmented(self._augmentation, stored, condition, taken, epoch)
             yield Batch(
                 inputs=self._rows.normalise(stored),
                 targets=targets,
@@ -144,6 +179,7 @@ class HeldTraining:
                 start=self.order.start(epoch, step, self._rank, self._world_size),
                 num_rows=len(ids),
                 global_rows=self.order.global_rows(epoch, step),
+                condition=None if condition is None else symmetric(condition),
             )
 
 
@@ -181,21 +217,24 @@ class StreamedTraining:
                 reader.shutdown(wait=True, cancel_futures=True)
 
     def _batch(self, epoch: int, step: int, parts: list[Rows]) -> Batch:
-        ids, inputs, targets = (np.concatenate([getattr(p, c) for p in parts]) for c in ("ids", "inputs", "targets"))
-        num_rows = len(ids)
+        rows = Rows.joined(parts)
+        num_rows = len(rows.ids)
         if not num_rows:
-            stand_in = self._data.read_row_groups(self._locations[:1])
-            ids, inputs, targets = stand_in.ids[:1], stand_in.inputs[:1], stand_in.targets[:1]
-        stored = _to_device(torch.from_numpy(inputs), self._device)
+            rows = self._data.read_row_groups(self._locations[:1]).at(slice(1))
+        stored = _to_device(torch.from_numpy(rows.inputs), self._device)
+        condition = None
+        if rows.condition is not None:
+            condition = _to_device(torch.from_numpy(rows.condition), self._device)
         if self._augmentation:
-            stored = self._augmentation(stored, ids, epoch)
+            stored, condition = _augmented(self._augmentation, stored, condition, rows.ids, epoch)
         return Batch(
             inputs=self._normalise(stored),
-            targets=_to_device(torch.from_numpy(targets), self._device),
-            ids=ids[:num_rows],
+            targets=_to_device(torch.from_numpy(rows.targets), self._device),
+            ids=rows.ids[:num_rows],
             start=self.order.start(epoch, step, self._rank, self._world_size),
             num_rows=num_rows,
             global_rows=self.order.global_rows(epoch, step),
+            condition=None if condition is None else symmetric(condition),
         )
 
     def read(self, epoch: int, lane: int, index: int) -> tuple[Rows, NDArray[np.int64]]:
@@ -215,16 +254,11 @@ class _LaneReader:
     def take(self, step: int) -> Rows:
         """The step's rows of this lane."""
         manifest = self._rows._data.manifest
-        ids, inputs, targets = [], [], []
+        parts = []
         for index, piece in self._rows.order.pieces(self._epoch, self._lane, step):
             rows, permutation = self._block(index)
-            chosen = permutation[piece]
-            ids.append(rows.ids[chosen])
-            inputs.append(rows.inputs[chosen])
-            targets.append(rows.targets[chosen])
-        if ids:
-            return Rows(np.concatenate(ids), np.concatenate(inputs), np.concatenate(targets))
-        return _no_rows(manifest)
+            parts.append(rows.at(permutation[piece]))
+        return Rows.joined(parts) if parts else _no_rows(manifest)
 
     def _block(self, index: int) -> tuple[Rows, NDArray[np.int64]]:
         for old in [old for old in self._blocks if old < index]:
@@ -239,7 +273,8 @@ def _no_rows(manifest: Manifest) -> Rows:
     targets: Any = np.empty(0, np.int64)
     if manifest.target_kind == "number":
         targets = np.empty((0, manifest.num_outputs), np.float32)
-    return Rows(np.empty(0, np.int64), np.empty((0, *manifest.input_shape), manifest.input_dtype), targets)
+    condition = np.empty((0, *manifest.condition_shape), np.uint8) if manifest.condition_shape else None
+    return Rows(np.empty(0, np.int64), np.empty((0, *manifest.input_shape), manifest.input_dtype), targets, condition)
 
 
 def _shared(array: NDArray[Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """Manifest: what stands beside the shards: schema, rows, row groups, checksums, normalisation statistics."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -33,14 +34,16 @@ class Shard(Spec):
 class Manifest(Spec):
     """The content of manifest.json.
 
-    `mean` and `std` are those of the training split: a number for each channel of images (whose bytes count as
-    0 to 1), or for each feature.
+    `mean` and `std` are those of the training split's inputs: a number for each channel of images (whose bytes count
+    as 0 to 1), or for each feature. Where rows are pairs of images, `condition_shape` is that of the image to start
+    from, uint8 as the input, and of its height and width.
     """
 
     version: Literal[1] = 1
     source: str
     input_shape: tuple[PositiveInt, ...]
     input_dtype: Literal["uint8", "float32"]
+    condition_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     target_kind: TargetKind
     num_outputs: PositiveInt
     class_names: tuple[str, ...] = ()
@@ -52,6 +55,8 @@ class Manifest(Spec):
     def _fits_itself(self) -> Self:
         if len(self.input_shape) not in (1, 3) or {len(self.mean), len(self.std)} != {self.input_shape[0]}:
             raise ValueError("input_shape, mean and std do not fit each other; prepare the data again")
+        if self.condition_shape and (self.condition_shape[1:] != self.input_shape[1:] or self.input_dtype != "uint8"):
+            raise ValueError("condition_shape and the input do not fit each other; prepare the data again")
         if self.target_kind == "label" and len(self.class_names) != self.num_outputs:
             raise ValueError("num_outputs is not the number of class_names; prepare the data again")
         if unknown := set(self.splits) - set(SPLITS):
@@ -61,7 +66,9 @@ class Manifest(Spec):
     @property
     def signature(self) -> Signature:
         """What the model must fit."""
-        return Signature(input_shape=self.input_shape, num_outputs=self.num_outputs)
+        return Signature(
+            input_shape=self.input_shape, num_outputs=self.num_outputs, condition_shape=self.condition_shape
+        )
 
     def rows(self, split: str) -> NonNegativeInt:
         """Rows in a split; 0 where there is no such split."""
@@ -74,7 +81,12 @@ class Manifest(Spec):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row in memory, the 8 of its target included."""
-        return self.signature.input_size * (1 if self.input_dtype == "uint8" else 4) + 8
+        return self.signature.input_size * (1 if self.input_dtype == "uint8" else 4) + self.condition_size + 8
+
+    @property
+    def condition_size(self) -> int:
+        """Bytes of one row's image to start from; 0 where there is none."""
+        return math.prod(self.condition_shape) if self.condition_shape else 0
 
 
 def read_manifest(folder: Folder) -> Manifest:

@@ -101,6 +101,7 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         source=spec.kind,
         input_shape=source.columns.input_shape,
         input_dtype=source.columns.input_dtype,
+        condition_shape=source.columns.condition_shape,
         target_kind=source.columns.target_kind,
         num_outputs=source.columns.num_outputs,
         class_names=source.columns.class_names,
@@ -111,7 +112,8 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
             if any(split in part.shards for part in converted)
         },
     )
-    out.write_text(MANIFEST, manifest.model_dump_json(indent=1))
+    # without fields that are None: rows that are no pairs keep the manifest they have always had
+    out.write_text(MANIFEST, manifest.model_dump_json(indent=1, exclude_none=True))
     return manifest
 
 
@@ -148,14 +150,15 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
 
 def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     """Load one part and write a shard for each split that it has rows of."""
-    inputs, targets = source.load(slot.part)
+    inputs, targets, *condition = source.load(slot.part)
+    rows = Rows(slot.ids, inputs, targets, *condition)
     shards: dict[str, Shard] = {}
     train = np.zeros(len(inputs), bool)
     for index, split in enumerate(SPLITS):
         chosen = slot.splits == index
         if chosen.any():
             name = f"{split}-{slot.index:05d}.parquet"
-            shards[split] = write_shard(out, name, Rows(slot.ids[chosen], inputs[chosen], targets[chosen]))
+            shards[split] = write_shard(out, name, rows.at(chosen))
         if split == "train":
             train = chosen
     return Converted(shards, *_moments(inputs[train]))

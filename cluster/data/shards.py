@@ -1,9 +1,10 @@
-"""Shards: Parquet files of rows (row id, input, target), written once, verified when read."""
+"""Shards: Parquet files of rows (row id, input, target, condition), written once, verified when read."""
 
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -27,20 +28,41 @@ class Rows:
     """Some rows as NumPy arrays, which may be read-only views into shared memory.
 
     `ids` is (rows,) int64; `inputs` (rows, *input_shape) uint8 or float32; `targets` (rows,) int64 labels or
-    (rows, outputs) float32 numbers.
+    (rows, outputs) float32 numbers; `condition` (rows, *condition_shape) uint8, None where rows are no pairs.
     """
 
     ids: NDArray[np.int64]
     inputs: Array
     targets: Array
+    condition: Array | None = None
+
+    def at(self, where: slice | Array) -> Self:
+        """The rows at these places, or where a mask holds."""
+        condition = None if self.condition is None else self.condition[where]
+        return type(self)(self.ids[where], self.inputs[where], self.targets[where], condition)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, of which there is at least one, one after the other."""
+        conditions = [part.condition for part in parts if part.condition is not None]
+        return cls(
+            ids=np.concatenate([part.ids for part in parts]),
+            inputs=np.concatenate([part.inputs for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+            condition=np.concatenate(conditions) if conditions else None,
+        )
 
 
 def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
     """Write one shard and return its entry in the manifest."""
     fewest, most = ROW_GROUP_ROWS
     wanted = min(most, max(fewest, -(-len(rows.ids) // ROW_GROUPS)))
-    group_rows = max(1, min(wanted, ROW_GROUP_BYTES // max(1, rows.inputs[0].nbytes)))
-    table = pa.table({"row": rows.ids, "input": _column(rows.inputs), "target": _column(rows.targets)})
+    row_bytes = rows.inputs[0].nbytes + (0 if rows.condition is None else rows.condition[0].nbytes)
+    group_rows = max(1, min(wanted, ROW_GROUP_BYTES // max(1, row_bytes)))
+    columns = {"row": rows.ids, "input": _column(rows.inputs), "target": _column(rows.targets)}
+    if rows.condition is not None:
+        columns["condition"] = _column(rows.condition)
+    table = pa.table(columns)
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -76,10 +98,12 @@ def _column(values: Array) -> pa.Array:
 
 def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
     """The table's columns as arrays, without a copy where a column is one chunk."""
+    shape = manifest.condition_shape
     return Rows(
         ids=_array(table["row"], np.dtype(np.int64), ()).astype(np.int64, copy=False),
         inputs=_array(table["input"], np.dtype(manifest.input_dtype), manifest.input_shape),
         targets=_array(table["target"], *_target_layout(manifest.target_kind, manifest.num_outputs)),
+        condition=_array(table["condition"], np.dtype(np.uint8), shape) if shape else None,
     )
 
 
@@ -156,12 +180,7 @@ class DataSet:
 
     def read_row_groups(self, where: Sequence[tuple[Shard, int]]) -> Rows:
         """These row groups, one after the other. Raises UserError naming a shard with a damaged page."""
-        parts = list(self._read_row_groups(where))
-        return Rows(
-            ids=np.concatenate([part.ids for part in parts]),
-            inputs=np.concatenate([part.inputs for part in parts]),
-            targets=np.concatenate([part.targets for part in parts]),
-        )
+        return Rows.joined(list(self._read_row_groups(where)))
 
     def _read_row_groups(self, where: Sequence[tuple[Shard, int]]) -> Iterator[Rows]:
         for shard, index in where:

@@ -33,13 +33,17 @@ class Checkpoints:
 
     def save(self, step: int, state: State) -> str:
         """Write the state at `step`, then drop the oldest files. Returns the file's name."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         name = f"step-{step:010d}.pt"
-        self.folder.write_bytes(name, buffer.getbuffer())
+        self.save_as(name, state)
         for old in self.names()[: -self._keep]:
             self.folder.delete(old)
         return name
+
+    def save_as(self, name: str, state: State) -> None:
+        """Write a state under a name of its own; it is kept."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.folder.write_bytes(name, buffer.getbuffer())
 
     def names(self) -> list[str]:
         """The checkpoints' files, oldest first."""
@@ -50,15 +54,33 @@ class Checkpoints:
         names = self.names()
         if not names:
             return None
-        content = self.folder.read_bytes(names[-1])
+        before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"
+        return self.read(names[-1], fix=f"delete it to resume from {before}")
+
+    def read(self, name: str, *, fix: str = "restore it, or start a new run") -> State:
+        """The state in a file, on the CPU. Raises UserError where it is damaged."""
+        content = self.folder.read_bytes(name)
         try:
             return _read_state(content)
         except Exception as error:  # torch raises RuntimeError, EOFError, … for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"
+            raise UserError(f"{self.folder}/{name}: damaged checkpoint ({reason}); {fix}") from None
+
+    def refuse_other(self, state: State, *, recipe: "Recipe", rows: str) -> None:
+        """Raise UserError for a state of another model, or of other data (`rows` as `described_rows` says)."""
+        if json.loads(state["recipe"])["model"] != json.loads(recipe.model_dump_json())["model"]:
+            raise UserError(f"{self.folder}: checkpoints of another model; choose another --run")
+        if state["rows"] != rows:
             raise UserError(
-                f"{self.folder}/{names[-1]}: damaged checkpoint ({reason}); delete it to resume from {before}"
-            ) from None
+                f"{self.folder}: the data has changed since this run began, from {state['rows']} to {rows}; "
+                "start a new run with another --run"
+            )
+
+
+def described_rows(manifest: Manifest) -> str:
+    """What places in the order of rows, and a model's inputs and outputs, refer to."""
+    shape = " x ".join(map(str, manifest.input_shape))
+    return f"{manifest.rows('train')} rows of {shape} with {manifest.num_outputs} outputs"
 
 
 def _read_state(content: bytes) -> State:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cluster.data.loader import HeldRows
-from cluster.data.manifest import MANIFEST
+from cluster.data.manifest import MANIFEST, Manifest
 from cluster.data.prepare import prepared
 from cluster.data.sources.base import DataSpec
 from cluster.data.sources.catalogue import AnyDataSpec
@@ -35,11 +35,9 @@ def evaluate_run(
     source = data or recipe.data
     other = prepared(source)
     ours, theirs = saved.manifest, other.manifest
-    have, want = ((m.input_shape, m.input_dtype, m.target_kind, m.num_outputs) for m in (theirs, ours))
+    have, want = _row(theirs), _row(ours)
     if have != want:
-        raise UserError(
-            f"--data: the rows of {source.kind} are {_row(*have)}, but the model of {run} was trained on {_row(*want)}"
-        )
+        raise UserError(f"--data: the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
     if ours.class_names != theirs.class_names:
         raise UserError(
             f"--data: the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
@@ -48,12 +46,29 @@ def evaluate_run(
     if not theirs.rows(split):
         raise UserError(f"--split: {source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
+    if recipe.adversarial is not None:
+        from cluster.adversarial.features import open_features
+        from cluster.adversarial.generate import measured
+
+        if not theirs.rows("train"):
+            raise UserError(
+                f"--data: {source.kind} has no training rows; the quality of what is made is measured by a classifier "
+                "of them, so add some"
+            )
+        found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
+        rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split), theirs.rows("train"))
+        return {
+            "metrics": jsonable(prefixed(split, found)),
+            "rows": rows_used,
+            "run": folder.uri,
+            "data": other.folder.uri,
+        }
     rows = HeldRows(other.table(split), ours, device)
     context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
     metrics = evaluate(
         model.to(device),
         rows,
-        recipe.objective.build(ours.num_outputs),
+        recipe.supervised.build(ours.num_outputs),
         context=context,
         precision=recipe.train.precision,
         batch_size=EVALUATION_ROWS,
@@ -66,8 +81,11 @@ def evaluate_run(
     }
 
 
-def _row(shape: tuple[int, ...], dtype: str, target_kind: str, num_outputs: int) -> str:
-    return f"{' x '.join(map(str, shape))} {dtype} with {num_outputs} {target_kind} outputs"
+def _row(manifest: Manifest) -> str:
+    """All that must be the same for a model to read rows."""
+    inputs, given = (" x ".join(map(str, shape or ())) for shape in (manifest.input_shape, manifest.condition_shape))
+    pair = f"{given} -> " if given else ""
+    return f"{pair}{inputs} {manifest.input_dtype} with {manifest.num_outputs} {manifest.target_kind} outputs"
 
 
 def parse_data(text: str, changes: Mapping[str, Any] | None = None, *, name: str = "--data") -> DataSpec:

@@ -1,6 +1,5 @@
 """The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,14 +13,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.data.loader import Batch
 from cluster.data.order import digest_text
 from cluster.errors import Diverged
-from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import Evidence, autocast, evaluate, prefixed
 from cluster.training.memory import keep_freed_memory
 from cluster.training.pending import Pending
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
-from nn_models.errors import UserError
 
 EVALUATION_ROWS = 500  # of a batch in evaluation, where nothing is kept for a backward pass
 
@@ -63,7 +61,7 @@ class _Loop:
         keep_freed_memory(context.device)
         self.recipe, self.context, self.train = recipe, context, recipe.train
         manifest = context.splits.manifest
-        self.objective = recipe.objective.build(manifest.num_outputs)
+        self.objective = recipe.supervised.build(manifest.num_outputs)
         self.names = ("loss", *self.objective.names)
 
         torch.manual_seed(self.train.seed)  # the same weights on all ranks
@@ -332,7 +330,7 @@ class _Loop:
             state: State = {
                 "recipe": self.recipe.model_dump_json(),
                 "world_size": self.context.world_size,
-                "rows": self._rows_of_training(),
+                "rows": described_rows(self.context.splits.manifest),
                 "progress": asdict(self.progress),
                 "model": to_cpu(self.model.state_dict()),
                 "optimizer": to_cpu(self.optimizer.state_dict()),
@@ -351,13 +349,7 @@ class _Loop:
             return
         state = self.checkpoints.newest()
         assert state is not None  # rank 0 has seen it, and nobody deletes it now
-        if json.loads(state["recipe"])["model"] != json.loads(self.recipe.model_dump_json())["model"]:
-            raise UserError(f"{self.checkpoints.folder}: checkpoints of another model; choose another --run")
-        if state["rows"] != self._rows_of_training():
-            raise UserError(
-                f"{self.checkpoints.folder}: the data has changed since this run began, from {state['rows']} to "
-                f"{self._rows_of_training()}; start a new run with another --run"
-            )
+        self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.context.splits.manifest))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:
@@ -367,12 +359,6 @@ class _Loop:
             self._set_generator_state(state["generators"][self.context.rank])
         else:
             self._seed_rank(self.progress.step)
-
-    def _rows_of_training(self) -> str:
-        """What places in the order of rows, and the model's inputs and outputs, refer to."""
-        manifest = self.context.splits.manifest
-        shape = " x ".join(map(str, manifest.input_shape))
-        return f"{manifest.rows('train')} rows of {shape} with {manifest.num_outputs} outputs"
 
     def _seed_rank(self, step: int) -> None:
         """A stream of its own for each rank, for dropout."""

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from cluster.adversarial.spec import AdversarialTrainSpec
+from cluster.data.augment import MOVING
 from cluster.data.manifest import Manifest
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.storage import Folder
 from cluster.training.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
 from nn_models.errors import UserError, did_you_mean
-from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec
+from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec, ObjectiveSpec
 from nn_models.spec import Spec, override, validate
 from nn_models.zoo import AnyModelSpec
 
@@ -54,20 +56,62 @@ class Recipe(Spec):
     optimizer: AnyOptimizerSpec = AdamWSpec()
     schedule: AnyScheduleSpec = ConstantSpec()
     train: TrainSpec = TrainSpec()
+    adversarial: AdversarialTrainSpec | None = None  # there exactly where the objective is adversarial
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adversarial_defaults(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("adversarial") and _kind(data.get("objective")) == "adversarial":
+            return {**data, "adversarial": {}}
+        return data
+
+    @property
+    def supervised(self) -> ObjectiveSpec:
+        """The objective of a recipe that trains one net."""
+        assert isinstance(self.objective, ObjectiveSpec)
+        return self.objective
 
     def check(self, manifest: Manifest) -> None:
         """Raise UserError where model, objective and data do not fit each other."""
-        if self.objective.target_kind != manifest.target_kind:
-            raise UserError(
-                f"objective.kind: {self.objective.kind} needs a {self.objective.target_kind} to predict, but "
-                f"{self.data.kind} has a {manifest.target_kind}; choose another objective"
-            )
+        self.objective.check(self.model)
+        if isinstance(self.objective, ObjectiveSpec):
+            self._check_target(self.objective, manifest)
+        else:
+            self._check_adversarial()
         if not manifest.rows("train"):
             raise UserError(f"data: {self.data.kind} has no training rows; add some")
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
             raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
-        self.objective.build(manifest.num_outputs)  # refuses a number of outputs that makes no sense
+        if manifest.condition_shape and (odd := [a.kind for a in self.data.augment if not isinstance(a, MOVING)]):
+            raise UserError(
+                f"data.augment: {', '.join(odd)} would not change both images of a pair alike; leave it out, and use "
+                f"{', '.join(spec.model_fields['kind'].default for spec in MOVING)}"
+            )
         self.model.check(manifest.signature)
+
+    def _check_target(self, objective: ObjectiveSpec, manifest: Manifest) -> None:
+        if objective.target_kind != manifest.target_kind:
+            raise UserError(
+                f"objective.kind: {objective.kind} needs a {objective.target_kind} to predict, but "
+                f"{self.data.kind} has a {manifest.target_kind}; choose another objective"
+            )
+        if self.adversarial is not None:
+            raise UserError(
+                f"adversarial: the objective {objective.kind} has no two halves; leave this section out, or set "
+                "objective.kind to adversarial"
+            )
+        objective.build(manifest.num_outputs)  # refuses a number of outputs that makes no sense
+
+    def _check_adversarial(self) -> None:
+        if self.train.accumulation > 1:
+            raise UserError(
+                f"train.accumulation: {self.train.accumulation} pieces; the halves of a GAN take each batch at once, "
+                "so set it to 1, and lower train.global_batch_size or use more workers"
+            )
+
+
+def _kind(section: Any) -> Any:
+    return section.get("kind") if isinstance(section, Mapping) else getattr(section, "kind", None)
 
 
 def load_recipe(
@@ -106,6 +150,8 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     lines = []
     for section, value in recipe.model_dump(mode="json").items():
+        if value is None:  # a section that this kind of recipe does not have
+            continue
         if isinstance(value, dict):
             kind = {"kind": value.pop("kind")} if "kind" in value else {}
             lines += [f"{section}:", *(f"  {field}: {_flow(inner)}" for field, inner in {**kind, **value}.items())]

@@ -9,6 +9,7 @@ from torch import nn
 from cluster.data.loader import held, training_order
 from cluster.data.manifest import Manifest
 from cluster.training.recipe import Recipe
+from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.errors import UserError
 
 STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1}
@@ -55,7 +56,7 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
                 f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from "
                 f"{recipe.data.kind}: {type(error).__name__}: {first_line(error)}"
             ) from error
-    expected = (2, manifest.num_outputs)
+    expected = (2, manifest.num_outputs) if recipe.adversarial is None else (2, *manifest.input_shape)
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise UserError(
@@ -109,10 +110,25 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
         model = recipe.model.build(manifest.signature)
         leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
         hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
-        output = model(torch.zeros(2, *manifest.input_shape))
+        output = _two_rows_through(recipe, manifest, model)
     for hook in hooks:
         hook.remove()
     return model, layers, sizes, output
+
+
+def _two_rows_through(recipe: Recipe, manifest: Manifest, model: nn.Module) -> Any:
+    """What the model makes of two imaginary rows; of a GAN, the rows that the discriminator has then judged."""
+    rows = torch.zeros(2, *manifest.input_shape)
+    if not isinstance(model, Halves) or not isinstance(recipe.model, AdversarialSpec):
+        return model(rows)
+    condition = None
+    if recipe.model.conditional:
+        condition = torch.zeros(2, dtype=torch.int64)
+    elif recipe.model.paired and manifest.signature.condition_shape:
+        condition = torch.zeros(2, *manifest.signature.condition_shape)
+    made = model(torch.zeros(2, recipe.model.noise_size), condition)
+    model.discriminator(made, condition)
+    return made
 
 
 def first_line(error: BaseException) -> str:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cluster.data.prepare import prepared
+from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.runtime import RaySession, Workers, ray_session, refuse_unplaceable, warn_about_cores
 from cluster.training.context import LocalContext, Splits, open_splits
@@ -101,22 +103,30 @@ def train(
         if listener:
             stack.enter_context(_Tail(directory, listener))
         try:
-            status = {"status": "finished", **_fit(recipe, splits, directory, workers, session)}
+            status = {"status": "finished", **_fit(recipe, data, splits, directory, workers, session)}
         except Exception as error:
             status = {"status": "failed", "error": str(error)}
             if isinstance(error, (UserError, RunFailed)):
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            result = _result(status, directory, workers, began)
+            result = _result(status, directory, began)
+            result["num_workers"] = num_workers
             directory.write_result(result)
     return Outcome(result["status"], result["metrics"], str(directory), result)
 
 
 def _fit(
-    recipe: Recipe, splits: Splits, directory: RunDirectory, workers: Workers, session: RaySession | None
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
 ) -> dict[str, Any]:
-    """What `fit` returns, run in this process or in Ray workers."""
+    """What the training returns, run in this process or in Ray workers."""
+    if recipe.adversarial is not None:
+        return _fit_halves(recipe, data, splits, directory, workers, session)
     if session is not None:
         from cluster.training.ray_train import train_on_ray
 
@@ -127,6 +137,39 @@ def _fit(
     return {**fit(recipe, context=context), "restarts": 0}
 
 
+def _fit_halves(
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
+) -> dict[str, Any]:
+    """The same for a GAN: its halves in this process, or in Ray actors."""
+    from cluster.adversarial.coordinator import Coordinator
+    from cluster.adversarial.features import open_features
+    from cluster.adversarial.players import LocalPlayers, Players
+
+    device = local_device(workers.use_gpu and session is None)
+    start: Callable[[], Players] = partial(LocalPlayers, recipe, splits, device=device)
+    if session is not None:
+        from cluster.adversarial.actors import ActorPlayers
+
+        # once into the object store, whatever the number of actors and nodes
+        tables = {split: session.ray.put(table) for split, table in splits.tables.items()}
+        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "on_this_machine": session.embedded}
+        start = partial(ActorPlayers, recipe, splits, tables, **world)
+    coordinator = Coordinator(
+        recipe,
+        data,
+        run=directory.folder,
+        features=open_features(data, device=device),
+        start=start,
+        replicas=max(1, workers.pairs),
+    )
+    return coordinator.run()
+
+
 def new_run_name(recipe: Recipe) -> str:
     """runs/<recipe>-<date>-<time>, with a number behind it where that is taken."""
     name = f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -134,7 +177,7 @@ def new_run_name(recipe: Recipe) -> str:
     return next(candidate for candidate in taken if not Path(candidate).exists())
 
 
-def _result(status: dict[str, Any], directory: RunDirectory, workers: Workers, began: float) -> dict[str, Any]:
+def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
     """result.json; of a run that did not finish it holds the last metrics that were written."""
     first = status.pop("first_step_at", None)
     if status["status"] != "finished":
@@ -150,16 +193,20 @@ def _result(status: dict[str, Any], directory: RunDirectory, workers: Workers, b
         status["steps"] = lines[-1]["step"] if lines else 0
     now = time.time()
     status["metrics"] = jsonable(status["metrics"])
-    status["num_workers"] = workers.num_workers
     times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}
     return {**status, **times}
 
 
 def _workers(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> Workers:
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
+    halves = recipe.adversarial is not None
+    if halves:
+        if least != most:
+            raise UserError(f"--workers: {least}-{most}: the pairs of a GAN's halves cannot change in number; give one")
+        least = most = 2 * most
     cores = os.cpu_count() or 1
     share = max(1, cores // most) if most and address is None else 1
-    return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu)
+    return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu, halves)
 
 
 def _refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
@@ -185,7 +232,7 @@ def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) 
     from cluster.data.loader import training_order
     from cluster.training.summary import summarise
 
-    train, ranks = recipe.train, max(1, workers.most)
+    train, ranks = recipe.train, max(1, workers.pairs if workers.halves else workers.most)
     summary = summarise(recipe, splits.manifest)
     if workers.use_gpu and not workers.most:
         local_device(True)

@@ -20,6 +20,15 @@ SPLITS = ("train", "validation", "test")
 SHOWN_LAST = ("learning_rate", "grad_norm", "rows_per_s")
 NOT_METRICS = ("step", "epoch", "time_s")
 
+# Of a GAN: metrics that are drawn in one chart, in two colours, as they mean something only beside each other ...
+TOGETHER = {
+    "loss": {"generator_loss": "generator", "discriminator_loss": "discriminator"},
+    "discriminator accuracy": {"real_accuracy": "on real rows", "fake_accuracy": "on made rows"},
+}
+COLOURS = ("first", "second")
+# ... and those that are a level to reach in the chart of another: what perfect rows would have.
+FLOORS = {"frechet_floor": "frechet_distance", "kernel_floor": "kernel_distance"}
+
 
 def number(value: Any) -> str | None:
     """As people read it; None for what is no number."""
@@ -32,18 +41,21 @@ def number(value: Any) -> str | None:
 
 def words(name: str) -> str:
     """A metric's name in words."""
-    return re.sub("per s$", "per second", name.replace("/", " ").replace("_", " "))
+    name = re.sub("per s$", "per second", name.replace("/", " ").replace("_", " "))
+    return re.sub(r"\b(frechet|l1)\b", lambda found: found[0].capitalize(), name)
 
 
 def figure(name: str, value: float) -> str:
     """A metric's value: accuracies in per cent."""
-    return f"{100 * value:.2f}\u202f%" if name.endswith("accuracy") and 0 <= value <= 1 else str(number(value))
+    is_share = name.endswith(("accuracy", "label_agreement")) and 0 <= value <= 1
+    return f"{100 * value:.2f}\u202f%" if is_share else str(number(value))
 
 
 class Curve(NamedTuple):
-    """One split's line, in the chart's coordinates."""
+    """One line of a chart, in its coordinates: of a split, or of one of several metrics."""
 
-    split: str
+    label: str
+    colour: str  # the split's name, or one of COLOURS
     path: str
     faint: str  # the intervals inside the epochs
     dots: list[tuple[float, float, str]]  # x, y, tooltip
@@ -61,6 +73,8 @@ class Chart(NamedTuple):
     y_ticks: list[tuple[float, str]]
     guide: str  # path: where the best checkpoint is; in a scatter chart the diagonal
     remark: str
+    levels: Sequence[tuple[str, str, str]] = ()  # path, label, value of lines across: what can be reached
+    marks: Sequence[tuple[str, str]] = ()  # path, tooltip of lines down: the rollbacks
 
 
 WIDTH, HEIGHT = 400, 230
@@ -118,39 +132,96 @@ def _tick_label(value: float) -> str:
     return f"{value + 0.0:.9g}"
 
 
-def metric_charts(records: Sequence[Mapping[str, Any]], best_step: Any) -> list[Chart]:
+class Mark(NamedTuple):
+    """A step to point out in all charts."""
+
+    step: float
+    tooltip: str
+
+
+class _Series(NamedTuple):
+    """What one curve is drawn from."""
+
+    label: str
+    colour: str
+    metric: str
+    points: list[tuple[float, float, bool]]  # x, value, whether it is an epoch's average; in order of x
+
+
+class _Across(NamedTuple):
+    """The horizontal axis that all charts of a run share."""
+
+    label: str
+    scale: float  # steps of one unit
+    best: float | None
+    marks: Sequence[Mark]
+
+
+def metric_charts(records: Sequence[Mapping[str, Any]], best_step: Any, marks: Sequence[Mark] = ()) -> list[Chart]:
     """One chart for each metric, against epochs where the lines tell how long an epoch is, else against steps."""
-    ends = [record for record in records if record.get("end_of_epoch") and is_number(record.get("epoch"))]
-    steps_per_epoch = ends[-1]["step"] / (ends[-1]["epoch"] + 1) if ends else 0
-    scale, x_label = (steps_per_epoch, "epoch") if steps_per_epoch > 0 else (1, "step")
-    best_x = best_step / scale if is_number(best_step) else None
+    length = steps_per_epoch(records)
+    across = _Across("epoch" if length else "step", length or 1, best_step if is_number(best_step) else None, marks)
     names = {name for record in records for name, value in record.items() if is_number(value)} - set(NOT_METRICS)
-    order = {name: place for place, name in enumerate(SHOWN_LAST)}
-    charts = []
-    for name in sorted(names, key=lambda name: (order.get(name, -1), name != "loss", name)):
-        points: dict[str, list[tuple[float, float, bool]]] = {}
-        for record in records:
-            if name in record:
-                value = float(record[name]) if is_number(record[name]) else math.nan
-                split = str(record.get("split", "train"))
-                points.setdefault(split, []).append((record["step"] / scale, value, bool(record.get("end_of_epoch"))))
-        charts.append(_metric_chart(name, points, x_label, best_x))
+    floors = {name: metric for name, metric in FLOORS.items() if {name, metric} <= names}
+    together = {title: labels for title, labels in TOGETHER.items() if set(labels) <= names}
+    alone = names - set(floors) - {name for labels in together.values() for name in labels}
+    charts = [
+        _metric_chart(
+            title,
+            [
+                series._replace(label=label, colour=colour)
+                for (name, label), colour in zip(labels.items(), COLOURS, strict=True)
+                for series in _series(name, records, across.scale)
+            ],
+            across,
+        )
+        for title, labels in together.items()
+    ]
+    last = {name: place for place, name in enumerate(SHOWN_LAST)}
+    first = {"loss": -3, **dict.fromkeys(floors.values(), -2)}
+    for name in sorted(alone, key=lambda name: (last.get(name, first.get(name, -1)), name)):
+        levels = [level for floor, metric in floors.items() if metric == name for level in _levels(floor, records)]
+        charts.append(_metric_chart(words(name), _series(name, records, across.scale), across, levels))
     return charts
 
 
+def steps_per_epoch(records: Sequence[Mapping[str, Any]]) -> float:
+    """0 where the lines do not tell."""
+    ends = [record for record in records if record.get("end_of_epoch") and is_number(record.get("epoch"))]
+    length = ends[-1]["step"] / (ends[-1]["epoch"] + 1) if ends else 0
+    return length if length > 0 else 0
+
+
+def _series(name: str, records: Sequence[Mapping[str, Any]], scale: float) -> list[_Series]:
+    """A metric's values on each split."""
+    points: dict[str, list[tuple[float, float, bool]]] = {}
+    for record in records:
+        if name in record:
+            value = float(record[name]) if is_number(record[name]) else math.nan
+            split = str(record.get("split", "train"))
+            points.setdefault(split, []).append((record["step"] / scale, value, bool(record.get("end_of_epoch"))))
+    splits = sorted(points, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
+    return [_Series(split, split, name, points[split]) for split in splits]
+
+
+def _levels(name: str, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """(label, value) of a floor on each split that has curves of its own; it is the same at each look."""
+    last = {str(record.get("split", "train")): record[name] for record in records if is_number(record.get(name))}
+    return [(f"{words(name).partition(' ')[2]}, {split}", float(value)) for split, value in last.items()]
+
+
 def _metric_chart(
-    name: str, points: Mapping[str, Sequence[tuple[float, float, bool]]], x_label: str, best_x: float | None
+    title: str, series: Sequence[_Series], across: _Across, levels: Sequence[tuple[str, float]] = ()
 ) -> Chart:
-    """`points` are (x, value, whether it is an epoch's average) of each split, in order of x."""
-    everything = np.array([point for split in points.values() for point in split], dtype=float)
+    everything = np.array([point for one in series for point in one.points], dtype=float)
     finite = everything[np.isfinite(everything[:, 1])]
-    low, high = finite[:, 1].min(), finite[:, 1].max()
-    log = bool(re.search("loss|grad_norm|perplexity", name) and low > 0 and high / low >= 100)
-    x_axis, y_axis = _Axis(everything[:, 0], X_PIXELS, whole=True), _Axis(finite[:, 1], Y_PIXELS, log=log)
+    on_page = np.concatenate([finite[:, 1], [value for _, value in levels]])
+    log = _spans_decades(series[0].metric, on_page)
+    x_axis, y_axis = _Axis(everything[:, 0], X_PIXELS, whole=True), _Axis(on_page, Y_PIXELS, log=log)
     curves = []
     told = []
-    for split in sorted(points, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS)):
-        line = list(points[split])
+    for label, colour, name, points in series:
+        line = list(points)
         averages = [point for point in line if point[2]]
         intervals = [point for point in line if not point[2]]
         faint: list[tuple[float, float, bool]] = []
@@ -164,29 +235,45 @@ def _metric_chart(
             (
                 float(x_axis.place(at)),
                 float(y_axis.place(value)),
-                f"{split}, {x_label} {at:.4g}: {figure(name, value)}",
+                f"{label}, {across.label} {at:.4g}: {figure(name, value)}",
             )
             for at, value in zip(x, y, strict=True)
             if math.isfinite(value) and len(x) <= MAX_DOTS
         ]
         faint_path = _path(x_axis, y_axis, *_thinned(faint)) if faint else ""
-        curves.append(Curve(split, _path(x_axis, y_axis, x, y), faint_path, dots, figure(name, known[-1])))
+        curves.append(Curve(label, colour, _path(x_axis, y_axis, x, y), faint_path, dots, figure(name, known[-1])))
         first, last = figure(name, known[0]), figure(name, known[-1])
-        told.append(f"{split} {last}" if len(known) == 1 else f"{split} from {first} to {last}")
+        told.append(f"{label} {last}" if len(known) == 1 else f"{label} from {first} to {last}")
     num_lost = len(everything) - len(finite)
     remarks = ["logarithmic"] * log + [f"{num_lost} not finite"] * bool(num_lost)
-    best = best_x is not None and x_axis.holds(best_x)
-    title = words(name)
+    told += [f"{label} {number(value)}" for label, value in levels]
     return Chart(
         title=title,
-        alt=f"{title} by {x_label}: {'; '.join(told)}",
+        alt=f"{title} by {across.label}: {'; '.join(told)}",
         curves=curves,
-        x_label=x_label,
+        x_label=across.label,
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,
-        guide=f"M{x_axis.place(best_x)} {Y_PIXELS[0]}V{Y_PIXELS[1]}" if best else "",
+        guide="" if across.best is None else _upright(x_axis, across.best / across.scale),
         remark=", ".join(remarks),
+        levels=[
+            (f"M{X_PIXELS[0]} {y_axis.place(value)}H{X_PIXELS[1]}", label, str(number(value)))
+            for label, value in levels
+        ],
+        marks=[(path, mark.tooltip) for mark in across.marks if (path := _upright(x_axis, mark.step / across.scale))],
     )
+
+
+def _spans_decades(name: str, values: Array) -> bool:
+    """Whether only a logarithmic axis shows all of the values."""
+    low, high = values.min(), values.max()
+    enough = 10 if name == "frechet_distance" else 100  # a bad start would hide how near the floor the end is
+    return bool(re.search("loss|grad_norm|perplexity|frechet", name) and low > 0 and high / low >= enough)
+
+
+def _upright(x_axis: _Axis, x: float) -> str:
+    """Path of a line down the chart; none where it would lie outside."""
+    return f"M{x_axis.place(x)} {Y_PIXELS[0]}V{Y_PIXELS[1]}" if x_axis.holds(x) else ""
 
 
 def _thinned(points: Sequence[tuple[float, float, bool]]) -> tuple[Array, Array]:
@@ -227,7 +314,7 @@ def scatter_chart(title: str, targets: Array, predictions: Array) -> Chart:
     return Chart(
         title=title,
         alt=f"{title}: predicted against true for {len(dots)} rows; mean absolute error {error}",
-        curves=[Curve("test", "", "", dots, "")],
+        curves=[Curve("test", "test", "", "", dots, "")],
         x_label="true",
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,

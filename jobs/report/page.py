@@ -10,9 +10,11 @@ import yaml
 from numpy.typing import NDArray
 
 from cluster.storage import Folder
-from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, words
+from jobs.report import game
+from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, steps_per_epoch, words
 from jobs.report.files import AbsentError, Tensors, is_number, left_out, mapping, read_records
 from jobs.report.pictures import example_shape, read_evaluation, read_first_layer
+from jobs.report.samples import described_grid, read_samples
 from nn_models.errors import UserError
 
 Array = NDArray[Any]
@@ -40,41 +42,49 @@ def write_report(run: str) -> str:
     with left_out(notes, "The environment", file="environment.json"):
         environment = list(_flat(mapping(json.loads(folder.read_bytes("environment.json")))))
     best = mapping(result.get("best"))
+    records: list[dict[str, Any]] = []
     charts: list[Chart] = []
     with left_out(notes, "The curves", file="metrics.jsonl"):
         records, num_unreadable = read_records(folder.read_bytes("metrics.jsonl"))
         if num_unreadable:
             notes.append(f"Lines of metrics.jsonl that cannot be read: {num_unreadable}.")
-        charts = metric_charts(records, best_step=best.get("step"))
+        charts = metric_charts(records, best_step=best.get("step"), marks=game.marks(result))
         if not charts:
             raise AbsentError("metrics.jsonl holds no finite value")
         if len(charts) > MAX_CHARTS:
             notes.append(f"The curves: only {MAX_CHARTS} of the {len(charts)} metrics are drawn.")
-    evaluation: dict[str, Any] = dict.fromkeys(("num_classes", "scatter", "right", "wrong"))
-    image_shape = None
-    with left_out(notes, "The predictions", file="evaluation.safetensors"):
-        tensors = Tensors(folder, "evaluation.safetensors")
-        image_shape = example_shape(tensors)
-        evaluation |= read_evaluation(tensors, notes)
-    filters = None
-    with left_out(notes, "The learned filters", file="model/model.safetensors"):
-        filters = read_first_layer(Tensors(folder, "model/model.safetensors"), image_shape)
-
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(template)
     kinds = {section: mapping(recipe.get(section)).get("kind") for section in ("model", "data", "objective")}
-    html = page.render(
+    evaluation: dict[str, Any] = dict.fromkeys(("num_classes", "scatter", "right", "wrong"))
+    filters = played = None
+    if game.is_game(recipe, result, records):
+        played = _game(folder, str(kinds["model"]), result, records, notes)
+    else:
+        image_shape = None
+        with left_out(notes, "The predictions", file="evaluation.safetensors"):
+            tensors = Tensors(folder, "evaluation.safetensors")
+            image_shape = example_shape(tensors)
+            evaluation |= read_evaluation(tensors, notes)
+        with left_out(notes, "The learned filters", file="model/model.safetensors"):
+            filters = read_first_layer(Tensors(folder, "model/model.safetensors"), image_shape)
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = templates.get_template("report.html").render(
         name=str(recipe.get("name") or folder.path.rsplit("/", 1)[-1]),
         where=str(folder),
         kinds=kinds,
         status=str(result.get("status") or "unfinished"),
         error=result.get("error"),
-        figures=_figures(mapping(result.get("metrics"))),
+        figures=_figures(mapping(result.get("metrics")), of_game=played is not None),
         facts=[(label, value) for label, value in _facts(recipe, result) if value],
         charts=charts[:MAX_CHARTS],
         best=words(str(best["metric"])) if best.get("metric") else None,
+        game=played,
         evaluation=evaluation,
         filters=filters,
         recipe=recipe_text,
@@ -87,6 +97,31 @@ def write_report(run: str) -> str:
     except OSError as error:
         raise UserError(f"{folder}/report.html: cannot be written ({error}); make the directory writable") from None
     return f"{folder}/report.html"
+
+
+def _game(
+    folder: Folder, model: str, result: Mapping[str, Any], records: list[dict[str, Any]], notes: list[str]
+) -> dict[str, Any]:
+    """What the page shows of a GAN alone."""
+    best = game.best_look(result, records)
+    data: dict[str, Any] = {}
+    with left_out(notes, "The best generator's weights", file="model/model.safetensors"):
+        data = mapping(json.loads(Tensors(folder, "model/model.safetensors").metadata.get("data", "{}")))
+    shape = data.get("input_shape")
+    samples = None
+    if not (isinstance(shape, list) and len(shape) == 1):  # rows of features are no pictures
+        epoch_steps = steps_per_epoch(records)
+        samples = read_samples(folder, records, notes, best_step=best.get("step"), epoch_steps=epoch_steps)
+    heads, quality = game.quality_table(best, result, records)
+    ended = result.get("ended")
+    return {
+        "ended": ended if isinstance(ended, str) else None,
+        "heads": heads,
+        "quality": quality,
+        "rollbacks": game.rollbacks(result, records),
+        "samples": samples,
+        "grid": described_grid(model, data),
+    }
 
 
 def _refuse_what_is_no_run(folder: Folder) -> None:
@@ -108,10 +143,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _figures(metrics: Mapping[str, Any], *, of_game: bool) -> list[tuple[str, str]]:
     """The numbers that matter most: of the test split where there is one, the loss after the others."""
     for split in reversed(SPLITS):
         found = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and is_number(value)}
+        if found and of_game:
+            bare = {name.partition("/")[2]: value for name, value in found.items()}
+            return [(words(f"{split}/{name}"), text) for name, text in game.headline(bare)]
         if found:
             names = sorted(found, key=lambda name: name.endswith("/loss"))
             return [(words(name), figure(name, found[name])) for name in names[:4]]
@@ -134,10 +172,12 @@ def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tup
     yield "to the first step", _duration(result.get("time_to_first_step_s"))
     yield "rows per second", number(result.get("rows_per_s"))
     yield "restarts", number(result.get("restarts"))
+    if isinstance(result.get("rollbacks"), list):
+        yield "rollbacks", number(len(result["rollbacks"]))
     if is_number(best.get("value")):
         name = str(best.get("metric", "value"))
         epoch = f", epoch {number(best['epoch'] + 1)}" if is_number(best.get("epoch")) else ""
-        yield f"best {words(name)}", f"{figure(name, best['value'])}{epoch}"
+        yield f"best {words(name)}", f"{figure(name, best['value'])}{', untrained' if best.get('step') == 0 else epoch}"
 
 
 def _duration(seconds: Any) -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import nn_models
 from nn_models import zoo
+from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.errors import UserError
 from nn_models.spec import ModelSpec, Signature
 
@@ -50,6 +51,9 @@ features = Signature(input_shape=(12,), num_outputs=3)
 digits = Signature(input_shape=(1, 8, 8), num_outputs=10)
 fashion = Signature(input_shape=(1, 28, 28), num_outputs=10)
 colour = Signature(input_shape=(3, 63, 70), num_outputs=5)
+wide = Signature(input_shape=(3, 16, 24), num_outputs=2)
+pairs = Signature(input_shape=(3, 28, 28), condition_shape=(1, 28, 28), num_outputs=1)
+odd_pairs = Signature(input_shape=(1, 11, 70), condition_shape=(2, 11, 70), num_outputs=1)
 
 # What each kind can read, with some of its fields set; a kind without a line here fails the first test.
 FITTING = {
@@ -81,6 +85,37 @@ FITTING = {
         ({"variant": "small"}, fashion),
         ({"variant": "small", "dropout": 0}, colour),
     ],
+    "gan": [
+        ({}, features),
+        ({}, digits),
+        (
+            {
+                "noise_size": 3,
+                "spectral_norm": True,
+                "generator_hidden": [],
+                "discriminator_hidden": [9, 5],
+                "activation": "maxout",
+                "pieces": 2,
+                "dropout": 0,
+            },
+            wide,
+        ),
+    ],
+    "dcgan": [
+        ({"width": 4}, digits),
+        ({"width": 4, "noise_size": 5, "discriminator_norm": "layer"}, fashion),
+        ({"width": 4, "spectral_norm": True, "discriminator_norm": "none"}, wide),
+    ],
+    "conditional_gan": [
+        ({"width": 4}, digits),
+        ({"width": 4, "embedding_size": 3, "discriminator_norm": "layer"}, fashion),
+        ({"width": 4, "spectral_norm": True, "discriminator_norm": "none"}, wide),
+    ],
+    "pix2pix": [
+        ({"width": 4}, pairs),
+        ({"width": 4, "norm": "batch", "spectral_norm": True, "dropout": 0}, odd_pairs),
+        ({"width": 4, "levels": 1, "patch_levels": 2}, pairs),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -96,13 +131,35 @@ CASES = [
 matrix = pytest.mark.parametrize(("model", "signature"), CASES)
 
 
-def rows_of(signature):
-    return torch.randn(NUM_ROWS, *signature.input_shape, generator=torch.Generator().manual_seed(0))
+def rows_of(shape):
+    return torch.randn(NUM_ROWS, *shape, generator=torch.Generator().manual_seed(0))
 
 
 def seeded(model, signature):
     torch.manual_seed(0)
     return zoo.build(model, signature)
+
+
+def run(module, model, signature):
+    """What the module says of some rows; where it is two halves, what one says of the other's rows."""
+    torch.manual_seed(0)  # dropout
+    if not isinstance(module, Halves):
+        return module(rows_of(signature.input_shape))
+    spec = zoo.validate(zoo.AnyModelSpec, model)
+    condition = torch.arange(NUM_ROWS) % signature.num_outputs  # not looked at where the model is not conditional
+    if spec.paired:
+        condition = rows_of(signature.condition_shape)
+    made = module(rows_of([spec.noise_size]), condition)
+    assert made.shape == (NUM_ROWS, *signature.input_shape)
+    return module.discriminator(made, condition)
+
+
+def check_shape(outputs, module, signature):
+    if not isinstance(module, Halves):
+        assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    else:
+        assert outputs.shape[0] == NUM_ROWS
+        assert outputs.dim() == 1 or (outputs.dim() == 4 and outputs.shape[1] == 1)  # a logit a row, or a patch
 
 
 def test_every_kind_is_in_the_matrix():
@@ -113,8 +170,8 @@ def test_every_kind_is_in_the_matrix():
 @matrix
 def test_forward_and_backward(model, signature):
     module = seeded(model, signature)
-    outputs = module(rows_of(signature))
-    assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    outputs = run(module, model, signature)
+    check_shape(outputs, module, signature)
     outputs.square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
@@ -125,24 +182,41 @@ def test_forward_and_backward(model, signature):
 @matrix
 def test_same_seed_same_weights_and_a_state_dict_carries_them(model, signature):
     first, second = seeded(model, signature).eval(), seeded(model, signature).eval()
-    x = rows_of(signature)
     with torch.no_grad():
         for name, weight in second.state_dict().items():
             assert torch.equal(weight, first.state_dict()[name]), name
         for parameter in second.parameters():
             parameter.add_(1)
-        assert not torch.equal(first(x), second(x))
+        assert not torch.equal(run(first, model, signature), run(second, model, signature))
         second.load_state_dict(first.state_dict(), strict=True)
-        assert torch.equal(first(x), second(x))
+        assert torch.equal(run(first, model, signature), run(second, model, signature))
 
 
 @matrix
 def test_builds_and_runs_on_the_meta_device(model, signature):
     with torch.device("meta"):
         module = zoo.build(model, signature)
-        outputs = module(torch.empty(NUM_ROWS, *signature.input_shape))
+        if isinstance(module, Halves):
+            spec = zoo.validate(zoo.AnyModelSpec, model)
+            shape = signature.condition_shape if spec.paired else ()
+            condition = torch.empty(NUM_ROWS, *shape, dtype=torch.float32 if spec.paired else torch.int64)
+            outputs = module.discriminator(module(torch.empty(NUM_ROWS, spec.noise_size), condition), condition)
+        else:
+            outputs = module(torch.empty(NUM_ROWS, *signature.input_shape))
     assert {weight.device.type for weight in module.state_dict().values()} == {"meta"}
-    assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    check_shape(outputs, module, signature)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, spec in zoo.MODELS.items() if issubclass(spec, AdversarialSpec)])
+def test_an_adversarial_model_is_the_two_halves_that_its_spec_builds(kind):
+    model, signature = {"kind": kind, **FITTING[kind][0][0]}, FITTING[kind][0][1]
+    both = seeded(model, signature)
+    spec = zoo.validate(zoo.AnyModelSpec, model)
+    torch.manual_seed(0)
+    halves = {"generator": spec.build_generator(signature), "discriminator": spec.build_discriminator(signature)}
+    weights = {f"{name}.{key}": value for name, half in halves.items() for key, value in half.state_dict().items()}
+    assert list(weights) == list(both.state_dict())
+    assert all(torch.equal(weights[key], value) for key, value in both.state_dict().items())
 
 
 @matrix
@@ -152,7 +226,7 @@ def test_a_spec_survives_its_dump(model, signature):
     assert zoo.validate(zoo.AnyModelSpec, spec.model_dump(mode="json", exclude_unset=True)) == spec
 
 
-@pytest.mark.parametrize("kind", ["cnn", "alexnet"])
+@pytest.mark.parametrize("kind", ["cnn", "alexnet", "dcgan", "conditional_gan", "pix2pix"])
 def test_image_models_refuse_features(kind):
     with pytest.raises(UserError) as refusal:
         zoo.build({"kind": kind}, features)
@@ -162,7 +236,7 @@ def test_image_models_refuse_features(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn", "alexnet"])
+@pytest.mark.parametrize("kind", [kind for kind in zoo.MODELS if kind != "custom"])
 def test_input_of_no_known_kind_is_refused(kind):
     with pytest.raises(UserError, match=rf"model\.kind: {kind} reads .*2-dimensional input of shape \(5, 4\)"):
         zoo.build({"kind": kind}, Signature(input_shape=(5, 4), num_outputs=2))

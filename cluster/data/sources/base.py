@@ -20,13 +20,17 @@ Pixels = Annotated[int, Field(ge=1, le=16_384)]  # of a side; more is a slip of 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a row holds. `class_names` is empty for targets that are numbers."""
+    """What a row holds. `class_names` is empty for targets that are numbers.
+
+    Where rows are pairs of images, `condition_shape` is that of the image to start from, which is uint8.
+    """
 
     input_shape: tuple[int, ...]
     input_dtype: str  # uint8 | float32
     target_kind: TargetKind
     num_outputs: int
     class_names: tuple[str, ...] = ()
+    condition_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,11 @@ class Source(Protocol):
     def pools(self) -> Mapping[str, list[Part]]:
         """The parts of "train", and of "test" where the source has a test split of its own."""
 
-    def load(self, part: Part) -> tuple[Array, Array]:
-        """Inputs (rows, *input_shape) and targets (rows,) or (rows, outputs). Raises UserError for bad content."""
+    def load(self, part: Part) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+        """Inputs (rows, *input_shape) and targets (rows,) or (rows, outputs). Raises UserError for bad content.
+
+        Pairs have conditions (rows, *condition_shape) as well.
+        """
 
 
 class DataSpec(Spec):

@@ -8,9 +8,10 @@ from cluster.data.sources.base import DataSpec
 from cluster.data.sources.columns import ParquetSpec, ShardsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.pairs import PairsSpec
 
 AnyDataSpec = Annotated[
-    DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec | ShardsSpec,
+    DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec | PairsSpec | ShardsSpec,
     Field(discriminator="kind"),
 ]
 

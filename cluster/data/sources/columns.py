@@ -1,7 +1,7 @@
 """parquet: the user's own columns; shards: a data set that `manta data prepare` has written."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from cluster.data.manifest import TargetKind
 from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Pixels, absolute
-from cluster.data.sources.pixels import decode_image
+from cluster.data.sources.pixels import MODES, decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
 
@@ -23,43 +23,32 @@ Shape = tuple[PositiveInt, Pixels, Pixels]
 
 
 @dataclass(frozen=True)
-class ParquetColumns:
-    """Parts are (file, row group)."""
+class ArrayColumns:
+    """The columns that make up one array a row: one column of images, or several of numbers."""
 
-    columns: Columns
-    pools: dict[str, list[Part]]
-    inputs: tuple[str, ...]
-    target: str
-    resize: bool
+    names: tuple[str, ...]
+    shape: tuple[int, ...]  # of a row
+    dtype: str  # uint8 | float32
+    resize: bool  # encoded images of another size
 
-    def load(self, part: Part) -> tuple[Array, Array]:
-        """See Source."""
-        file, group = part.what
-        table = _read(file, group, [*self.inputs, self.target])
-        where = f"{file}, row group {group}"
-        for name in table.column_names:
-            if table[name].null_count:
-                raise UserError(f"{where}: column {name} has {table[name].null_count} empty values; fill or drop them")
-        return self._inputs(table, where), self._targets(table[self.target], f"{where}, column {self.target}")
-
-    def _inputs(self, table: pa.Table, where: str) -> Array:
-        shape = self.columns.input_shape
-        if _is_encoded(table[self.inputs[0]].type):
-            return self._images(table[self.inputs[0]], f"{where}, column {self.inputs[0]}")
-        columns = ", ".join(self.inputs)
-        values = np.concatenate([_numbers(table[name], f"{where}, column {name}") for name in self.inputs], axis=1)
-        if values.shape[1] != int(np.prod(shape)):
+    def read(self, table: pa.Table, where: str) -> Array:
+        """(rows, *shape). Raises UserError for rows that do not fit."""
+        if _is_encoded(table[self.names[0]].type):
+            return self._images(table[self.names[0]], f"{where}, column {self.names[0]}")
+        columns = ", ".join(self.names)
+        values = np.concatenate([_numbers(table[name], f"{where}, column {name}") for name in self.names], axis=1)
+        if values.shape[1] != int(np.prod(self.shape)):
             raise UserError(
-                f"{where}: rows of {values.shape[1]} numbers in {columns} where the first file has {shape}; "
+                f"{where}: rows of {values.shape[1]} numbers in {columns} where the first file has {self.shape}; "
                 "mend the file"
             )
         if not np.isfinite(values).all():
             raise UserError(f"{where}: {columns} hold NaN or infinity; fill or drop those rows")
-        rows = values.reshape(-1, *shape)
-        return _pixels(rows, f"{where}, column {columns}") if self.columns.input_dtype == "uint8" else rows
+        rows = values.reshape(-1, *self.shape)
+        return _pixels(rows, f"{where}, column {columns}") if self.dtype == "uint8" else rows
 
     def _images(self, column: pa.ChunkedArray, where: str) -> Array:
-        channels, height, width = self.columns.input_shape
+        channels, height, width = self.shape
         field = None if self.resize else "data.image_shape"
         return np.stack(
             [
@@ -74,7 +63,33 @@ class ParquetColumns:
             ]
         )
 
-    def _targets(self, column: pa.ChunkedArray, where: str) -> Array:
+
+@dataclass(frozen=True)
+class ParquetColumns:
+    """Parts are (file, row group). Without a `target` all rows are of the one class that `columns` names."""
+
+    columns: Columns
+    pools: dict[str, list[Part]]
+    input: ArrayColumns
+    target: str | None
+    condition: ArrayColumns | None = None
+
+    def load(self, part: Part) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+        """See Source."""
+        file, group = part.what
+        conditions = self.condition.names if self.condition else ()
+        table = _read(file, group, [*self.input.names, *conditions, *([self.target] if self.target else [])])
+        where = f"{file}, row group {group}"
+        for name in table.column_names:
+            if table[name].null_count:
+                raise UserError(f"{where}: column {name} has {table[name].null_count} empty values; fill or drop them")
+        inputs, targets = self.input.read(table, where), self._targets(table, where)
+        return (inputs, targets, self.condition.read(table, where)) if self.condition else (inputs, targets)
+
+    def _targets(self, table: pa.Table, where: str) -> Array:
+        if self.target is None:
+            return np.zeros(table.num_rows, np.int64)
+        column, where = table[self.target], f"{where}, column {self.target}"
         if self.columns.target_kind == "number":
             numbers = _numbers(column, where)
             if not np.isfinite(numbers).all():
@@ -85,7 +100,7 @@ class ParquetColumns:
                     "mend the file"
                 )
             return numbers
-        names = _labels(column, where)
+        names = _labels(column, where, or_numbers=self.condition is None)
         labels = pc.index_in(names, pa.array(self.columns.class_names, pa.string()))
         if labels.null_count:
             unknown = names.filter(labels.is_null())[0].as_py()
@@ -108,27 +123,65 @@ class ParquetSpec(DrawnTestSpec):
         None, description="(channels, height, width) of images; needed for lists, and to resize encoded images"
     )
 
+    @property
+    def _files(self) -> "ParquetFiles":
+        return ParquetFiles(self.path, self.test_path)
+
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
-        paths = {"path": self.path, "test_path": self.test_path}
-        return self.model_copy(update={name: absolute(path, base) for name, path in paths.items() if path})
+        return self.model_copy(update=self._files.resolved(base))
 
     def fingerprint(self) -> str:
         """See DataSpec."""
-        files = [(name, info.size, info.mtime_ns) for found in self._files().values() for name, info in found]
-        return hashlib.sha256(repr(files).encode()).hexdigest()
+        return self._files.fingerprint()
 
     def open(self) -> ParquetColumns:
         """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""
         inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
         if not inputs:
             raise UserError("data.input: names no column; give at least one")
+        pools = self._files.parts((*inputs, self.target))
+        name, first = first_row(pools["train"], [*inputs, self.target])
+        array = array_columns(first, name, inputs, image_shape=self.image_shape)
+        return ParquetColumns(self._columns(pools["train"], name, first, array), pools, array, self.target)
+
+    def _columns(self, parts: Sequence[Part], name: str, first: pa.Table, array: ArrayColumns) -> Columns:
+        target = first.schema.field(self.target).type
+        kind = self.target_kind or ("number" if pa.types.is_floating(_innermost(target)) else "label")
+        if kind == "number":
+            numbers = _numbers(first[self.target], f"{name}, column {self.target}")
+            return Columns(array.shape, array.dtype, "number", numbers.shape[1])
+        names = class_names(parts, self.target, or_numbers=True)
+        if len(names) < 2:
+            raise UserError(f"{self.path}: column {self.target} holds {len(names)} class; at least two are needed")
+        return Columns(array.shape, array.dtype, "label", len(names), names)
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """The user's files, those of the test split apart where there are some."""
+
+    path: str
+    test_path: str | None
+
+    def resolved(self, base: str) -> dict[str, str]:
+        """The fields `path` and `test_path` made absolute against the directory `base`."""
+        paths = {"path": self.path, "test_path": self.test_path}
+        return {name: absolute(path, base) for name, path in paths.items() if path}
+
+    def fingerprint(self) -> str:
+        """Changes when a file does."""
+        files = [(name, info.size, info.mtime_ns) for found in self._found().values() for name, info in found]
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+
+    def parts(self, columns: Sequence[str]) -> dict[str, list[Part]]:
+        """Pool -> its row groups. Raises UserError for files without one of these columns, or without rows."""
         pools: dict[str, list[Part]] = {}
-        for pool, found in self._files().items():
+        for pool, found in self._found().items():
             pools[pool] = []
             for name, _ in found:
                 file = _open(name)
-                for column in (*inputs, self.target):
+                for column in columns:
                     if (count := file.schema_arrow.names.count(column)) > 1:
                         raise UserError(f"{name}: {count} columns are named {column!r}; rename them")
                     if not count:
@@ -140,49 +193,47 @@ class ParquetSpec(DrawnTestSpec):
             if not pools[pool]:
                 base = self.path if pool == "train" else self.test_path
                 raise UserError(f"{base}: no rows in these Parquet files; give files with data")
-        columns = self._columns(pools["train"], inputs)
-        return ParquetColumns(columns, pools, inputs, self.target, resize=self.image_shape is not None)
+        return pools
 
-    def _files(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
+    def _found(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
         """Pool -> its files as they are there now."""
         found = {"train": _parquet_files(self.path, "data.path")}
         if self.test_path:
             found["test"] = _parquet_files(self.test_path, "data.test_path")
         return found
 
-    def _columns(self, parts: Sequence[Part], inputs: tuple[str, ...]) -> Columns:
-        name, _ = parts[0].what
-        first = _first_row(name, [*inputs, self.target])
-        shape, dtype = self._input_layout(first, name, inputs)
-        target = first.schema.field(self.target).type
-        kind = self.target_kind or ("number" if pa.types.is_floating(_innermost(target)) else "label")
-        if kind == "number":
-            numbers = _numbers(first[self.target], f"{name}, column {self.target}")
-            return Columns(shape, dtype, "number", numbers.shape[1])
-        names = _class_names(dict.fromkeys(part.what[0] for part in parts), self.target)
-        if len(names) < 2:
-            raise UserError(f"{self.path}: column {self.target} holds {len(names)} class; at least two are needed")
-        return Columns(shape, dtype, "label", len(names), names)
 
-    def _input_layout(self, first: pa.Table, name: str, inputs: tuple[str, ...]) -> tuple[tuple[int, ...], str]:
-        kinds = [first.schema.field(column).type for column in inputs]
-        if len(inputs) == 1 and _is_encoded(kinds[0]):
-            if self.image_shape:
-                return self.image_shape, "uint8"
-            content = _encoded(first[inputs[0]][0].as_py())
-            return decode_image(content, name=f"{name}, row 0", channels=3, size=None).shape, "uint8"
-        size = sum(_numbers(first[column], f"{name}, column {column}").shape[1] for column in inputs)
-        if not size:
-            raise UserError(f"{name}: empty lists in {', '.join(inputs)}; drop those rows")
-        if self.image_shape is None:
-            return (size,), "float32"
-        if size != int(np.prod(self.image_shape)):
+def array_columns(
+    first: pa.Table, name: str, columns: tuple[str, ...], *, image_shape: tuple[int, ...] | None, channels: int = 3
+) -> ArrayColumns:
+    """How these columns are read, from the first row of the file `name`.
+
+    Encoded images have `image_shape`; where it is None their own size, and `channels`.
+    """
+    kinds = [first.schema.field(column).type for column in columns]
+    resize = image_shape is not None
+    if len(columns) == 1 and _is_encoded(kinds[0]):
+        if (channels := image_shape[0] if image_shape else channels) not in MODES:
             raise UserError(
-                f"data.image_shape: {self.image_shape} is {int(np.prod(self.image_shape))} numbers, but rows of "
-                f"{', '.join(inputs)} in {name} have {size}"
+                f"{name}: column {columns[0]} holds encoded images, which cannot be read as {channels} channels; "
+                "set 1 for grey or 3 for colour"
             )
-        integers = all(pa.types.is_integer(_innermost(kind)) for kind in kinds)
-        return self.image_shape, "uint8" if integers else "float32"
+        if image_shape is None:
+            content = _encoded(first[columns[0]][0].as_py())
+            image_shape = decode_image(content, name=f"{name}, row 0", channels=channels, size=None).shape
+        return ArrayColumns(columns, image_shape, "uint8", resize)
+    size = sum(_numbers(first[column], f"{name}, column {column}").shape[1] for column in columns)
+    if not size:
+        raise UserError(f"{name}: empty lists in {', '.join(columns)}; drop those rows")
+    if image_shape is None:
+        return ArrayColumns(columns, (size,), "float32", resize)
+    if size != int(np.prod(image_shape)):
+        raise UserError(
+            f"data.image_shape: {image_shape} is {int(np.prod(image_shape))} numbers, but rows of "
+            f"{', '.join(columns)} in {name} have {size}"
+        )
+    integers = all(pa.types.is_integer(_innermost(kind)) for kind in kinds)
+    return ArrayColumns(columns, image_shape, "uint8" if integers else "float32", resize)
 
 
 def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
@@ -217,7 +268,9 @@ def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
         raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
 
 
-def _first_row(name: str, columns: Sequence[str]) -> pa.Table:
+def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
+    """The first file's name, and these columns of its first row. Raises UserError where one of them is empty."""
+    name, _ = parts[0].what
     try:
         columns = list(dict.fromkeys(columns))
         first = pa.Table.from_batches([next(_open(name).iter_batches(1, columns=columns))]).select(columns)
@@ -226,37 +279,37 @@ def _first_row(name: str, columns: Sequence[str]) -> pa.Table:
     for column in first.column_names:
         if first[column].null_count:
             raise UserError(f"{name}, row 0: column {column} has an empty value; fill or drop such rows")
-    return first
+    return name, first
 
 
-def _class_names(files: Iterable[str], target: str) -> tuple[str, ...]:
-    """The names of the classes in these files: whole numbers in their order, others in the alphabet's."""
+def class_names(parts: Sequence[Part], target: str, *, or_numbers: bool) -> tuple[str, ...]:
+    """The names of the classes in these files: whole numbers in their order, others in the alphabet's.
+
+    `or_numbers`: the target might be a number as well, which is what a column of no labels is told.
+    """
     names: set[str] = set()
     numeric = True
-    for file in files:
+    for file in dict.fromkeys(part.what[0] for part in parts):
         column = _read(file, None, [target])[target]
         if column.null_count:
             raise UserError(f"{file}: column {target} has {column.null_count} empty values; fill or drop them")
         numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-        names.update(_labels(column, f"{file}, column {target}").unique().to_pylist())
+        names.update(_labels(column, f"{file}, column {target}", or_numbers=or_numbers).unique().to_pylist())
     return tuple(sorted(names, key=int) if numeric else sorted(names))
 
 
-def _labels(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+def _labels(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.ChunkedArray:
     """A column of labels as their names."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_floating(kind):
         try:
             column = column.cast(pa.int64())
         except pa.ArrowInvalid:
-            raise UserError(
-                f"{where}: fractions are no labels; set data.target_kind to number, or make them whole numbers"
-            ) from None
+            fix = "set data.target_kind to number, or " if or_numbers else ""
+            raise UserError(f"{where}: fractions are no labels; {fix}make them whole numbers") from None
     elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
-        raise UserError(
-            f"{where}: values of type {column.type} are no labels; make them text or whole numbers, or set "
-            "data.target_kind to number"
-        )
+        fix = "make them text or whole numbers" + (", or set data.target_kind to number" if or_numbers else "")
+        raise UserError(f"{where}: values of type {column.type} are no labels; {fix}")
     return column.cast(pa.string())
 
 

@@ -1,0 +1,384 @@
+"""Actors: the halves as coordinated Ray actors, which exchange tensors directly as peers of a process group.
+
+R pairs are 2R peers: generator r is peer r, discriminator r is peer R + r. A pair plays its slice of every global
+batch; the replicas of a half add up their gradients. The coordinator calls them once a segment, never once a step.
+"""
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor, distributed
+
+from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, sample
+from cluster.adversarial.players import (
+    Played,
+    PlayersLost,
+    Segment,
+    State,
+    as_halves,
+    for_images,
+    learn,
+    take_turn,
+)
+from cluster.errors import RunFailed
+from cluster.training.checkpoints import to_cpu
+from cluster.training.context import Splits
+from cluster.training.memory import keep_freed_memory
+from cluster.training.recipe import Recipe
+from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+EXCHANGE_TIMEOUT_S = 1800  # a peer may take so long for its side of a step
+MEETING_TIMEOUT_S = 50
+LAST_WORDS_S = 5  # for the other halves to say what they know, once one has failed
+PLACEMENT_NOTICE_S = 30
+
+
+@dataclass(frozen=True)
+class Seat:
+    """An actor's place among its peers."""
+
+    replica: int
+    replicas: int
+    threads: int
+
+
+class _Actor:
+    """What both halves' actors have in common."""
+
+    def __init__(
+        self, recipe: dict[str, Any], splits: Splits, tables: dict[str, Any], seat: Seat, path: Sequence[str]
+    ) -> None:
+        sys.path.extend(part for part in path if part not in sys.path)
+        torch.set_num_threads(seat.threads)
+        self.seat = seat
+        self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+        keep_freed_memory(self.device)
+        self.recipe = Recipe.model_validate(recipe)
+        held = dict(zip(tables, ray.get(list(tables.values())), strict=True))
+        self.splits = for_images(replace(splits, tables=held))
+        place = {"rank": seat.replica, "world_size": seat.replicas, "device": self.device}
+        self.rows = self.splits.training(self.recipe, **place)  # type: ignore[arg-type]
+        self.group: Any = None  # this half's replicas
+        self._sent: tuple[Any, Tensor] | None = None  # held until it has been taken
+
+    def meeting_point(self) -> str:
+        """An address on this actor's node where the peers can meet."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    def join(self, meeting: str) -> None:
+        """Become one of the peers that meet there."""
+        if meeting.startswith("file:"):
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        replicas = self.seat.replicas
+        distributed.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            init_method=meeting,
+            rank=self.peer,
+            world_size=2 * replicas,
+            timeout=timedelta(seconds=MEETING_TIMEOUT_S),
+        )
+        patience = timedelta(seconds=EXCHANGE_TIMEOUT_S)
+        halves = [distributed.new_group(range(first, first + replicas), timeout=patience) for first in (0, replicas)]
+        self.group = halves[self.peer // replicas]
+        self.exchange: Any = distributed.new_group(range(2 * replicas), timeout=patience)
+
+    @property
+    def peer(self) -> int:
+        """This actor's rank among all peers."""
+        raise NotImplementedError
+
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sum over the replicas of this half, in place: one exchange for all."""
+        if self.seat.replicas == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(flat, group=self.group)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    def send(self, tensor: Tensor, peer: int) -> None:
+        """Send without waiting for the peer to take it; only one tensor is on its way at once.
+
+        In the pipelined mode both halves send before they receive: each waiting for the other would be for ever.
+        """
+        self.arrive()
+        self._sent = (distributed.isend(tensor, dst=peer, group=self.exchange), tensor)
+
+    def arrive(self) -> None:
+        """Return once what was sent has been taken."""
+        if self._sent is not None:
+            self._sent[0].wait()
+            self._sent = None
+
+    def segment(self, first_step: int, num_steps: int, rate: float) -> Segment:
+        """The turns of this pair."""
+        return Segment(
+            self.recipe, self.rows, first_step=first_step, num_steps=num_steps, rate=rate, device=self.device
+        )
+
+
+class GeneratorActor(_Actor):
+    """A replica of the generator."""
+
+    def __init__(self, *world: Any) -> None:
+        super().__init__(*world)
+        self.half = GeneratorHalf(self.recipe, self.splits.manifest.signature, device=self.device, reduce=self.reduce)
+
+    @property
+    def peer(self) -> int:
+        """See _Actor."""
+        return self.seat.replica
+
+    def play(self, first_step: int, num_steps: int, rate: float) -> Played:
+        """Its side of a segment."""
+        segment = self.segment(first_step, num_steps, rate)
+        opponent = self.peer + self.seat.replicas
+        waiting: Tensor | None = None  # the last rows made, where it has not learned from them
+
+        def learn_from(fake: Tensor) -> None:
+            gradient = torch.empty_like(fake)
+            distributed.recv(gradient, src=opponent, group=self.exchange)
+            learn(self.half, segment, gradient)
+
+        for turn in segment:
+            fake = self.half.make(turn).contiguous()
+            self.send(fake, opponent)
+            if waiting is not None:
+                learn_from(waiting)
+            waiting = fake if turn.generator_learns else None
+            if waiting is not None and not self.half.runs_ahead:
+                learn_from(waiting)
+                waiting = None
+        if waiting is not None:  # a segment ends with both halves at the same step
+            learn_from(waiting)
+        self.arrive()
+        self.half.average_buffers(self.seat.replicas)
+        played = segment.played()
+        return Played(played.sums, np.zeros_like(played.digest))  # the discriminator saw the same rows
+
+    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+        """See Players."""
+        return sample(self.half.kept(), source, condition, device=self.device)
+
+    def state(self) -> State:
+        """All that decides how it goes on, and the weights that are kept."""
+        state: State = to_cpu({"half": self.half.state(), "kept": self.half.kept().state_dict()})
+        return state
+
+    def load(self, state: State) -> None:
+        """Go on from there."""
+        self.half.load(state)
+
+
+class DiscriminatorActor(_Actor):
+    """A replica of the discriminator."""
+
+    def __init__(self, *world: Any) -> None:
+        super().__init__(*world)
+        self.half = DiscriminatorHalf(
+            self.recipe, self.splits.manifest.signature, device=self.device, reduce=self.reduce
+        )
+
+    @property
+    def peer(self) -> int:
+        """See _Actor."""
+        return self.seat.replicas + self.seat.replica
+
+    def play(self, first_step: int, num_steps: int, rate: float) -> Played:
+        """Its side of a segment."""
+        segment = self.segment(first_step, num_steps, rate)
+        opponent = self.seat.replica
+        for turn in segment:
+            made = torch.empty_like(turn.real)
+            coming = distributed.irecv(made, src=opponent, group=self.exchange)
+
+            def fake(made: Tensor = made, coming: Any = coming) -> Tensor:
+                coming.wait()  # while the gradient of the real rows was computed, the rows came
+                return made
+
+            gradient = take_turn(self.half, segment, turn, fake)
+            if gradient is not None:
+                self.send(gradient.contiguous(), opponent)
+        self.arrive()
+        self.half.average_buffers(self.seat.replicas)
+        return segment.played()
+
+    def state(self) -> State:
+        """All that decides how it goes on, and the weights that are kept."""
+        state: State = to_cpu({"half": self.half.state(), "kept": self.half.module.state_dict()})
+        return state
+
+    def load(self, state: State) -> None:
+        """Go on from there."""
+        self.half.load(state)
+
+
+class ActorPlayers:
+    """Both halves in actors of their own, R replicas of each, in one placement group; see Players.
+
+    Where one dies all are ended: what the others hold is of no use without it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        tables: dict[str, Any],
+        *,
+        pairs: int,
+        bundle: dict[str, float],
+        on_this_machine: bool,
+    ) -> None:
+        """`tables` are the splits' tables as references; raises PlayersLost where a half dies while it starts."""
+        self._notes: Path | None = None
+        self._actors: list[Any] = []
+        self._group: PlacementGroup | None = None
+        try:
+            self._start(recipe, splits, tables, pairs, bundle, on_this_machine)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        tables: dict[str, Any],
+        pairs: int,
+        bundle: dict[str, float],
+        on_this_machine: bool,
+    ) -> None:
+        self._group = placement_group([bundle] * (2 * pairs), strategy="PACK")
+        while not self._group.wait(PLACEMENT_NOTICE_S):
+            logger.warning("waiting for room for %d actors of %s each", 2 * pairs, bundle)
+        common = (recipe.model_dump(mode="json"), replace(splits, tables={}), tables)
+        cpus = int(bundle["CPU"])
+        for index in range(2 * pairs):
+            kind: type[_Actor] = GeneratorActor if index < pairs else DiscriminatorActor
+            options = {
+                "num_cpus": bundle["CPU"],
+                "num_gpus": bundle.get("GPU", 0),
+                "max_restarts": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=index
+                ),
+                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+            }
+            seat = Seat(index % pairs, pairs, cpus)
+            self._actors.append(ray.remote(kind).options(**options).remote(*common, seat, sys.path))
+        self._generators, self._discriminators = self._actors[:pairs], self._actors[pairs:]
+        if on_this_machine and "GPU" not in bundle:
+            # a file is where they meet: nothing listens but on loopback
+            self._notes = Path(tempfile.mkdtemp(prefix="manta-"))
+            meeting = f"file://{self._notes / uuid.uuid4().hex}"
+        else:
+            meeting = self._all([self._actors[0].meeting_point.remote()])[0]
+        self._all([actor.join.remote(meeting) for actor in self._actors])
+
+    def play(self, first_step: int, num_steps: int, rate: float) -> Played:
+        """See Players."""
+        parts = self._all([actor.play.remote(first_step, num_steps, rate) for actor in self._actors])
+        return Played(np.sum([part.sums for part in parts], axis=0), np.sum([part.digest for part in parts], axis=0))
+
+    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+        """See Players."""
+        made: Tensor = self._all([self._generators[0].sample.remote(source, condition)])[0]
+        return made
+
+    def state(self) -> State:
+        """See Players."""
+        generator, discriminator = self._states()
+        return {"generator": generator["half"], "discriminator": discriminator["half"]}
+
+    def load(self, state: State) -> None:
+        """See Players."""
+        halves = ((self._generators, state["generator"]), (self._discriminators, state["discriminator"]))
+        references = [(actors, ray.put(half)) for actors, half in halves]
+        self._all([actor.load.remote(half) for actors, half in references for actor in actors])
+
+    def kept(self) -> dict[str, Tensor]:
+        """See Players."""
+        generator, discriminator = self._states()
+        return as_halves(generator["kept"], discriminator["kept"])
+
+    def _states(self) -> list[State]:
+        return self._all([self._generators[0].state.remote(), self._discriminators[0].state.remote()])
+
+    def close(self) -> None:
+        """See Players."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._notes is not None:
+            shutil.rmtree(self._notes, ignore_errors=True)
+
+    def _all(self, calls: Sequence[Any]) -> list[Any]:
+        """What the calls return. Raises what went wrong in them as soon as one fails, after all actors are ended."""
+        left = list(calls)
+        while left:
+            done, left = ray.wait(left)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                errors = [error, *self._errors(left)]
+                self.close()
+                raise _worst(errors) from None
+        return list(ray.get(list(calls)))
+
+    @staticmethod
+    def _errors(calls: Sequence[Any]) -> list[Exception]:
+        """How other calls failed, of those that fail within a moment."""
+        found: list[Exception] = []
+        left, until = list(calls), time.monotonic() + LAST_WORDS_S
+        while left and time.monotonic() < until:
+            done, left = ray.wait(left, timeout=max(0.0, until - time.monotonic()))
+            for call in done:
+                try:
+                    ray.get(call)
+                except ray.exceptions.RayError as error:
+                    found.append(error)
+        return found
+
+
+def _worst(errors: Sequence[Exception]) -> Exception:
+    """What to raise: what the user must mend, else that a process died, else what only would happen again."""
+    causes = [getattr(error, "cause", None) or error for error in errors]
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+    dead = [
+        error
+        for error in errors
+        if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))
+    ]
+    if dead:
+        return PlayersLost("the process of a half has died")
+    for error, cause in zip(errors, causes, strict=True):
+        text = str(cause).lower()
+        lost = isinstance(cause, distributed.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
+        if not lost:
+            return RunFailed(str(error))
+    return PlayersLost("a half has lost its peer")

@@ -1,0 +1,219 @@
+"""Features: rows as a classifier of the same data sees them, which is what the quality monitor compares them by."""
+
+import hashlib
+import logging
+import tempfile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyarrow import ArrowInvalid
+from torch import Tensor, nn
+
+from cluster.data.cache import cache_root
+from cluster.data.manifest import MANIFEST, Manifest
+from cluster.data.shards import DataSet, Rows, write_shard
+from cluster.data.sources.columns import ShardsSpec
+from cluster.storage import Folder
+from cluster.training.checkpoints import restore_model
+from cluster.training.context import LocalContext, Splits, open_splits
+from cluster.training.loop import fit
+from cluster.training.optimizers import AdamWSpec, CosineSpec
+from cluster.training.recipe import Recipe, TrainSpec, dump_recipe
+from cluster.training.run_directory import RECIPE, RunDirectory
+from nn_models.adversarial import num_halvings
+from nn_models.convolutional import CNN, CNNSpec
+from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "features"  # in the data set's, with a `model` in it as in a run's
+FORMAT = 1  # part of the cache's key: raise it when another classifier is trained
+WEIGHTS = "model/model.safetensors"
+
+# Training sees so many pixels: 3 epochs of Fashion-MNIST, 40 s on one core. Rows of which not all could be seen twice
+# are left out, and small sets are seen often.
+PIXELS = 130_000_000
+EPOCHS = (2, 30)  # fewest and most
+SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class
+
+
+class Features(nn.Module):
+    """Rows as the quality monitor compares them, as (B, F) float32, without gradients.
+
+    F numbers of an image are what a classifier's last layer reads, after its rectifiers. As with the Inception
+    features of Heusel et al. 2017, a distance between such numbers is one of content rather than of pixels. Feature
+    vectors, which generators make standardised, are their own features.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, manifest: Manifest, classifier: CNN | None = None) -> None:
+        """`manifest` has the classifier's normalisation; there is none for feature vectors."""
+        super().__init__()
+        self.classifier = classifier
+        inputs = manifest.input_shape[0]
+        self.num_features: int = inputs if classifier is None else classifier.dense.output.in_features
+        # (y + 1) / 2 is what the classifier's mean and std refer to: its input is ((y + 1) / 2 - mean) / std
+        moments = torch.tensor([manifest.mean, manifest.std], dtype=torch.float64)
+        mean, std = moments[:, :, None, None]
+        self.register_buffer("scale", (0.5 / std).float())
+        self.register_buffer("shift", ((0.5 - mean) / std).float())
+        self.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed."""
+        return self.scale.device
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> (B, F); standardised vectors (B, D) stay as they are."""
+        if self.classifier is None:
+            return images
+        return self.classifier.dense.hidden(self.classifier.blocks(images * self.scale + self.shift).flatten(1))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> (B, K)."""
+        assert self.classifier is not None
+        return self.classifier.dense.output(self(images))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> the likeliest labels (B,)."""
+        return self.logits(images).argmax(1)
+
+
+def open_features(
+    data: DataSet, *, device: torch.device | None = None, train: TrainSpec | None = None
+) -> Features | None:
+    """The features of a data set, whose classifier is trained first, in this process, where it is not stored yet.
+
+    It is stored beside the data, or in the cache where nothing can be written there. Several processes may do this at
+    once: the classifier that is there first is everyone's. `train` says how to train it, by default as long as its
+    accuracy needs. None for images that are not of at least two classes: no classifier can be trained on them.
+
+    Raises UserError where a stored classifier is damaged or was trained on other data.
+    """
+    device = device or torch.device("cpu")
+    manifest = data.manifest
+    if len(manifest.input_shape) == 1:
+        return Features(manifest).to(device)
+    if manifest.target_kind != "label" or manifest.num_outputs < 2:
+        return None
+    recipe = classifier_recipe(data, train)
+    place = _place(data, recipe)
+    # weights are drawn, and `fit` seeds the process's generator
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if not place.exists(WEIGHTS):
+            weights = _trained(data, recipe, device)
+            if not place.exists(WEIGHTS):  # or another process was first
+                place.write_bytes(WEIGHTS, weights)
+        return _restored(place, manifest).to(device)
+
+
+def classifier_recipe(data: DataSet, train: TrainSpec | None = None) -> Recipe:
+    """How the classifier of a data set of images is trained."""
+    manifest = data.manifest
+    _, height, width = manifest.input_shape
+    fewest, most = EPOCHS
+    epochs = PIXELS // (manifest.rows("train") * height * width)
+    return Recipe(
+        name=FOLDER,
+        model=CNNSpec(
+            channels=tuple(16 << level for level in range(num_halvings(height, width))),
+            pool=2 if min(height, width) >= 4 else 1,
+            activation="leaky_relu",  # with relu half of the features of Fashion-MNIST are always 0
+            batch_norm=True,
+            hidden=(64,),  # few: a covariance of F features needs more rows than F
+            dropout=0.25,
+        ),
+        data=ShardsSpec(path=data.folder.uri),
+        optimizer=AdamWSpec(lr=2e-3),
+        schedule=CosineSpec(warmup_steps=20),
+        train=train or TrainSpec(epochs=min(max(epochs, fewest), most), global_batch_size=64 if epochs > most else 128),
+    )
+
+
+def _place(data: DataSet, recipe: Recipe) -> Folder:
+    """Where the classifier is, or can be written: its recipe is written before the minute of training."""
+    beside = data.folder / FOLDER
+    if beside.exists(WEIGHTS):
+        return beside
+    try:
+        beside.write_text(f"model/{RECIPE}", dump_recipe(recipe))
+        return beside
+    except (OSError, ArrowInvalid) as error:
+        identity = f"{FORMAT} {data.manifest.model_dump_json(exclude_none=True)}"
+        elsewhere = Folder(cache_root() / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:16])
+        logger.debug("%s cannot be written (%s); the classifier is kept in %s", beside, error, elsewhere)
+    if not elsewhere.exists(WEIGHTS):
+        elsewhere.write_text(f"model/{RECIPE}", dump_recipe(recipe))
+    return elsewhere
+
+
+def _trained(data: DataSet, recipe: Recipe, device: torch.device) -> bytes:
+    """The weights' file of a newly trained classifier."""
+    logger.info(
+        "training a classifier on %s, which the quality of what is made will be measured by; this is done once, and "
+        "takes a while (%d epochs)",
+        data.folder,
+        recipe.train.epochs,
+    )
+    with tempfile.TemporaryDirectory(prefix="manta-") as folder:
+        run = Folder(folder)
+        outcome = fit(recipe, context=LocalContext(run=run, splits=_splits(data, run / "data"), device=device))
+        best = outcome["best"]
+        logger.info("the classifier is trained: %s %.1f %%", best["metric"], 100 * best["value"])
+        return run.read_bytes(WEIGHTS)
+
+
+def _splits(data: DataSet, excerpt: Folder) -> Splits:
+    """The rows to train the classifier on, and to choose its best weights by: some of them where there are many."""
+    _, height, width = data.manifest.input_shape
+    most = PIXELS // EPOCHS[0] // (height * width)
+    wanted = {"train": most, "validation": most // 10}
+    if any(data.manifest.rows(split) > rows for split, rows in wanted.items()):
+        shards = {
+            split: (write_shard(excerpt, f"{split}.parquet", some_rows(data, split, rows)),)
+            for split, rows in wanted.items()
+            if data.manifest.rows(split)
+        }
+        excerpt.write_text(MANIFEST, data.manifest.model_copy(update={"splits": shards}).model_dump_json())
+        data = DataSet(excerpt)
+    splits = open_splits(data, window=None)
+    tables = {split: table for split, table in splits.tables.items() if split in wanted}
+    return Splits(splits.manifest, splits.where, tables)
+
+
+def some_rows(data: DataSet, split: str, num_rows: int) -> Rows:
+    """So many rows of a split (all where it has no more), in random order, always the same ones.
+
+    Where a split is large they come from some of its row groups, so that not all of it is read.
+    """
+    generator = np.random.default_rng(0)
+    locations = data.row_group_locations(split)
+    sizes = data.manifest.row_groups(split)
+    chosen: list[int] = []
+    found = 0
+    for group in generator.permutation(len(locations)).tolist():
+        if found >= num_rows and len(chosen) >= SPREAD:
+            break
+        chosen.append(group)
+        found += sizes[group]
+    rows = data.read_row_groups([locations[group] for group in sorted(chosen)])
+    order: NDArray[np.int64] = generator.permutation(found)[:num_rows]
+    return rows.at(order)
+
+
+def _restored(place: Folder, manifest: Manifest) -> Features:
+    """The stored classifier. Raises UserError where it is damaged or of other data."""
+    fix = f"delete {place} to have it trained anew"
+    try:
+        model, saved = restore_model(place, RunDirectory(place).recipe(f"model/{RECIPE}"))
+    except UserError as error:
+        raise UserError(f"{place}: the classifier in here cannot be used ({error}); {fix}") from None
+    if saved.manifest != manifest.model_copy(update={"splits": {}}) or not isinstance(model, CNN):
+        raise UserError(f"{place}: the classifier in here was trained on other data; {fix}")
+    return Features(saved.manifest, model)

@@ -1,0 +1,198 @@
+"""Quality: how near made rows are to held-out real ones, as numbers that can be followed through training.
+
+    frechet_distance   |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)), of means m and covariances S of the features of real
+                       and made rows (Heusel et al. 2017, eq. 6); 0 for the same distribution
+    kernel_distance    squared maximum mean discrepancy with the kernel (x y / F + 1)^3, KID (Binkowski et al. 2018,
+                       section 4); unbiased: 0 on average, and sometimes less, for the same distribution
+    frechet_floor,     the same two between training rows and the held-out ones, as many as are made: what perfect
+    kernel_floor       rows would reach
+    diversity          mean distance between two made rows as a share of that between two real ones; about 1 where they
+                       are as diverse, 0 where all are the same
+    label_agreement    conditional models: share of rows that the classifier takes for what they were to be
+    l1                 paired models: mean |made - real| over all numbers of all rows, in units of [-1, 1]
+
+The Frechet distance is biased: with n rows it is too large by about the number of features over n, and from no more
+rows than features the covariances cannot even be told. So it means something only beside its floor, which is biased
+alike. The features are of a classifier that has seen the training rows, which makes the floor a little higher still.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from cluster.adversarial.features import Features, some_rows
+from cluster.adversarial.spec import QualitySpec
+from cluster.data.loader import Normalise, symmetric
+from cluster.data.manifest import Manifest
+from cluster.data.shards import Array, DataSet
+from nn_models.adversarial import AdversarialSpec
+from nn_models.errors import UserError
+
+# (source (B, noise_size), condition or None) -> rows (B, *input_shape), images in [-1, 1]; all on the CPU.
+Make = Callable[[Tensor, Tensor | None], Tensor]
+
+SEED = 0  # of the noise: not the run's, so that runs can be compared, and a run with its evaluation
+BATCH_ROWS = 250  # that are made at once
+SUBSET_ROWS = 1000  # of a subset that the kernel distance is taken of, and how many subsets
+SUBSETS = 10
+SHIFTS = 16  # distances that a row's diversity is taken of
+
+
+class Quality:
+    """Compares what a generator makes with rows of one split, which training has not seen.
+
+    It makes as many rows as it compares them with: `num_rows`, the most of `quality.num_images` that there are. Noise,
+    conditions and the generator of torch's random numbers are the same at each look.
+    """
+
+    def __init__(
+        self,
+        features: Features | None,
+        data: DataSet,
+        *,
+        spec: AdversarialSpec,
+        quality: QualitySpec,
+        split: str = "validation",
+    ) -> None:
+        """Without features there is nothing but the diversity, of pixels then, and the L1 distance.
+
+        Raises UserError where the split has too few rows.
+        """
+        manifest = data.manifest
+        self.num_rows = min(quality.num_images, manifest.rows(split), manifest.rows("train"))
+        if self.num_rows < 2:
+            raise UserError(
+                f"adversarial.quality: needs 2 rows at least, but {split} has {manifest.rows(split)} and train "
+                f"{manifest.rows('train')}; add rows, or hold out more with data.validation_fraction"
+            )
+        self._features = features
+        rows = some_rows(data, split, self.num_rows)
+        self._real = _as_made(rows.inputs, manifest)
+        self._source = torch.randn(self.num_rows, spec.noise_size, generator=torch.Generator().manual_seed(SEED))
+        self._condition: Tensor | None = None
+        self._labels: Tensor | None = None
+        if spec.paired:
+            assert rows.condition is not None  # the model's check() refuses data without
+            self._condition = symmetric(torch.from_numpy(rows.condition))
+        elif spec.conditional:
+            self._condition = torch.from_numpy(rows.targets)
+            if features is not None and features.classifier is not None:
+                self._labels = self._condition
+        self._paired = spec.paired
+
+        seen = self._see(self._real)
+        self._spread = _spread(seen)
+        self._distances: _Distances | None = None
+        self.floor: dict[str, float] = {}
+        if features is not None:
+            self._distances = _Distances(seen)
+            training = self._see(_as_made(some_rows(data, "train", self.num_rows).inputs, manifest))
+            frechet, kernel = self._distances(training)
+            self.floor = {"frechet_floor": frechet, "kernel_floor": kernel}
+
+    @property
+    def best_metric(self) -> str | None:
+        """The metric, less of which is better, that the best generator is chosen by; None where there is none."""
+        if self._distances:
+            return "frechet_distance"
+        return "l1" if self._paired else None
+
+    def measure(self, make: Make) -> dict[str, float]:
+        """The metrics of this file's head that apply; NaN, but for the floor, where made rows are not finite."""
+        made = self._made(make)
+        if made.isfinite().all():
+            metrics = self._metrics(made)
+        else:
+            metrics = dict.fromkeys(self._metrics(self._real), float("nan"))
+        return {**metrics, **self.floor}
+
+    def _made(self, make: Make) -> Tensor:
+        batches = zip(
+            self._source.split(BATCH_ROWS),
+            [None] * self.num_rows if self._condition is None else self._condition.split(BATCH_ROWS),
+            strict=False,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # pix2pix has dropout for its noise
+            return torch.cat([make(source, condition) for source, condition in batches])
+
+    def _metrics(self, made: Tensor) -> dict[str, float]:
+        seen = self._see(made)
+        metrics = {"diversity": _spread(seen) / max(self._spread, 1e-30)}
+        if self._distances:
+            metrics["frechet_distance"], metrics["kernel_distance"] = self._distances(seen)
+        if self._labels is not None:
+            assert self._features is not None
+            labels = torch.cat([self._features.predict(rows).cpu() for rows in self._batches(made)])
+            metrics["label_agreement"] = float((labels == self._labels).double().mean())
+        if self._paired:
+            metrics["l1"] = float((made - self._real).abs().mean(dtype=torch.float64))
+        return metrics
+
+    def _see(self, rows: Tensor) -> Tensor:
+        """Rows (B, *input_shape) -> float64 (B, F), in which sums of squares are not rounded away."""
+        if self._features is None:
+            return rows.flatten(1).double()
+        return torch.cat([self._features(batch).cpu() for batch in self._batches(rows)]).double()
+
+    def _batches(self, rows: Tensor) -> Iterator[Tensor]:
+        assert self._features is not None
+        for batch in rows.split(BATCH_ROWS):
+            yield batch.to(self._features.device)
+
+
+def _as_made(stored: Array, manifest: Manifest) -> Tensor:
+    """Stored rows as generators make them: images in [-1, 1], feature vectors standardised."""
+    if len(manifest.input_shape) == 3:
+        half = (0.5,) * manifest.input_shape[0]
+        manifest = manifest.model_copy(update={"mean": half, "std": half})
+    return Normalise(manifest, torch.device("cpu"))(torch.from_numpy(stored))
+
+
+def _spread(features: Tensor) -> float:
+    """Mean distance between two rows; each row, in whatever order they are, is compared with the next few."""
+    shifts = range(1, min(SHIFTS, len(features) - 1) + 1)
+    return sum(float((features - features.roll(shift, 0)).norm(dim=1).mean()) for shift in shifts) / len(shifts)
+
+
+class _Given(nn.Module):
+    """Features that are computed already: torchmetrics' extractor where both distances are to share them."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+class _Distances:
+    """Frechet and kernel distance of features (B, F) from those of the same real rows."""
+
+    def __init__(self, real: Tensor) -> None:
+        given = _Given(real.shape[1])
+        self._frechet = FrechetInceptionDistance(given, reset_real_features=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which are few
+            self._kernel = KernelInceptionDistance(
+                given,
+                subsets=SUBSETS if len(real) > SUBSET_ROWS else 1,
+                subset_size=min(SUBSET_ROWS, len(real)),
+                reset_real_features=False,
+            )
+        for distance in (self._frechet, self._kernel):
+            distance.update(real, real=True)
+
+    def __call__(self, made: Tensor) -> tuple[float, float]:
+        for distance in (self._frechet, self._kernel):
+            distance.reset()
+            distance.update(made, real=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)  # of the subsets
+            kernel, _ = self._kernel.compute()
+        # rounding takes a distance of nothing below it
+        return max(0.0, float(self._frechet.compute())), float(kernel)

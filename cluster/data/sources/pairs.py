@@ -1,0 +1,192 @@
+"""pairs: rows of two images, one to start from (the condition) and one to be made of it, for image-to-image models."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Source
+from cluster.data.sources.columns import (
+    ArrayColumns,
+    ParquetColumns,
+    ParquetFiles,
+    ParquetSpec,
+    Shape,
+    array_columns,
+    class_names,
+    first_row,
+)
+from cluster.data.sources.image_folder import ImageFolderSpec
+from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.pixels import edges
+from nn_models.errors import UserError
+
+UNLABELLED = ("all",)  # the one class of rows without labels
+
+AnyImagesSpec = Annotated[
+    DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec,
+    Field(discriminator="kind"),
+]
+
+COLUMN_FIELDS = ("path", "test_path", "condition", "input", "target", "image_shape", "condition_channels")
+# Of the section inside `edges_of` only what says which images there are counts; these stand in the outer section.
+OUTER_FIELDS = frozenset({*DataSpec.TRAINING_FIELDS, "validation_fraction", "split_seed", "test_fraction"})
+
+
+class PairsSpec(DrawnTestSpec):
+    """Pairs of images: any images and their edges (`edges_of`), or two columns of Parquet files.
+
+    Rows of Parquet files without a `target` are all of one class, named "all".
+    """
+
+    kind: Literal["pairs"] = "pairs"
+    edges_of: AnyImagesSpec | None = Field(
+        None, description="a data section of images, each of which is to be made from its edges"
+    )
+    path: str | None = Field(None, min_length=1, description="a Parquet file or a folder of them, local or a URI")
+    test_path: str | None = Field(None, min_length=1, description="the test split, where it stands apart")
+    condition: str | None = Field(None, min_length=1, description="the column with the image to start from")
+    input: str | None = Field(None, min_length=1, description="the column with the image to be made")
+    target: str | None = Field(None, min_length=1, description="the column with the label, if there is one")
+    image_shape: Shape | None = Field(
+        None, description="(channels, height, width) of both images; needed for lists, and to resize encoded images"
+    )
+    condition_channels: PositiveInt | None = Field(
+        None, description="channels of the image to start from, where it has not as many as the other"
+    )
+
+    @field_serializer("edges_of")
+    def _only_what_counts(self, section: DataSpec | None, info: SerializationInfo) -> dict[str, Any] | None:
+        if section is None:
+            return None
+        return section.model_dump(mode=info.mode, exclude=set(OUTER_FIELDS), exclude_unset=info.exclude_unset)
+
+    @model_validator(mode="after")
+    def _one_way_or_the_other(self) -> Self:
+        columns = [field for field in COLUMN_FIELDS if getattr(self, field) is not None]
+        if self.edges_of is None:
+            if not columns:
+                raise ValueError(
+                    "pairs need either edges_of (a data section of images, to be made from their edges) or path, "
+                    "condition and input (image columns of Parquet files)"
+                )
+            for field in ("path", "condition", "input"):
+                if field not in columns:
+                    raise _wrong(field, "missing; pairs from Parquet files need path, condition and input")
+            return self
+        if columns:
+            raise _wrong(columns[0], "edges_of makes the pairs, and needs no columns; leave out one or the other")
+        if misplaced := sorted(OUTER_FIELDS & self.edges_of.model_fields_set):
+            raise _wrong(f"edges_of.{misplaced[0]}", f"belongs to the pairs; set data.{misplaced[0]}")
+        return self
+
+    @property
+    def _files(self) -> ParquetFiles:
+        assert self.path is not None  # _one_way_or_the_other refuses it
+        return ParquetFiles(self.path, self.test_path)
+
+    def resolved(self, base: str) -> DataSpec:
+        """See DataSpec."""
+        if self.edges_of is None:
+            return self.model_copy(update=self._files.resolved(base))
+        return self.model_copy(update={"edges_of": self.edges_of.resolved(base)})
+
+    def fingerprint(self) -> str:
+        """See DataSpec."""
+        if self.edges_of is None:
+            return self._files.fingerprint()
+        with _fields_of(self.edges_of):
+            return self.edges_of.fingerprint()
+
+    def open(self) -> Source:
+        """See DataSpec. Refuses what are no images, and images of different sizes."""
+        if self.edges_of is None:
+            return self._from_columns()
+        with _fields_of(self.edges_of):
+            images = self.edges_of.open()
+        shape, dtype = images.columns.input_shape, images.columns.input_dtype
+        if len(shape) != 3 or shape[0] not in (1, 3) or dtype != "uint8":
+            raise UserError(
+                f"data.edges_of: {self.edges_of.kind} has rows of shape {shape} {dtype}, which have no edges; give "
+                "images of 1 or 3 channels of whole numbers"
+            )
+        return EdgePairs(self.edges_of, images)
+
+    def _from_columns(self) -> ParquetColumns:
+        assert self.input is not None  # _one_way_or_the_other refuses it
+        assert self.condition is not None
+        wanted = [self.input, self.condition, *([self.target] if self.target else [])]
+        pools = self._files.parts(wanted)
+        name, first = first_row(pools["train"], wanted)
+        made = array_columns(first, name, (self.input,), image_shape=self.image_shape)
+        channels = self.condition_channels or made.shape[0]
+        shape = self.image_shape and (channels, *self.image_shape[1:])
+        given = array_columns(first, name, (self.condition,), image_shape=shape, channels=channels)
+        for array in (made, given):
+            _check_image(array, name)
+        if made.shape[1:] != given.shape[1:]:
+            raise UserError(
+                f"{name}, row 0: {_size(given)} pixels in column {self.condition} where {self.input} has "
+                f"{_size(made)}; set data.image_shape to resize both"
+            )
+        names = class_names(pools["train"], self.target, or_numbers=False) if self.target else UNLABELLED
+        columns = Columns(made.shape, "uint8", "label", len(names), names, condition_shape=given.shape)
+        return ParquetColumns(columns, pools, made, self.target, given)
+
+
+@dataclass(frozen=True)
+class EdgePairs:
+    """The images of another source, with the edges in each of them as what it is to be made from."""
+
+    section: DataSpec
+    images: Source
+
+    @property
+    def columns(self) -> Columns:
+        """See Source."""
+        columns = self.images.columns
+        return replace(columns, condition_shape=(1, *columns.input_shape[1:]))
+
+    @property
+    def pools(self) -> Mapping[str, list[Part]]:
+        """See Source."""
+        return self.images.pools
+
+    def load(self, part: Part) -> tuple[Array, Array, Array]:
+        """See Source."""
+        with _fields_of(self.section):
+            images, targets, *_ = self.images.load(part)
+        return images, targets, edges(images)  # type: ignore[arg-type]  # uint8: open() refuses others
+
+
+def _check_image(array: ArrayColumns, name: str) -> None:
+    column = array.names[0]
+    if len(array.shape) != 3:
+        raise UserError(
+            f"{name}: column {column} holds lists of {array.shape[0]} numbers; set data.image_shape to the images' "
+            "(channels, height, width)"
+        )
+    if array.dtype != "uint8":
+        raise UserError(f"{name}: column {column} holds fractions; the images of a pair are whole numbers of 0 to 255")
+
+
+def _size(array: ArrayColumns) -> str:
+    return "x".join(map(str, array.shape[1:]))
+
+
+def _wrong(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("manta_field", "{reason}", {"field": field, "reason": message})
+
+
+@contextmanager
+def _fields_of(section: DataSpec) -> Iterator[None]:
+    """The section's errors name its fields as if it stood alone: here data.root is data.edges_of.root."""
+    try:
+        yield
+    except UserError as error:
+        fields = "|".join(type(section).model_fields)
+        raise UserError(re.sub(rf"(?<![\w./-])data\.({fields})\b", r"data.edges_of.\1", str(error))) from None

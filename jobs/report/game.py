@@ -1,0 +1,122 @@
+"""Game: what the page tells of a GAN in words and numbers: quality beside its floor, rollbacks, an early end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jobs.report.charts import FLOORS, Mark, figure, number, steps_per_epoch, words
+from jobs.report.files import is_number, mapping
+
+# the metrics of Quality, in the order in which they matter
+QUALITY = ("frechet_distance", "kernel_distance", "label_agreement", "l1", "diversity")
+MAX_ROLLBACKS = 50
+
+
+class QualityRow(NamedTuple):
+    """One metric of the generator before training, at its best, and of real rows in its place."""
+
+    name: str
+    values: list[str]
+
+
+class Rollback(NamedTuple):
+    """Once that both halves returned to their best."""
+
+    when: str
+    to: str
+    reason: str
+    factor: str
+
+
+def is_game(recipe: Mapping[str, Any], result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run is a GAN's, by whatever of it is there."""
+    return (
+        mapping(recipe.get("objective")).get("kind") == "adversarial"
+        or "rollbacks" in result
+        or any("discriminator_loss" in record for record in records)
+    )
+
+
+def best_look(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The best generator's line of metrics; of a run that has not ended the best one so far."""
+    looks = [record for record in records if record.get("split") == "validation"]
+    step = mapping(result.get("best")).get("step")
+    if is_number(step):
+        return next((dict(look) for look in looks if look["step"] == step), {"step": step})
+    for name in ("frechet_distance", "l1"):
+        known = [look for look in looks if is_number(look.get(name))]
+        if known:
+            return dict(min(known, key=lambda look: look[name]))
+    return dict(looks[-1]) if looks else {}
+
+
+def quality_table(
+    best: Mapping[str, Any], result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[QualityRow]]:
+    """Column heads, and a row a metric; columns of which nothing is known are left out."""
+    first = next((record for record in records if record.get("split") == "validation" and record["step"] == 0), {})
+    untrained = mapping(result.get("untrained")) or first
+    tested = {
+        name.removeprefix("test/"): value
+        for name, value in mapping(result.get("metrics")).items()
+        if name.startswith("test/")
+    }
+    floors = {metric: floor for floor, metric in FLOORS.items()}
+    columns = {
+        "untrained": untrained,
+        "best": best,
+        "floor": {metric: best.get(floor, untrained.get(floor)) for metric, floor in floors.items()},
+        "best, test split": tested,
+        "floor, test split": {metric: tested.get(floor) for metric, floor in floors.items()},
+    }
+    known = {head: values for head, values in columns.items() if any(is_number(values.get(name)) for name in QUALITY)}
+    rows = [
+        QualityRow(words(name), [_cell(name, values.get(name)) for values in known.values()])
+        for name in QUALITY
+        if any(is_number(values.get(name)) for values in known.values())
+    ]
+    return list(known), rows
+
+
+def _cell(name: str, value: Any) -> str:
+    return figure(name, value) if is_number(value) else ""
+
+
+def headline(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The figures on top, of one split's metrics by their bare names: the distance with its floor, then what fits."""
+    order = ("frechet_distance", "frechet_floor", "label_agreement", "l1", "diversity")
+    return [(name, figure(name, metrics[name])) for name in order if name in metrics][:4]
+
+
+def rollbacks(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Rollback]:
+    """All of result.json's that can be told."""
+    epoch = steps_per_epoch(records)
+    return [
+        Rollback(
+            when=_place(entry["step"], epoch),
+            to=_place(entry["to_step"], epoch) if is_number(entry.get("to_step")) else "",
+            reason=str(entry.get("reason", "")),
+            factor=number(entry.get("learning_rate_factor")) or "",
+        )
+        for entry in _entries(result)
+    ]
+
+
+def marks(result: Mapping[str, Any]) -> list[Mark]:
+    """The same, for the charts."""
+    return [
+        Mark(entry["step"], f"rollback at step {number(entry['step'])}: {entry.get('reason', '')}")
+        for entry in _entries(result)
+    ]
+
+
+def _entries(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    found = result.get("rollbacks")
+    for entry in found[:MAX_ROLLBACKS] if isinstance(found, list) else []:
+        if is_number(mapping(entry).get("step")):
+            yield entry
+
+
+def _place(step: float, epoch: float) -> str:
+    if not step:
+        return "the untrained halves"
+    return f"step {number(step)}" + (f" (epoch {number(float(step / epoch))})" if epoch else "")

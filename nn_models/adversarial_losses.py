@@ -1,0 +1,189 @@
+"""Adversarial objectives: what the two halves of a GAN minimise.
+
+Losses are sums over rows, never means: sums over batches and ranks add up, and training divides by the number of
+rows once. A row judged patch by patch counts with the mean over its patches.
+
+Shapes: B rows of the batch, C channels, H and W height and width; logits are (B,), or (B, 1, h, w) for patches.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nn_models.adversarial import AdversarialSpec
+from nn_models.errors import UserError
+from nn_models.spec import ModelSpec, Spec
+
+LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein"]
+UNSMOOTHED = frozenset({"hinge", "wasserstein"})  # their discriminators predict no label that could be smoothed
+
+
+class Game(NamedTuple):
+    """What one logit l costs: the discriminator on a real row (with label smoothing s) and on a fake, the generator."""
+
+    real: Callable[[Tensor, float], Tensor]
+    fake: Callable[[Tensor], Tensor]
+    generator: Callable[[Tensor], Tensor]
+
+
+def _cross_entropy_real(logits: Tensor, smoothing: float) -> Tensor:
+    # -(1 - s) log D - s log(1 - D); softplus(-l) and not softplus(l) - l, which cancels where D is sure
+    return F.softplus(-logits) + smoothing * logits
+
+
+GAMES: dict[LossName, Game] = {
+    "minimax": Game(_cross_entropy_real, F.softplus, lambda logits: -F.softplus(logits)),
+    "non_saturating": Game(_cross_entropy_real, F.softplus, lambda logits: F.softplus(-logits)),
+    "least_squares": Game(
+        lambda logits, smoothing: (logits - (1 - smoothing)).square() / 2,
+        lambda logits: logits.square() / 2,
+        lambda logits: (logits - 1).square() / 2,
+    ),
+    "hinge": Game(lambda logits, _: F.relu(1 - logits), lambda logits: F.relu(1 + logits), torch.neg),
+    "wasserstein": Game(lambda logits, _: -logits, lambda logits: logits, torch.neg),
+}
+
+
+class AdversarialObjective:
+    """The losses of both halves. With l a row's logit, D = sigmoid(l), and s the label smoothing, the row costs
+
+                         discriminator, real        discriminator, fake   generator
+        minimax          -(1-s) log D - s log(1-D)  -log(1 - D)           log(1 - D)
+        non_saturating   the same                   the same              -log D
+        least_squares    (l - (1-s))^2 / 2          l^2 / 2               (l - 1)^2 / 2
+        hinge            max(0, 1 - l)              max(0, 1 + l)         -l
+        wasserstein      -l                         l                     -l
+
+    The first two are Goodfellow et al. 2014 (eq. 1, and section 3 for "non-saturating": where D spots each fake,
+    log(1 - D) has no slope left); then Mao et al. 2017 (eq. 9), Lim & Ye 2017 and Arjovsky et al. 2017. Smoothing
+    only the real rows' label is Salimans et al. 2016, section 3.4.
+
+    Without smoothing, the first two discriminators maximise V(D, G) = E log D(real) + E log(1 - D(fake)), which is
+    minus their loss. Their optimum is D* = p_data / (p_data + p_fake), where V = -ln 4 + 2 JSD(p_data, p_fake)
+    (Goodfellow et al. 2014, proposition 1 and eq. 6). So where the fakes are as good as the data, D* = 1/2, V = -ln 4
+    and the generator's loss is ln 2 (non-saturating) or -ln 2 (minimax): losses near these say that neither half wins.
+    For least squares, the discriminator's loss is then 1/4 and the generator's 1/8.
+
+    `gradient_penalty` and `l1_weight` are what `penalty` and `reconstruction` are to be multiplied by; where one
+    is 0, its term need not be computed.
+    """
+
+    def __init__(self, loss: LossName, *, label_smoothing: float, gradient_penalty: float, l1_weight: float) -> None:
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+        self.gradient_penalty = gradient_penalty
+        self.l1_weight = l1_weight
+
+    def discriminator_real(self, logits: Tensor) -> Tensor:
+        """The discriminator's loss on real rows: logits -> (), summed over rows, at least float32."""
+        return _sum_of_rows(GAMES[self.loss].real(_at_least_float32(logits), self.label_smoothing))
+
+    def discriminator_fake(self, logits: Tensor) -> Tensor:
+        """The discriminator's loss on the generator's rows: logits -> (), summed over rows, at least float32."""
+        return _sum_of_rows(GAMES[self.loss].fake(_at_least_float32(logits)))
+
+    def generator(self, logits_fake: Tensor) -> Tensor:
+        """The generator's loss on its own rows: logits -> (), summed over rows, at least float32."""
+        return _sum_of_rows(GAMES[self.loss].generator(_at_least_float32(logits_fake)))
+
+    def penalty(
+        self,
+        discriminator: nn.Module,
+        real: Tensor,
+        fake: Tensor,
+        condition: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """(norm of the logit's gradient - 1)^2 between a real row and a fake one, summed over rows, without its weight.
+
+        The gradient is taken at e real + (1 - e) fake, with one e a row, uniform in [0, 1) and drawn from `generator`
+        (a generator of random numbers) on its own device (Gulrajani et al. 2017, eq. 3 and algorithm 1).
+        `real` and `fake` (B, ...) get no gradient of it; the discriminator's parameters do.
+        """
+        share = torch.rand(len(real), generator=generator, device=generator.device).to(real)
+        share = share.reshape(-1, *[1] * (real.dim() - 1))
+        between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
+        # One row's logit must not depend on another row, or this sum mixes their gradients: see the Spec's check.
+        logits_sum = _sum_of_rows(_at_least_float32(discriminator(between, condition)))
+        (gradient,) = torch.autograd.grad(logits_sum, between, create_graph=True)
+        norm_B = torch.linalg.vector_norm(_at_least_float32(gradient).flatten(1), dim=1)
+        return (norm_B - 1).square().sum()
+
+    def reconstruction(self, fake: Tensor, real: Tensor) -> Tensor:
+        """|fake - real|, the mean over a row's numbers, summed over rows, without weight (Isola et al. 2016, eq. 3)."""
+        return _sum_of_rows((_at_least_float32(fake) - _at_least_float32(real)).abs())
+
+
+def _sum_of_rows(values: Tensor) -> Tensor:
+    """(B,) or (B, ...) -> (): the mean over each row, summed over rows."""
+    return values.sum() / math.prod(values.shape[1:])
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
+
+
+class AdversarialObjectiveSpec(Spec):
+    """Two halves against each other: the generator makes what the discriminator shall take for real."""
+
+    kind: Literal["adversarial"] = "adversarial"
+    loss: LossName = Field("non_saturating", description="what the halves minimise")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="real rows are given to the discriminator as 1 minus this; fakes stay 0"
+    )
+    gradient_penalty: NonNegativeFloat | None = Field(
+        None, description="weight of the discriminator's gradient penalty; by default 10 for wasserstein, else 0"
+    )
+    l1_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the generator's distance from the true image of a pair; 100 in pix2pix"
+    )
+    discriminator_steps: PositiveInt = Field(
+        1, description="steps of the discriminator for each of the generator; 5 is usual for wasserstein"
+    )
+
+    @field_validator("label_smoothing")
+    @classmethod
+    def _only_labels_are_smoothed(cls, label_smoothing: float, info: ValidationInfo) -> float:
+        loss = info.data.get("loss")
+        if label_smoothing and loss in UNSMOOTHED:
+            raise ValueError(f"the {loss} loss has no labels to smooth; set it to 0 or choose another loss")
+        return label_smoothing
+
+    def check(self, model: ModelSpec) -> None:
+        """Raise UserError where the model has no two halves, or cannot be trained with these terms."""
+        if not isinstance(model, AdversarialSpec):
+            raise UserError(
+                f"objective.kind: adversarial trains a generator and a discriminator, but {model.kind} is one net; "
+                "set model.kind to gan, dcgan, conditional_gan or pix2pix, or choose another objective"
+            )
+        if self.l1_weight and not model.paired:
+            raise UserError(
+                f"objective.l1_weight: {self.l1_weight:g} draws each image to the true one of its pair, but "
+                f"{model.kind} makes images without pairs; set it to 0 or set model.kind to pix2pix"
+            )
+        if self._penalty_weight and model.discriminator_mixes_rows:
+            field, other = ("norm", "instance") if model.paired else ("discriminator_norm", "layer")
+            raise UserError(
+                f"objective.gradient_penalty: {self._penalty_weight:g} needs a discriminator that judges each row by "
+                f"itself, but model.{field} is batch; set model.{field} to {other}, or objective.gradient_penalty to 0"
+            )
+
+    @property
+    def _penalty_weight(self) -> float:
+        if self.gradient_penalty is None:
+            return 10.0 if self.loss == "wasserstein" else 0.0
+        return self.gradient_penalty
+
+    def build(self) -> AdversarialObjective:
+        """The losses."""
+        return AdversarialObjective(
+            self.loss,
+            label_smoothing=self.label_smoothing,
+            gradient_penalty=self._penalty_weight,
+            l1_weight=self.l1_weight,
+        )

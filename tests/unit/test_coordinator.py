@@ -1,0 +1,222 @@
+"""The coordinator with both halves in this process: looks, the best, restarts, resuming, collapse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import cluster
+from cluster.adversarial.coordinator import Coordinator
+from cluster.adversarial.features import open_features
+from cluster.adversarial.players import LocalPlayers, PlayersLost
+from cluster.data.prepare import prepared
+from cluster.errors import RunFailed
+from cluster.storage import Folder
+from cluster.training.context import open_splits
+from cluster.training.recipe import load_recipe
+from cluster.training.run_directory import RunDirectory
+from nn_models import UserError
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"kind": "dcgan", "width": 8, "noise_size": 16},
+    "data": {"kind": "digits"},
+    "objective": {"kind": "adversarial"},
+    "optimizer": {"kind": "adam", "lr": 2e-4, "betas": [0.5, 0.999]},
+    "train": {"global_batch_size": 64, "epochs": 3, "log_every_steps": 7, "ema_decay": 0.9},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines(run: str | Path, split: str) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["split"] == split]
+
+
+def weights(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    torch.set_num_threads(1)
+    return cluster.train(TINY, run=str(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_a_run_leaves_what_it_should(whole):
+    assert whole.status == "finished"
+    steps = whole.result["steps"] // 3
+    assert [line["step"] for line in lines(whole.run, "validation")] == [0, steps, 2 * steps, 3 * steps]
+    train = lines(whole.run, "train")
+    assert [line["step"] for line in train if "rows_digest" in line] == [steps, 2 * steps, 3 * steps]
+    assert {"generator_loss", "discriminator_loss", "real_accuracy", "fake_accuracy"} <= train[0].keys()
+    assert train[0]["step"] == 7
+    assert {"test/frechet_distance", "test/frechet_floor", "test/kernel_distance", "test/diversity"} <= set(
+        whole.metrics
+    )
+    best = min(lines(whole.run, "validation"), key=lambda line: line["frechet_distance"])
+    assert whole.result["best"]["step"] == best["step"]
+    assert whole.result["untrained"]["frechet_distance"] == lines(whole.run, "validation")[0]["frechet_distance"]
+    pictures = sorted(Path(whole.run, "samples").iterdir())
+    assert len(pictures) == 4
+    assert Image.open(pictures[0]).size == (10 * 34 + 2, 6 * 34 + 2)
+    model = whole.load_model()
+    assert model(torch.randn(5, 16)).shape == (5, 1, 8, 8)
+    assert cluster.evaluate(whole.run)["metrics"] == {
+        name: value for name, value in whole.metrics.items() if name.startswith("test/")
+    }
+
+
+class Losing(LocalPlayers):
+    """Halves that are lost in the given segments."""
+
+    lost: tuple[int, ...] = ()
+    played = 0
+
+    def play(self, first_step: int, num_steps: int, rate: float) -> Any:
+        played = super().play(first_step, num_steps, rate)
+        Losing.played += 1
+        if Losing.played in self.lost:
+            raise PlayersLost("the process of a half has died")
+        return played
+
+
+def coordinate(recipe: Any, run: Path, players: type[LocalPlayers]) -> dict[str, Any]:
+    recipe = load_recipe(recipe)
+    data = prepared(recipe.data)
+    splits = open_splits(data, window=None)
+    RunDirectory(Folder(run)).begin(recipe, {})
+    coordinator = Coordinator(
+        recipe,
+        data,
+        run=Folder(run),
+        features=open_features(data),
+        start=lambda: players(recipe, splits, device=torch.device("cpu")),
+        replicas=1,
+    )
+    return coordinator.run()
+
+
+@pytest.mark.parametrize("lost", [(1,), (2,), (3,), (2, 3, 5)])
+def test_lost_halves_go_on_from_the_last_checkpoint(whole, tmp_path, lost):
+    Losing.lost, Losing.played = lost, 0
+    result = coordinate(TINY, tmp_path / "run", Losing)
+    assert result["restarts"] == len(lost)
+    assert result["metrics"] == whole.metrics
+    assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
+    for split in ("train", "validation", "test"):
+        mine, theirs = (
+            [line | {"time_s": 0, "rows_per_s": 0} for line in lines(r, split)] for r in (tmp_path / "run", whole.run)
+        )
+        assert mine == theirs
+
+
+def test_halves_that_are_lost_too_often_fail_the_run(tmp_path):
+    Losing.lost, Losing.played = (1, 2, 3, 4, 5), 0
+    with pytest.raises(RunFailed, match=r"train.max_failures allows \(3\)"):
+        coordinate(TINY, tmp_path / "run", Losing)
+
+
+class Interrupted(LocalPlayers):
+    """Halves whose user presses Ctrl-C in the second segment."""
+
+    count = 0
+
+    def play(self, first_step: int, num_steps: int, rate: float) -> Any:
+        Interrupted.count += 1
+        if Interrupted.count == 2:
+            raise KeyboardInterrupt
+        return super().play(first_step, num_steps, rate)
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_end(whole, tmp_path):
+    Interrupted.count = 0
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(TINY, tmp_path / "run", Interrupted)
+    assert len(lines(tmp_path / "run", "validation")) == 2
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), resume=True)
+    assert outcome.metrics == whole.metrics
+    assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
+
+
+def test_segments_do_not_change_the_result(whole, tmp_path):
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides={"train.checkpoint_every_steps": 5})
+    assert outcome.metrics == whole.metrics
+    assert [line["rows_digest"] for line in lines(outcome.run, "train") if "rows_digest" in line] == [
+        line["rows_digest"] for line in lines(whole.run, "train") if "rows_digest" in line
+    ]
+
+
+def test_patience_ends_a_run(tmp_path):
+    # with so small a learning rate nothing gets better than by chance
+    changes = {"optimizer.lr": 1e-12, "train.patience": 2, "train.epochs": 30, "train.ema_decay": None}
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides=changes)
+    assert outcome.result["stopped_early"]
+    assert "no better for 2 epochs" in outcome.result["ended"]
+    assert outcome.result["epochs"] < 30
+
+
+def test_a_loss_that_is_not_finite_is_rolled_back_and_ends_the_run(tmp_path, caplog):
+    changes = {"optimizer": {"kind": "sgd", "lr": 1e30}, "objective.loss": "wasserstein", "train.epochs": 6}
+    changes |= {"model.discriminator_norm": "layer"}
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides=changes)
+    assert [entry["to_step"] for entry in outcome.result["rollbacks"]] == [0, 0, 0]
+    assert "NaN or infinite, after 3 of 3 rollbacks" in outcome.result["ended"]
+    assert "both halves return to their best, of step 0, with 0.5 times the learning rates" in caplog.text
+    assert all(weight.isfinite().all() for weight in weights(outcome.run).values())
+
+
+def test_feature_vectors_have_no_pictures(tmp_path):
+    generator = np.random.default_rng(0)
+    columns = {f"x{index}": generator.normal(index, 1 + index, 400) for index in range(3)}
+    pq.write_table(pa.table(columns | {"y": np.arange(400) % 2}), tmp_path / "rows.parquet")
+    recipe = {
+        **TINY,
+        "model": {"kind": "gan", "noise_size": 4, "generator_hidden": [16], "discriminator_hidden": [16]},
+        "data": {"kind": "parquet", "path": str(tmp_path), "input": list(columns), "target": "y"},
+    }
+    outcome = cluster.train(recipe, run=str(tmp_path / "run"))
+    assert outcome.metrics["test/frechet_distance"] > 0
+    assert not Path(outcome.run, "samples").exists()
+
+
+def test_pairs_are_trained_on(tmp_path):
+    recipe = {
+        **TINY,
+        "model": {"kind": "pix2pix", "width": 4},
+        "data": {"kind": "pairs", "edges_of": {"kind": "digits"}},
+        "objective": {"kind": "adversarial", "l1_weight": 10},
+    }
+    outcome = cluster.train(recipe, run=str(tmp_path / "run"))
+    assert 0 < outcome.metrics["test/l1"] < 1
+    assert lines(outcome.run, "train")[-1]["l1"] < lines(outcome.run, "train")[0]["l1"]
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    run = str(tmp_path / "run")
+    for changes, message in [
+        ({"objective": {"kind": "classification"}}, "set objective.kind to adversarial"),
+        ({"model": {"kind": "mlp"}}, "set model.kind to gan, dcgan"),
+        ({"train.accumulation": 2}, "train.accumulation: 2 pieces"),
+        ({"data.validation_fraction": 0}, "hold out more with data.validation_fraction"),
+        ({"adversarial.mode": "fast"}, "adversarial.mode"),
+        ({"adversarial.quality.num_images": 3}, "adversarial.quality.num_images"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            cluster.train(TINY, run=run, overrides=changes)
+    with pytest.raises(UserError, match="leave this section out"):
+        cluster.train({"model": {"kind": "mlp"}, "data": {"kind": "digits"}, "adversarial": {}}, run=run)

@@ -1,0 +1,525 @@
+"""Pairs: what an image is made from travels with it, from the files to the batches."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from scipy import ndimage
+
+from cluster.data.augment import Augmentation
+from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining, training_order
+from cluster.data.manifest import SPLITS
+from cluster.data.prepare import cache_key, prepared
+from cluster.data.shards import ROW_GROUP_BYTES, DataSet, Rows, write_shard
+from cluster.data.sources.catalogue import AnyDataSpec
+from cluster.data.sources.columns import ParquetSpec
+from cluster.data.sources.image_folder import ImageFolderSpec
+from cluster.data.sources.images import DigitsSpec, FashionMNISTSpec
+from cluster.data.sources.pairs import PairsSpec
+from cluster.data.sources.pixels import edges
+from cluster.storage import Folder
+from cluster.training.recipe import Recipe, dump_recipe, load_recipe, parse_yaml
+from cluster.training.summary import summarise
+from jobs.show import print_manifest, print_summary
+from nn_models.errors import UserError
+from nn_models.spec import validate
+from tests.unit import made
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+CPU = torch.device("cpu")
+ROWS = 30
+GAN = {"model": {"kind": "pix2pix", "width": 4}, "objective": {"kind": "adversarial"}}
+
+
+def refusal(section: dict) -> str:
+    """The one line with which the data section, or what is behind it, is refused."""
+    with pytest.raises(UserError) as caught:
+        prepared(validate(AnyDataSpec, {"kind": "pairs"} | section, prefix="data"))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# -- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colour", [(0,), (93,), (255,), (0, 0, 0), (200, 3, 77), (255, 255, 255)])
+def test_a_flat_image_has_no_edges(colour):
+    image = np.broadcast_to(np.array(colour, np.uint8)[:, None, None], (len(colour), 5, 7))
+    assert not edges(image[None]).any()
+
+
+def test_a_step_is_a_line_and_black_to_white_is_255():
+    image = np.zeros((1, 6, 8), np.uint8)
+    image[:, :, 4:] = 255
+    upright, lying = edges(np.stack([image, image]))[0, 0], edges(image.transpose(0, 2, 1)[None])[0, 0]
+    assert (upright == [0, 0, 0, 255, 255, 0, 0, 0]).all()  # to the image's very border
+    np.testing.assert_array_equal(lying, upright.T)
+    faint = edges(image[None] // 255 * 8)[0, 0]  # a step of 8: not scaled up
+    assert faint.max() == 8
+
+
+def test_edges_are_those_of_the_luminance():
+    def step(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+        image = np.zeros((len(left), 3, 4), np.uint8)
+        image[..., :2], image[..., 2:] = np.array(left)[:, None, None], np.array(right)[:, None, None]
+        return int(edges(image[None])[0, 0, 1, 1])
+
+    assert [step((0, 0, 0), pure) for pure in ((255, 0, 0), (0, 255, 0), (0, 0, 255))] == [76, 150, 29]  # BT.601
+    assert step((255, 0, 0), (0, 130, 0)) == 0  # as bright as each other
+    assert step((10, 10, 10), (60, 60, 60)) == step((10,), (60,)) == 50
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9))))
+def test_edges_are_scipys_of_pillows_grey(images):
+    found = edges(images)
+    assert found.shape == (len(images), 1, *images.shape[2:])
+    for image, edge in zip(images, found, strict=True):
+        grey = image[0] if len(image) == 1 else np.asarray(Image.fromarray(image.transpose(1, 2, 0)).convert("L"))
+        steep = [ndimage.sobel(grey.astype(float), axis, mode="nearest") for axis in (0, 1)]
+        np.testing.assert_array_equal(edge[0], np.minimum(255, np.round(np.hypot(*steep) / 4)))
+
+
+def test_an_images_edges_do_not_depend_on_what_it_is_computed_with(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 6, 5), dtype=np.uint8)
+    together = edges(images)
+    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 210)  # seven images
+    np.testing.assert_array_equal(edges(images), together)
+    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 1)
+    np.testing.assert_array_equal(edges(images[::-1])[::-1], together)
+
+
+# -- edges of any set of images --------------------------------------------------------------------------------------
+
+
+def test_digits_and_their_edges():
+    data = prepared(PairsSpec(edges_of=DigitsSpec(), test_fraction=0.2))
+    plain = prepared(DigitsSpec())
+    assert data.manifest.source == "pairs"
+    assert data.manifest.condition_shape == data.manifest.input_shape == (1, 8, 8)
+    assert data.manifest.signature.condition_shape == (1, 8, 8)
+    assert data.manifest.class_names == plain.manifest.class_names
+    for split in SPLITS:
+        ours, theirs = made.split_rows(data, split), made.split_rows(plain, split)
+        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
+        np.testing.assert_array_equal(ours.targets, theirs.targets)
+        np.testing.assert_array_equal(ours.condition, edges(theirs.inputs))
+        assert theirs.condition is None
+
+
+def test_edges_of_the_users_own_images(tmp_path):
+    for number in range(5):
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (6, 5), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    manifest = prepared(PairsSpec(edges_of=ImageFolderSpec(path=str(tmp_path), image_size=(8, 7)))).manifest
+    assert (manifest.input_shape, manifest.condition_shape) == ((3, 8, 7), (1, 8, 7))
+    inner = made.images(tmp_path / "parquet", 40, shape=(3, 6, 5))
+    assert prepared(PairsSpec(edges_of=inner)).manifest.condition_shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "shards", "path": "x"}, "data.edges_of.kind: unknown kind 'shards'"),
+        ({"kind": "digit"}, "data.edges_of.kind: unknown kind 'digit'; did you mean digits?"),
+        ({"kind": "digits", "image_sise": [9, 9]}, "data.edges_of.image_sise: unknown field; did you mean image_size?"),
+        ({"kind": "digits", "shuffle_window": 9}, "data.edges_of.shuffle_window: belongs to the pairs; set data.shuf"),
+        ({"kind": "digits", "test_fraction": 0.2}, "data.edges_of.test_fraction: belongs to the pairs; set data.test_"),
+        ({"kind": "digits", "augment": []}, "data.edges_of.augment: belongs to the pairs; set data.augment"),
+        ({"kind": "fashion_mnist", "root": "/none"}, "data.edges_of.root: /none: no such folder; give the one"),
+        ({"kind": "image_folder", "path": "/data.path/x"}, "data.edges_of.path: /data.path/x: no such folder"),
+    ],
+)
+def test_an_inner_section_that_is_wrong_is_named_by_its_full_path(section, message):
+    assert refusal({"edges_of": section}).startswith(message)
+
+
+def test_pictures_inside_of_different_sizes(tmp_path):
+    for name, size in (("a/1.png", (4, 4)), ("b/1.png", (5, 4))):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", size).save(tmp_path / name)
+    message = refusal({"edges_of": {"kind": "image_folder", "path": str(tmp_path)}, "test_fraction": 0})
+    assert message.endswith(
+        "b/1.png: 4x5 pixels where the first image has 4x4; set data.edges_of.image_size to resize them all"
+    )
+
+
+def test_what_has_no_edges(tmp_path):
+    inner = made.features(tmp_path, 10)
+    section = {"kind": "parquet", "path": inner.path, "input": "x", "target": "y"}
+    assert refusal({"edges_of": section}) == (
+        "data.edges_of: parquet has rows of shape (4,) float32, which have no edges; give images of 1 or 3 channels of "
+        "whole numbers"
+    )
+    assert "shape (1, 2, 2) float32, which have no edges" in refusal({"edges_of": section | {"image_shape": [1, 2, 2]}})
+
+
+def test_the_inner_sections_paths_and_content_count(tmp_path):
+    spec = PairsSpec(edges_of=ParquetSpec(path="in/rows.parquet", input="x", target="y", image_shape=(3, 6, 5)))
+    spec = spec.resolved(str(tmp_path))
+    assert spec.edges_of.path == f"{tmp_path}/in/rows.parquet"
+    made.images(tmp_path / "in", 30)
+    keys = {cache_key(spec)}
+    made.images(tmp_path / "in", 30, seed=1)
+    keys.add(cache_key(spec))
+    keys.add(
+        cache_key(spec.model_copy(update={"edges_of": spec.edges_of.model_copy(update={"target_kind": "number"})}))
+    )
+    keys.add(cache_key(spec.model_copy(update={"split_seed": 1})))
+    assert len(keys) == 4
+    for change in ({"shuffle_window": 5}, {"augment": ()}):
+        assert cache_key(spec.model_copy(update=change)) in keys
+
+
+def test_a_resolved_recipe_can_be_read_again(tmp_path):
+    recipe = load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "fashion_mnist", "root": "there"}}})
+    text = dump_recipe(recipe)
+    assert "test_fraction" not in text.split("edges_of")[1].split("\n")[0]  # the outer one counts
+    again = validate(Recipe, parse_yaml(text, name="recipe"))
+    assert again.data.identity() == recipe.data.identity()
+    other = load_recipe(again, {"data.edges_of.image_size": [14, 14], "data.validation_fraction": 0.2})
+    assert isinstance(other.data.edges_of, FashionMNISTSpec)
+    assert (other.data.edges_of.root, other.data.edges_of.image_size) == (str(Path.cwd() / "there"), (14, 14))
+
+
+# -- the user's own columns ------------------------------------------------------------------------------------------
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+GENERATOR = np.random.default_rng(0)
+PHOTOS = GENERATOR.integers(0, 256, (ROWS, 6, 7, 3), dtype=np.uint8)
+SKETCHES = GENERATOR.integers(0, 256, (ROWS, 6, 7), dtype=np.uint8)
+LABELS = ["cat", "dog", "cow"] * (ROWS // 3)
+ALL = {"validation_fraction": 0, "test_fraction": 0}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes one file of the columns; returns the data section of it."""
+
+    def write(photos=None, sketches=None, *, row_group_size: int = 8, **fields) -> dict:
+        columns = {
+            "photo": [png(image) for image in PHOTOS] if photos is None else photos,
+            "sketch": [png(image) for image in SKETCHES] if sketches is None else sketches,
+            "animal": LABELS,
+        }
+        pq.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=row_group_size)
+        path = str(tmp_path / "rows.parquet")
+        section = {"kind": "pairs", "path": path, "condition": "sketch", "input": "photo"} | fields
+        return {name: value for name, value in section.items() if value is not None}
+
+    return write
+
+
+def train_rows(section: dict):
+    data = prepared(validate(AnyDataSpec, section | ALL, prefix="data"))
+    return data.manifest, made.split_rows(data, "train")
+
+
+def test_two_columns_of_encoded_images(table):
+    manifest, rows = train_rows(table(condition_channels=1, target="animal"))
+    assert (manifest.input_shape, manifest.condition_shape, manifest.input_dtype) == ((3, 6, 7), (1, 6, 7), "uint8")
+    assert manifest.class_names == ("cat", "cow", "dog")
+    np.testing.assert_array_equal(rows.inputs, PHOTOS.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(rows.condition, SKETCHES[:, None])
+    assert [manifest.class_names[label] for label in rows.targets] == LABELS
+    manifest, rows = train_rows(table())  # read in colour, both of them
+    assert manifest.condition_shape == (3, 6, 7)
+    np.testing.assert_array_equal(rows.condition, np.repeat(SKETCHES[:, None], 3, axis=1))
+
+
+def test_images_are_resized_together(table):
+    _, rows = train_rows(table(image_shape=[3, 4, 5], condition_channels=1))
+    assert rows.inputs.shape == (ROWS, 3, 4, 5)
+    assert rows.condition.shape == (ROWS, 1, 4, 5)
+    small = [png(image[:3, :3]) for image in SKETCHES]
+    assert train_rows(table(sketches=small, image_shape=[3, 6, 7]))[1].condition.shape == (ROWS, 3, 6, 7)
+
+
+def test_two_columns_of_lists(table):
+    photos = PHOTOS.transpose(0, 3, 1, 2).reshape(ROWS, -1)
+    section = table(photos.tolist(), SKETCHES.tolist(), image_shape=[3, 6, 7], condition_channels=1)
+    _, rows = train_rows(section)
+    np.testing.assert_array_equal(rows.inputs.reshape(ROWS, -1), photos)
+    np.testing.assert_array_equal(rows.condition[:, 0], SKETCHES)
+
+
+def test_one_column_may_be_both(table):
+    _, rows = train_rows(table(condition="photo", condition_channels=1))  # to learn to colour pictures
+    grey = [np.asarray(Image.fromarray(photo).convert("L")) for photo in PHOTOS]
+    np.testing.assert_array_equal(rows.condition[:, 0], grey)
+
+
+def test_rows_without_labels_are_of_one_class(table):
+    manifest, rows = train_rows(table())
+    assert (manifest.target_kind, manifest.class_names, manifest.num_outputs) == ("label", ("all",), 1)
+    assert rows.targets.tolist() == [0] * ROWS
+
+
+def test_a_test_split_that_stands_apart(table, tmp_path):
+    section = table(target="animal")
+    Path(section["path"]).rename(tmp_path / "test.parquet")
+    section = table(target="animal") | {"test_path": str(tmp_path / "test.parquet"), "validation_fraction": 0}
+    data = prepared(validate(AnyDataSpec, section, prefix="data"))
+    assert {split: data.manifest.rows(split) for split in data.manifest.splits} == {"train": ROWS, "test": ROWS}
+
+
+WAYS = "pairs need either edges_of (a data section of images, to be made from their edges) or path, condition and input"
+NEED = "missing; pairs from Parquet files need path, condition and input"
+BOTH = "edges_of makes the pairs, and needs no columns; leave out one or the other"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, f"data: {WAYS}"),
+        ({"test_fraction": 0.5}, f"data: {WAYS}"),
+        ({"path": "rows.parquet"}, f"data.condition: {NEED}"),
+        ({"path": "rows.parquet", "condition": "a"}, f"data.input: {NEED}"),
+        ({"condition": "a", "input": "b"}, f"data.path: {NEED}"),
+        ({"edges_of": {"kind": "digits"}, "path": "rows.parquet"}, f"data.path: {BOTH}"),
+        ({"edges_of": {"kind": "digits"}, "target": "y"}, f"data.target: {BOTH}"),
+        ({"edges_of": "digits"}, "data.edges_of: must be a section of fields"),
+        ({"path": "rows.parquet", "condition": "a", "input": ["b"]}, "data.input: must be a valid string"),
+        ({"path": "/none", "condition": "a", "input": "b"}, "data.path: /none: no such file or folder"),
+    ],
+)
+def test_neither_way_or_both(section, message):
+    assert refusal(section).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"condition": "sketsh"}, "rows.parquet: no column 'sketsh'; did you mean sketch?"),
+        ({"input": "foto"}, "rows.parquet: no column 'foto'; did you mean photo?"),
+        ({"target": "y"}, "rows.parquet: no column 'y'"),
+        ({"condition": "animal"}, "column animal: values of type string are not numbers"),
+        (
+            {"condition_channels": 2},
+            "column sketch holds encoded images, which cannot be read as 2 channels; set 1 for",
+        ),
+        (
+            {"image_shape": [2, 6, 7]},
+            "column photo holds encoded images, which cannot be read as 2 channels; set 1 for",
+        ),
+        ({"target": "photo"}, "column photo: values of type binary are no labels; make them text or whole numbers"),
+        ({"sketches": [png(PHOTOS[0]), *[b"<html>"] * (ROWS - 1)]}, "column sketch, row 1: 6 bytes in no known image"),
+        ({"sketches": [b"<html>"] * ROWS}, "rows.parquet, row 0: 6 bytes in no known image format; replace or remove"),
+        (
+            {"sketches": [*[png(SKETCHES[0])] * 9, png(SKETCHES[0])[:60], *[png(SKETCHES[0])] * 20]},
+            "row group 1, column sketch, row 1: not a readable image",
+        ),
+        ({"sketches": [png(SKETCHES[0])] * (ROWS - 1) + [None]}, "column sketch has 1 empty values; fill or drop them"),
+        (
+            {"sketches": [png(SKETCHES[0][:5])] * ROWS},
+            "row 0: 5x7 pixels in column sketch where photo has 6x7; set data.image_shape to resize both",
+        ),
+        (
+            {"sketches": [*[png(SKETCHES[0])] * 9, *[png(SKETCHES[0][:5])] * 21]},
+            "row group 1, column sketch, row 1: 5x7 pixels where the first image has 6x7; set data.image_shape to res",
+        ),
+        ({"sketches": [[1, 2]] * ROWS}, "column sketch holds lists of 2 numbers; set data.image_shape to the images'"),
+        (
+            {"sketches": [[1, 2]] * ROWS, "image_shape": [3, 6, 7]},
+            "data.image_shape: (3, 6, 7) is 126 numbers, but rows of sketch in ",
+        ),
+        (
+            {"sketches": [[0.5] * 42] * ROWS, "image_shape": [3, 6, 7], "condition_channels": 1},
+            "column sketch holds fractions; the images of a pair are whole numbers of 0 to 255",
+        ),
+        (
+            {"sketches": [[256] * 42] * ROWS, "image_shape": [3, 6, 7], "condition_channels": 1},
+            "column sketch: 256 is no pixel",
+        ),
+    ],
+)
+def test_bad_files_are_named(fields, message, table):
+    said = refusal(table(**fields))
+    assert message in said
+    assert "target_kind" not in said  # pairs have no such field
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def test_row_groups_hold_both_images_within_their_bytes(tmp_path):
+    rows = Rows(
+        np.arange(100),
+        np.zeros((100, 3, 100, 300), np.uint8),
+        np.zeros(100, np.int64),
+        np.zeros((100, 3, 100, 300), np.uint8),
+    )
+    shard = write_shard(Folder(tmp_path), "a.parquet", rows)
+    assert max(shard.row_groups) == ROW_GROUP_BYTES // 180_000
+    assert pq.read_schema(tmp_path / "a.parquet").names == ["row", "input", "target", "condition"]
+
+
+def test_other_sources_are_written_as_ever(tmp_path):
+    data = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
+    assert "condition_shape" not in (tmp_path / "out" / "manifest.json").read_text()
+    assert data.table("train").column_names == ["row", "input", "target"]
+    assert data.manifest.signature.condition_shape is None
+
+
+def test_a_manifest_whose_images_do_not_fit_each_other_is_refused(tmp_path):
+    data = made.written(PairsSpec(edges_of=DigitsSpec()), tmp_path / "out")
+    assert data.manifest.row_bytes == 64 + 64 + 8
+    file = tmp_path / "out" / "manifest.json"
+    content = json.loads(file.read_text())
+    assert content["condition_shape"] == [1, 8, 8]
+    file.write_text(json.dumps(content | {"condition_shape": [1, 9, 9]}))
+    with pytest.raises(UserError, match="condition_shape and the input do not fit each other; prepare the data again"):
+        DataSet(str(tmp_path / "out"))
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+WINDOW = 60
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> DataSet:
+    """640 training rows in 20 row groups: colour images to be made from their edges."""
+    folder = tmp_path_factory.mktemp("pairs")
+    return made.written(PairsSpec(edges_of=made.images(folder / "in", 800, shape=(3, 6, 7))), folder / "out")
+
+
+def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augmentation=None):
+    order = training_order(data.manifest, global_batch_size=batch, seed=0, window=window)
+    place = {"rank": rank, "world_size": world_size, "augmentation": augmentation}
+    if window is None:
+        return HeldTraining(HeldRows(data.table("train"), data.manifest, CPU), order, **place)
+    return StreamedTraining(data, order, device=CPU, **place)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_row_comes_with_what_it_is_made_from(window, world_size, pairs):
+    stored = made.split_rows(pairs, "train")
+    expected = torch.from_numpy(stored.condition.astype(np.float32)) / 127.5 - 1
+    seen = 0
+    for rank in range(world_size):
+        for batch in training(pairs, window=window, rank=rank, world_size=world_size).batches(1, 0):
+            assert batch.condition.dtype == torch.float32
+            assert torch.equal(batch.condition, expected[batch.ids])
+            seen += len(batch.ids)
+    assert seen == 640
+    assert expected.min() == -1
+    assert expected.max() <= 1
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
+def test_a_row_that_stands_in_has_a_condition_too(window, pairs):
+    world_size = 9 if window is None else 6
+    empty = [
+        batch
+        for rank in range(world_size)
+        for batch in training(pairs, window=window, batch=8, rank=rank, world_size=world_size).batches(0, 0)
+        if not batch.num_rows
+    ]
+    assert empty
+    assert {tuple(batch.condition.shape) for batch in empty} == {(1, 1, 6, 7)}
+
+
+def test_resuming_at_a_step_gives_the_same_conditions(pairs):
+    for window in (None, WINDOW):
+        whole = list(training(pairs, window=window).batches(2, 0))
+        tail = list(training(pairs, window=window).batches(2, 7))
+        assert all(torch.equal(a.condition, b.condition) for a, b in zip(whole[7:], tail, strict=True))
+
+
+def test_conditions_of_held_rows(pairs, tmp_path):
+    rows = HeldRows(pairs.table("test"), pairs.manifest, CPU)
+    ids = np.array([3, 0, 3])
+    assert torch.equal(rows.conditions(ids), rows.stored_condition(ids) / 127.5 - 1)
+    np.testing.assert_array_equal(rows.stored_condition(ids), made.split_rows(pairs, "test").condition[ids])
+    stored, _, _ = next(rows.pass_over(7, rank=0, world_size=1))
+    assert len(stored) == 7
+    plain = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
+    assert HeldRows(plain.table("test"), plain.manifest, CPU).conditions(ids) is None
+    assert all(batch.condition is None for batch in training(plain).batches(0, 0))
+    assert all(batch.condition is None for batch in training(plain, window=20).batches(0, 0))
+
+
+# -- augmentation ----------------------------------------------------------------------------------------------------
+
+MOVING = [
+    {"kind": "horizontal_flip"},
+    {"kind": "random_crop", "padding": 2},
+    {"kind": "rotation", "degrees": 90},
+    {"kind": "resized_crop"},
+]
+
+
+def test_both_images_are_moved_alike(table):
+    copies = table(condition="photo")  # each image is to be made from itself
+    data = prepared(validate(AnyDataSpec, copies | {"augment": MOVING} | ALL, prefix="data"))
+    specs = load_recipe(GAN | {"data": copies | {"augment": MOVING}}).data.augment
+    augmentation = Augmentation(specs, shape=data.manifest.input_shape, seed=0)
+    normal = [torch.tensor(part).reshape(-1, 1, 1) for part in (data.manifest.mean, data.manifest.std)]
+    changed: dict[int, torch.Tensor] = {}
+    for window in (None, 10):
+        for batch in training(data, window=window, batch=8, augmentation=augmentation).batches(0, 0):
+            made_of = (batch.condition + 1) / 2
+            # float32: back from [-1, 1], and from the deviations that the inputs are measured in
+            torch.testing.assert_close(batch.inputs * normal[1] + normal[0], made_of, atol=1e-5, rtol=0)
+            for row, image in zip(batch.ids.tolist(), batch.condition, strict=True):
+                assert torch.equal(changed.setdefault(row, image), image)  # held or streamed
+    plain = made.split_rows(data, "train").condition
+    same = [np.array_equal(((changed[row] + 1) * 127.5).round().numpy(), plain[row]) for row in changed]
+    assert sum(same) < 5
+
+
+@pytest.mark.parametrize("kind", ["color_jitter", "erasing"])
+def test_what_would_change_them_otherwise_is_refused(kind, pairs):
+    augment = [{"kind": "horizontal_flip"}, {"kind": kind}]
+    for section in ({"kind": "pairs", "edges_of": {"kind": "digits"}}, {"kind": "shards", "path": "x"}):
+        with pytest.raises(UserError) as caught:
+            load_recipe(GAN | {"data": section | {"augment": augment}}).check(pairs.manifest)
+        assert str(caught.value) == (
+            f"data.augment: {kind} would not change both images of a pair alike; leave it out, and use "
+            "horizontal_flip, random_crop, rotation, resized_crop"
+        )
+    load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}, "augment": MOVING}}).check(
+        pairs.manifest
+    )
+
+
+# -- what is said about them -----------------------------------------------------------------------------------------
+
+
+def test_pix2pix_takes_pairs_and_nothing_else(capsys):
+    recipe = load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}}})
+    data = prepared(recipe.data)
+    recipe.check(data.manifest)
+    print_summary(recipe, data.manifest, summarise(recipe, data.manifest), as_json=False)
+    assert "1 x 8 x 8 -> 1 x 8 x 8 uint8 of 10 classes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the data has only one image a row; choose a data set of image pairs"):
+        recipe.check(prepared(DigitsSpec()).manifest)
+
+
+def test_prepared_pairs_are_described(pairs, table, capsys):
+    print_manifest("there", pairs.manifest, as_json=False)
+    assert "source           pairs; 1 x 6 x 7 -> 3 x 6 x 7 uint8 of 3 classes" in capsys.readouterr().out
+    print_manifest("there", pairs.manifest, as_json=True)
+    assert json.loads(capsys.readouterr().out)["condition_shape"] == [1, 6, 7]
+    print_manifest("there", train_rows(table())[0], as_json=False)
+    assert "3 x 6 x 7 -> 3 x 6 x 7 uint8 of 1 class\n" in capsys.readouterr().out
