@@ -22,7 +22,7 @@ class QualitySpec(Spec):
 class CollapseSpec(Spec):
     """When a game counts as collapsed: one half has won, or the generator makes the same row again and again."""
 
-    patience: PositiveInt = Field(3, description="looks in a row that must be bad")
+    patience: PositiveInt = Field(5, description="looks in a row that must be bad")
     min_diversity: Share = Field(
         0.25, description="mean distance between made rows, as a share of that between real ones; less is bad"
     )
