@@ -1,7 +1,7 @@
 """The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -48,14 +48,18 @@ def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
     Returns what result.json holds of it: metrics, best, steps, epochs, rows_per_s, …, the same on all ranks.
     Raises Diverged, naming the step, where the loss is NaN or infinite.
     """
-    loop = _Loop(recipe, context)
+    loop = Loop(recipe, context)
     try:
-        return loop.run()
+        for _ in loop.epochs():
+            pass
+        return loop.conclude()
     finally:
         loop.close()
 
 
-class _Loop:
+class Loop:
+    """Training that can be followed epoch by epoch; see `fit`. `close` must be called at the end."""
+
     def __init__(self, recipe: Recipe, context: Context) -> None:
         self.started = time.time()
         keep_freed_memory(context.device)
@@ -93,27 +97,28 @@ class _Loop:
         self.recorder: Recorder | None = None
         if context.rank == 0:
             self.recorder = Recorder(RunDirectory(context.run), keep_to_step=self.progress.step)
+        self._stopped_early = False
         self.clock = self.started - self.progress.time_s  # as if it had run without a break
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """All epochs that are left, then the test."""
-        stopped_early = self._out_of_patience()
-        while self.progress.epoch < self.train.epochs and not stopped_early:
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """All epochs that are left, each when it is asked for: its metrics, named as in result.json."""
+        self._stopped_early = self._out_of_patience()
+        while self.progress.epoch < self.train.epochs and not self._stopped_early:
             self.progress.train = self._epoch()
             self.progress.validation = self._validate()
             self._keep_best()
             self.progress.epoch += 1
             self.progress.epoch_step = self.progress.rows = 0
             self.progress.sums, self.progress.digest = [0.0] * len(self.names), [0, 0]
-            stopped_early = self._out_of_patience()
-            finished = stopped_early or self.progress.epoch == self.train.epochs
+            self._stopped_early = self._out_of_patience()
+            finished = self._stopped_early or self.progress.epoch == self.train.epochs
             if finished or self.progress.epoch % self.train.checkpoint_every_epochs == 0:
                 self._checkpoint()
             elif self.recorder:
                 self.recorder.flush()
-        return self._conclude(stopped_early)
+            yield prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
 
     def _epoch(self) -> dict[str, float]:
         self.model.train()
@@ -188,8 +193,8 @@ class _Loop:
             self._diverged("validation loss", self.progress.step)
         return metrics
 
-    def _conclude(self, stopped_early: bool) -> dict[str, Any]:
-        """Evaluate the best weights on the test split."""
+    def conclude(self) -> dict[str, Any]:
+        """Evaluate the best weights on the test split. Returns what `fit` returns."""
         self.background.wait()
         self.context.agree(0)  # rank 0 has written the best weights before any rank reads them
         metrics = prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
@@ -218,7 +223,7 @@ class _Loop:
             "checkpoint": f"checkpoints/{names_kept[-1]}" if names_kept else None,
             "steps": self.progress.step,
             "epochs": self.progress.epoch,
-            "stopped_early": stopped_early,
+            "stopped_early": self._stopped_early,
             "rows_per_s": self.progress.train_rows / self.progress.train_s if self.progress.train_s else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "world_size": self.context.world_size,
