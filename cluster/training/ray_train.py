@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import Diverged, RunFailed
-from cluster.runtime import Workers
+from cluster.runtime import RaySession, Workers
 from cluster.storage import Folder
 from cluster.training.context import Splits
 from cluster.training.loop import fit
@@ -127,7 +127,9 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, embedded: bool) -> dict[str, Any]:
+def train_on_ray(
+    recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, session: RaySession
+) -> dict[str, Any]:
     """Run the loop in Ray workers and return what rank 0's `fit` returned, with the number of `restarts`.
 
     Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint.
@@ -136,17 +138,16 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
     for name in (STARTS, FAILURE):
         run.delete(name)
     # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
-    notes = tempfile.mkdtemp(prefix="manta-") if embedded else run.uri
+    notes = tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
     group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-    if embedded and not workers.use_gpu:
+    if session.embedded and not workers.use_gpu:
         group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
     trainer = _Trainer(
         _work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "splits": replace(splits, tables={}),
-            # once into the object store, whatever the number of workers and nodes
-            "tables": {split: ray.put(table) for split, table in splits.tables.items()},
+            "tables": session.references(splits.tables),
             "run": run.uri,
             "path": sys.path,
             "threads": workers.cpus,
@@ -172,7 +173,7 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
         starts = run.read_json(STARTS) if run.exists(STARTS) else 1
         for name in (STARTS, FAILURE, ".ray"):
             run.delete(name)
-        if embedded:
+        if session.embedded:
             shutil.rmtree(notes, ignore_errors=True)
     if "failure" in returned:
         _raise(returned["failure"])
