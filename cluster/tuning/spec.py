@@ -8,14 +8,9 @@ from pydantic_core import PydanticCustomError
 from cluster.tuning.distributions import BadDistribution, Choice, parse, walk
 from nn_models.spec import Spec
 
-# What may change in mid-training, as population-based training does it: nothing that shapes weights or optimizer
-# state, nor what places in the order of rows refer to.
-MUTABLE_FIELDS = {
-    "objective": ("label_smoothing", "gradient_penalty", "l1_weight"),
-    "train": ("clip_norm",),
-}
-MUTABLE_SECTIONS = ("schedule",)  # any field: the learning rate is a pure function of the step
-MUTABLE_WITHIN_KIND = ("optimizer", "adversarial.discriminator_optimizer")  # any field but the kind
+# Sections whose fields, but for the kind, population-based training may change: they shape no weights, nothing that
+# places in the order of rows refer to. The same as a recipe's `changes` can say, so that a lineage can be replayed.
+MUTABLE = ("optimizer", "schedule", "objective")
 
 
 def _distribution(raw: Any) -> Any:
@@ -116,7 +111,7 @@ class SweepSpec(Spec):
                 raise _problem(
                     f"space.{path}",
                     "pbt changes values in mid-training, and this one cannot change there; leave it out or choose "
-                    f"another scheduler (pbt takes {MUTABLE_TEXT})",
+                    f"another scheduler (pbt takes the fields of {', '.join(MUTABLE)})",
                 )
         return self
 
@@ -127,18 +122,5 @@ class SweepSpec(Spec):
 
 
 def _is_mutable(path: str) -> bool:
-    section, _, field = path.rpartition(".")
-    return (
-        path in MUTABLE_SECTIONS
-        or section in MUTABLE_SECTIONS
-        or field in MUTABLE_FIELDS.get(section, ())
-        or (section in MUTABLE_WITHIN_KIND and field != "kind")
-    )
-
-
-MUTABLE_TEXT = ", ".join(
-    [
-        *(f"the fields of {section}" for section in (*MUTABLE_WITHIN_KIND, *MUTABLE_SECTIONS)),
-        *(f"{section}.{field}" for section, fields in MUTABLE_FIELDS.items() for field in fields),
-    ]
-)
+    section, *fields = path.split(".")
+    return section in MUTABLE and bool(fields) and fields[-1] != "kind"
