@@ -4,12 +4,14 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import ray
@@ -17,6 +19,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api import data_parallel_trainer as internals
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +34,7 @@ from nn_models.errors import UserError
 STARTS = ".starts.json"  # how often the workers were started
 FAILURE = ".failure.json"  # an error that would only come again
 COLLECTIVE_TIMEOUT_S = 1800
+ABORT_TIMEOUT_S = 30
 
 
 class DistributedContext:
@@ -181,11 +185,38 @@ def train_on_ray(
 
 
 class _Trainer(TorchTrainer):
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead.
+    """Keeps its controller at hand: to end it for certain, and to end a run from another thread."""
 
-        The controller and its workers end with the last reference to the controller, which `fit` holds.
-        """
+    controller: Any = None
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        # Ray shows its controller only where it may set a signal handler, so never in a trial's thread.
+        theirs, internals.threading = internals.threading, _EVERY_THREAD_IS_MAIN
+        try:
+            _running.append(self)
+            return super()._initialize_and_run_controller(**options)
+        finally:
+            internals.threading = theirs
+            _running.remove(self)
+            if self.controller is not None:
+                ray.kill(self.controller)  # some stay behind otherwise, waiting for a lock while they exit
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead."""
+        self.controller = controller
+        internals.threading = threading
+
+
+_EVERY_THREAD_IS_MAIN: Any = SimpleNamespace(current_thread=lambda: None, main_thread=lambda: None)
+_running: list[_Trainer] = []
+
+
+def abort_runs() -> None:
+    """End the runs of this process from another thread: their workers, and the placement groups they hold."""
+    for trainer in list(_running):
+        if trainer.controller is not None:
+            with suppress(ray.exceptions.RayError):  # it ends itself while it is asked
+                ray.get(trainer.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from nn_models.errors import UserError
 EPOCH = "epoch"  # epochs done, which is Tune's time
 OUTCOME = "outcome"  # finished | failed: in the last result of a trial that ended by itself
 ERROR = "error"
+ABORT_TIMEOUT_S = 30
+BESIDE_METRICS = ("time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
 
 class World:
@@ -205,6 +207,7 @@ class GroupTrial(_Trial):
         self.lines: queue.Queue[Any] = queue.Queue()
         self.last: dict[str, Any] = {}
         self.done = 0
+        self.over = False  # whether it has said how it ended
         self.thread = threading.Thread(target=self._work, name="run", daemon=True)
         self.thread.start()
 
@@ -233,13 +236,18 @@ class GroupTrial(_Trial):
         """See _Trial. An epoch is over when its last line of metrics has been written."""
         while True:
             item = self.lines.get()
+            self.over = isinstance(item, BaseException) or "metrics" in item
             if isinstance(item, BaseException):
                 raise item
             if "metrics" in item:  # what the run returned
                 self.end()
                 return {EPOCH: item["epochs"], **item["metrics"], OUTCOME: "finished", "done": True}
             split = item["split"]
-            named = {f"{split}/{name}": value for name, value in item.items() if isinstance(value, float)}
+            named = {
+                f"{split}/{name}": value
+                for name, value in item.items()
+                if isinstance(value, float) and name not in BESIDE_METRICS
+            }
             ended = item["epoch"] + 1 if item.get("end_of_epoch") else self.done
             if split == "validation" and item["step"] and named:
                 self.done = max(self.done, item["epoch"] + 1)
@@ -256,8 +264,14 @@ class GroupTrial(_Trial):
         return self.done if self.thread else 0
 
     def end(self) -> None:
-        """See _Trial. What the run holds ends with this process, which Tune ends with the trial."""
-        self.thread = None
+        """See _Trial. What a run that still goes on holds is given back before this returns."""
+        thread, self.thread = self.thread, None
+        placed = self.config["workers"].halves  # these are in the trial's own placement group
+        if thread and thread.is_alive() and not self.over and not placed:
+            from cluster.training.ray_train import abort_runs
+
+            abort_runs()
+            thread.join(ABORT_TIMEOUT_S)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Trainable: a process whose run still goes on takes no other."""
