@@ -203,6 +203,7 @@ class _Sweep:
         self.facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
         self.embedded = True
         self.started: dict[int, float] = {}
+        self.earlier: dict[int, int] = {}  # attempts before this process took over
 
     def _open(self, recipe: Recipe) -> tuple[DataSet, Splits]:
         """The data of a trial; trials that use the same rows share them."""
@@ -236,6 +237,7 @@ class _Sweep:
             self.state.records.append(record)
             if record.status in again:
                 record.status = "waiting"
+                self.earlier[record.index] = record.attempts
                 self.waiting.append(record)
             elif record.status != "invalid":
                 self.searcher.tell(record.index, record.overrides, record.value)
@@ -338,18 +340,19 @@ class _Sweep:
         """The recipient's configuration with the donor's values, mutated."""
         rng = np.random.default_rng([self.spec.seed, config["index"], draw])
         overrides = self.space.perturb(donor["overrides"], rng)
-        record = self.state.records[config["index"]]
-        record.overrides = dict(overrides)
+        record, theirs = self.state.records[config["index"]], self.state.records[donor["index"]]
+        record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
+        self._changed(record)
         return {**config, "overrides": overrides, "recipe": self._dumped(overrides)}
 
     def _dumped(self, overrides: Overrides) -> dict[str, Any]:
         dumped: dict[str, Any] = self.space.trial(self.base, overrides).model_dump(mode="json")
         return dumped
 
-    def _on_start(self, index: int) -> None:
+    def _on_start(self, index: int, failures: int) -> None:
         record = self.state.records[index]
-        record.status, record.attempts = "running", record.attempts + 1
-        self.started[index] = time.time()
+        record.status, record.attempts = "running", self.earlier.get(index, 0) + failures + 1
+        self.started.setdefault(index, time.time())
         self._changed(record)
 
     def _on_epoch(self, index: int, result: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from cluster.training.run_directory import RunDirectory
 from cluster.training.trainer import run_here
 from nn_models.errors import UserError
 
+WEIGHTS = "model/model.safetensors"
 EPOCH = "epoch"  # epochs done, which is Tune's time
 OUTCOME = "outcome"  # finished | failed: in the last result of a trial that ended by itself
 ERROR = "error"
@@ -122,6 +123,8 @@ class _Trial(tune.Trainable):
         newest = [name for name in names if name.startswith("step-")][-1:]
         for name in newest:
             Path(checkpoint_dir, name).write_bytes((run / "checkpoints").read_bytes(name))
+        if run.exists(WEIGHTS):  # the best so far belong to the state
+            Path(checkpoint_dir, "model.safetensors").write_bytes(run.read_bytes(WEIGHTS))
         lineage = run.read_json("lineage.json") if run.exists("lineage.json") else []
         Folder(checkpoint_dir).write_json("lineage.json", lineage or [self._own(0)])
 
@@ -135,6 +138,8 @@ class _Trial(tune.Trainable):
         for name in given.names():
             if name.startswith("step-"):
                 (run / "checkpoints").write_bytes(name, given.read_bytes(name))
+            elif name == "model.safetensors":
+                run.write_bytes(WEIGHTS, given.read_bytes(name))
         lineage = given.read_json("lineage.json")
         own = self._own(self._epochs_in(given))
         if {**lineage[-1], EPOCH: 0} != {**own, EPOCH: 0}:

@@ -78,7 +78,7 @@ class Listening(tune.Callback):
     def __init__(
         self,
         *,
-        on_start: Callable[[int], None],
+        on_start: Callable[[int, int], None],
         on_epoch: Callable[[int, Mapping[str, Any]], None],
         on_end: Callable[[int, Status, str | None], None],
     ) -> None:
@@ -86,7 +86,7 @@ class Listening(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""
-        self._on_start(trial.config["index"])
+        self._on_start(trial.config["index"], trial.num_failures)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -112,6 +112,10 @@ class _Population(PopulationBasedTraining):
     def __init__(self, mutate: Mutate, **options: Any) -> None:
         super().__init__(**options)
         self._mutate, self._draws = mutate, 0
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See TrialScheduler. Tune refuses all search algorithms here, as if they minded what is mutated later."""
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self._draws += 1
@@ -180,7 +184,8 @@ def run_trials(
                 search_alg=Suggestions(next_trial),
                 scheduler=scheduler,
                 num_samples=num_trials,
-                max_concurrent_trials=concurrency,
+                # a population takes turns: all of it must be there, and what fits at once follows from what each holds
+                max_concurrent_trials=None if isinstance(scheduler, _Population) else concurrency,
                 reuse_actors=reuse,
                 trial_dirname_creator=lambda trial: f"{trial.config['index']:04d}-{trial.trial_id}",
             ),
