@@ -389,9 +389,7 @@ class _Sweep:
 
     def _best_recipe(self, best: TrialRecord) -> Recipe:
         """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""
-        recipe = self.space.trial(self.base, best.lineage[0]["set"] if best.lineage else best.overrides)
-        changes = tuple(ChangeSpec(epoch=entry["epoch"], set=entry["set"]) for entry in best.lineage[1:])
-        return recipe.model_copy(update={"name": f"{self.recipe.name}-best", "changes": changes})
+        return _trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
 
     def _conclude(self, status: str) -> dict[str, Any]:
         best = self.state.best()
@@ -429,3 +427,24 @@ def _copy_model(directory: SweepDirectory, index: int) -> None:
         return
     for name in source.names():
         out.write_bytes(name, source.read_bytes(name))
+
+
+def replayed(run: str, trial: int) -> Recipe:
+    """The recipe that trains one trial of a sweep again, as one run: of a population, with what it took over.
+
+    Raises UserError where there is no such trial.
+    """
+    directory = SweepDirectory(run)
+    recipe = directory.recipe()
+    found = [record for record in directory.records() if record.index == trial]
+    if not found:
+        raise UserError(f"{directory}: no trial {trial}; give the number of one in trials.csv")
+    return _trial_recipe(recipe, found[0], name=f"{recipe.name}-{found[0].name}")
+
+
+def _trial_recipe(recipe: Recipe, record: TrialRecord, *, name: str) -> Recipe:
+    assert recipe.sweep is not None
+    base = recipe.model_copy(update={"sweep": None})
+    first = record.lineage[0]["set"] if record.lineage else record.overrides
+    changes = tuple(ChangeSpec(epoch=entry["epoch"], set=entry["set"]) for entry in record.lineage[1:])
+    return Space(recipe.sweep).trial(base, first).model_copy(update={"name": name, "changes": changes})
