@@ -251,8 +251,7 @@ class FusedLoop:
         pending.used.append(batch)
         self._optimizers.zero_grad()
         pieces = min(self._train.accumulation, batch.num_rows)
-        rows = 0 if batch.shared else 1
-        inputs, targets = (values.tensor_split(pieces, rows) for values in (batch.inputs, batch.targets))
+        inputs, targets = batch.inputs.tensor_split(pieces), batch.targets.tensor_split(pieces)
         for some, wanted in zip(inputs, targets, strict=True):
             losses, metrics = model.measure(some, wanted, shared=batch.shared)
             losses.backward(torch.full_like(losses, 1 / batch.num_rows))

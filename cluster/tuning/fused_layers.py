@@ -1,6 +1,10 @@
-"""Layers of fused trials: the same as torch's, but quick, or different for each trial, where vmap batches them.
+"""Layers that compute all fused trials at once on plain tensors, without vmap's cost for each operation.
 
-Shapes: T trials, B rows of the batch, D inputs, H outputs of a layer.
+A batch of T trials is one net that is T times as wide: every tensor between the layers has the features, or channels,
+of all trials side by side, (B, T*F, …). Elementwise layers, poolings and `flatten(1)` need not know. What has weights
+takes them stacked, (T, *shape), and keeps trials apart. Rows that all trials share enter the first layer as they are.
+
+Shapes: T trials, B rows of the batch, D inputs and H outputs of a layer, C and O channels.
 """
 
 from typing import Any
@@ -16,21 +20,40 @@ from torch.nn import functional as F
 ONEDNN_WORK = 3 << 20
 
 
-def fuse_layers(template: nn.Module, members: list[nn.Module]) -> None:
-    """Replace layers of `template`, which is built as `members` are, so that vmap over it is quick.
+def widen(template: nn.Module) -> None:
+    """Replace the layers of one trial's model by those of many trials, of the same names and parameters' names.
 
-    Dropout gets a buffer for its rate: then trials may have different ones.
+    Raises TypeError for a layer with weights of its own that is none of those known here.
     """
     for name, layer in list(template.named_modules()):
+        wide: nn.Module
         if type(layer) is nn.Linear:
-            _replace(template, name, _Linear(layer))
-        elif type(layer) is nn.Dropout:
-            twins = [member.get_submodule(name) for member in members]
-            if not any(twin.p for twin in twins):
-                continue
-            _replace(template, name, _Dropout())
-            for twin in twins:  # to be stacked with the other buffers
-                twin.register_buffer("rate", torch.tensor(twin.p), persistent=False)
+            wide = _WideLinear(layer)
+        elif type(layer) is nn.Conv2d:
+            wide = _WideConv2d(layer)
+        elif type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            wide = _WideBatchNorm(layer)
+        elif type(layer) is TensorDropout:
+            wide = _WideDropout()
+        elif next(layer.parameters(recurse=False), None) is not None:
+            raise TypeError(f"no batch of {type(layer).__name__} is known")
+        else:
+            continue
+        _replace(template, name, wide)
+
+
+def free_dropout(template: nn.Module, members: list[nn.Module]) -> None:
+    """Make the rates of dropout buffers, of `template` and of each member, so that they are stacked and may differ."""
+    for name, layer in list(template.named_modules()):
+        if type(layer) is not nn.Dropout:
+            continue
+        rates = [member.get_submodule(name).p for member in members]
+        if any(rates):
+            _replace(template, name, TensorDropout())
+            for member, rate in zip(members, rates, strict=True):
+                layer = TensorDropout()
+                layer.rate.fill_(rate)  # type: ignore[arg-type]
+                _replace(member, name, layer)
 
 
 def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
@@ -38,8 +61,8 @@ def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(root.get_submodule(parent), last, layer)
 
 
-class _Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose rate is a tensor."""
+class TensorDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose rate () is a tensor."""
 
     rate: Tensor
 
@@ -51,90 +74,142 @@ class _Dropout(nn.Module):
         """Any shape; the same shape."""
         if not self.training:
             return x
-        kept = torch.rand_like(x, dtype=torch.float32) >= self.rate
-        return x * (kept / (1 - self.rate)).to(x.dtype)
+        return x * ((torch.rand_like(x) >= self.rate) / (1 - self.rate))
 
 
-class _Linear(nn.Module):
-    """nn.Linear with its very parameters, (..., D) -> (..., H)."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+class _WideDropout(TensorDropout):
+    """The same with a rate (T,) for each trial."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., H)."""
-        # under autocast torch's own linear knows what to compute in half precision
-        if x.dim() != 2 or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.weight, self.bias)
-        return _OneLinear.apply(x, self.weight, self.bias)
+        """(B, T*F, …); the same shape."""
+        if not self.training:
+            return x
+        rate = self.rate.unsqueeze(1)
+        kept = torch.rand_like(x).view(len(x), len(rate), -1) >= rate
+        return x * (kept / (1 - rate)).view_as(x)
 
 
-class _OneLinear(torch.autograd.Function):
-    """One trial's layer, whose batch over trials is `_StackedLinear`."""
+class _WideConv2d(nn.Module):
+    """(B, C, height, width) or (B, T*C, height, width), weights (T, O, C, n, n) -> (B, T*O, height, width)."""
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias)
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self._channels, self._groups = layer.in_channels, layer.groups
+        self._options: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+        }
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass  # never differentiated: vmap calls what follows instead
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, int]:
-        x_dim, weight_dim, bias_dim = in_dims
-        assert weight_dim == 0
-        assert bias is None or bias_dim == 0
-        return _StackedLinear.apply(x if x_dim is None else x.movedim(x_dim, 0), weight, bias), 0
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        bias = None if self.bias is None else self.bias.flatten()
+        groups = self._groups * (x.shape[1] // self._channels)
+        return F.conv2d(x, self.weight.flatten(0, 1), bias, groups=groups, **self._options)
 
 
-class _StackedLinear(torch.autograd.Function):
-    """(T, B, D), or (B, D) where all trials see the same rows, times weights (T, H, D) plus biases (T, H) -> (T, B, H).
+class _WideBatchNorm(nn.Module):
+    """(B, T*F, …) with statistics (T, F) -> the same shape: a feature of one trial is one of the wide net."""
 
-    Torch's own batch of linear copies rows that are shared T times, and its gradients come transposed and are copied.
-    """
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers():
+            self.register_buffer(name, buffer)
+        self._momentum, self._eps = layer.momentum, layer.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if self.training:
+            self.num_batches_tracked += 1
+        return F.batch_norm(
+            x,
+            self.running_mean.view(-1),
+            self.running_var.view(-1),
+            self.weight.view(-1),
+            self.bias.view(-1),
+            training=self.training,
+            momentum=self._momentum or 0.0,
+            eps=self._eps,
+        )
+
+
+class _WideLinear(nn.Module):
+    """(B, D) or (B, T*D), weights (T, H, D) and biases (T, H) -> (B, T*H)."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        size, _, depth = self.weight.shape
+        if x.shape[1] == depth:
+            flat = self.weight.flatten(0, 1)
+            return _SharedLinear.apply(x, flat, None if self.bias is None else self.bias.flatten())
+        return _OwnLinear.apply(x.view(len(x), size, depth), self.weight, self.bias).flatten(1)
+
+
+class _SharedLinear(torch.autograd.Function):
+    """(B, D) times (T*H, D) transposed, plus (T*H,) -> (B, T*H): one product for all trials."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        size, width, depth = weight.shape
-        if _onednn(x, width * depth * x.shape[-2]):
-            if x.dim() == 2:  # all trials' weights in one matrix
-                flat = None if bias is None else bias.reshape(-1)
-                return _product(x, weight.view(-1, depth), flat).view(-1, size, width).transpose(0, 1)
-            biases = [None] * size if bias is None else bias.unbind()
-            return torch.stack([_product(a, w, b) for a, w, b in zip(x, weight, biases, strict=True)])
-        rows = x.expand(size, *x.shape[-2:])
-        if bias is None:
-            return torch.bmm(rows, weight.transpose(1, 2))
-        return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+        return _product(x, weight, bias) if _onednn(x, weight.numel() * len(x)) else F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        size, width, depth = weight.shape
-        onednn = _onednn(x, width * depth * x.shape[-2])
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            quick = _onednn(x, weight.numel() * len(x))
+            grad_weight = _product(grad.contiguous().t(), x.t()) if quick else grad.t() @ x
+        return grad_x, grad_weight, grad.sum(0) if ctx.biased else None
+
+
+class _OwnLinear(torch.autograd.Function):
+    """(B, T, D), weights (T, H, D), biases (T, H) -> (B, T, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.transpose(0, 1).contiguous()
+        ctx.save_for_backward(rows, weight)
+        ctx.biased = bias is not None
+        if _onednn(rows, weight[0].numel() * len(x)):
+            biases = [None] * len(weight) if bias is None else bias.unbind()
+            return torch.stack([_product(a, w, b) for a, w, b in zip(rows, weight, biases, strict=True)], dim=1)
+        if bias is None:
+            return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).contiguous()
+        return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2)).transpose(0, 1).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors  # (T, B, D)
+        quick = _onednn(rows, weight[0].numel() * rows.shape[1])
+        grads = grad.transpose(0, 1).contiguous()  # (T, B, H)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            if onednn:
-                grad_x = torch.stack([_product(g, w.t()) for g, w in zip(grad, weight, strict=True)])
+            if quick:
+                grad_x = torch.stack([_product(g, w.t()) for g, w in zip(grads, weight, strict=True)], dim=1)
             else:
-                grad_x = torch.bmm(grad, weight)
-            grad_x = grad_x if x.dim() == 3 else grad_x.sum(0)
+                grad_x = torch.bmm(grads, weight).transpose(0, 1).contiguous()
         if ctx.needs_input_grad[1]:
-            if not onednn:
-                grad_weight = torch.bmm(grad.transpose(1, 2), x.expand(size, *x.shape[-2:]))
-            elif x.dim() == 2:
-                together = grad.transpose(0, 1).reshape(-1, size * width)
-                grad_weight = _product(together.t(), x.t()).view(size, width, depth)
+            if quick:
+                grad_weight = torch.stack([_product(g.t(), a.t()) for g, a in zip(grads, rows, strict=True)])
             else:
-                grad_weight = torch.stack([_product(g.t(), a.t()) for g, a in zip(grad, x, strict=True)])
-        return grad_x, grad_weight, grad.sum(1) if ctx.biased else None
+                grad_weight = torch.bmm(grads.transpose(1, 2), rows)
+        return grad_x, grad_weight, grad.sum(0) if ctx.biased else None
 
 
 def _onednn(x: Tensor, work: int) -> bool:
@@ -144,5 +219,9 @@ def _onednn(x: Tensor, work: int) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, D) times (H, D) transposed -> (B, H), by oneDNN; what torch.compile calls, too."""
+    """(B, D) times (H, D) transposed, plus (H,) -> (B, H), by oneDNN; torch.compile calls the same.
+
+    Each matrix must be contiguous, or be so when it is transposed: with other strides oneDNN may take a thousand times
+    as long.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,22 +1,23 @@
-"""The batched model of fused trials: all their weights in stacked tensors, computed at once through torch.func.
+"""The batched model of fused trials: all their weights in stacked tensors, computed at once.
 
 Shapes: T trials, B rows of the batch, M metrics of the objective.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn import functional as F
 
 from cluster.training.recipe import Recipe
-from cluster.tuning.fused_layers import fuse_layers
-from nn_models.objectives import Classification, Measured, Objective
+from cluster.tuning.fused_layers import free_dropout, widen
+from nn_models.objectives import Classification
 from nn_models.spec import Signature
 
-Measure = Callable[..., tuple[Tensor, Tensor]]
+WIDE = frozenset({"mlp", "cnn", "alexnet"})  # kinds of models that `widen` knows; vmap runs the others
 
 
 class FusedModel:
@@ -26,15 +27,22 @@ class FusedModel:
     runs over the batched operations as they are, which costs less than vmap over `torch.func.grad`.
     """
 
-    def __init__(self, recipes: Sequence[Recipe], signature: Signature, *, device: torch.device) -> None:
+    def __init__(
+        self, recipes: Sequence[Recipe], signature: Signature, *, device: torch.device, wide: bool | None = None
+    ) -> None:
+        """`wide` says whether the layers are replaced by wide ones, which vmap's are not; by default, where it can."""
         models = []
         for recipe in recipes:
             torch.manual_seed(recipe.train.seed)  # the weights that the trial would start with alone
             models.append(recipe.model.build(signature).to(device))
-        self.plain = models[0]  # not batched: to evaluate one trial's best weights with
-        self._template = copy.deepcopy(self.plain)
-        fuse_layers(self._template, models)
+        self.plain = copy.deepcopy(models[0])  # not batched: to evaluate one trial's best weights with
+        self._template = models[0]
+        self._wide = recipes[0].model.kind in WIDE if wide is None else wide
+        free_dropout(self._template, models)
         self.parameters, self.buffers = stack_module_state(models)
+        if self._wide:
+            self._template = copy.deepcopy(self._template)
+            widen(self._template)
         self.average: dict[str, Tensor] | None = None  # moving averages of the parameters
         self.num_averaged = 0
         self._decay = recipes[0].train.ema_decay
@@ -43,8 +51,9 @@ class FusedModel:
 
         self.objective = recipes[0].supervised.build(signature.num_outputs)
         smoothings = [getattr(recipe.objective, "label_smoothing", 0.0) for recipe in recipes]
-        self._smoothings = torch.tensor(smoothings, device=device) if len(set(smoothings)) > 1 else None
-        self._ends = [Classification(signature.num_outputs, label_smoothing=end) for end in (0.0, 1.0)]
+        differ = len(set(smoothings)) > 1
+        self._smoothings = torch.tensor(smoothings, device=device)
+        self._ends = (0.0, 1.0) if differ else (smoothings[0],)
 
         named = dict(self.plain.named_parameters()) | dict(self.plain.named_buffers())
         names = {id(tensor): name for name, tensor in named.items()}
@@ -68,47 +77,59 @@ class FusedModel:
 
         self.parameters, self.buffers = chosen(self.parameters), chosen(self.buffers)
         self.average = chosen(self.average) if self.average else None
-        self._smoothings = None if self._smoothings is None else self._smoothings.index_select(0, index)
+        self._smoothings = self._smoothings.index_select(0, index)
 
     # -- computing -------------------------------------------------------------------------------------------------
 
     def measure(self, inputs: Tensor, targets: Tensor, *, shared: bool) -> tuple[Tensor, Tensor]:
         """Losses (T,), differentiable, and metrics (T, M), float64: sums over rows, in training mode.
 
-        All trials get the same rows, inputs (B, …), or where they are not `shared` each its own: (T, B, …).
+        All trials get the same rows, inputs (B, …), or where they are not `shared` each its own: (B, T, …).
         """
         self._template.train()
-        return self._over_trials(self.parameters, inputs, targets, shared=shared)
+        return self._losses(self._outputs(self.parameters, inputs, shared=shared), targets, shared=shared)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The same in evaluation mode for rows (B, …), by the averaged weights where there are such."""
         self._template.eval()
-        return self._over_trials(self.average or self.parameters, inputs, targets, shared=True)
+        outputs = self._outputs(self.average or self.parameters, inputs, shared=True)
+        return self._losses(outputs, targets, shared=True)
 
-    def _over_trials(
-        self, parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor, *, shared: bool
-    ) -> tuple[Tensor, Tensor]:
-        rows = None if shared else 0
-        smoothing = None if self._smoothings is None else 0
-        dims = (0, 0, smoothing, rows, rows)
-        batched: Measure = vmap(self._one, in_dims=dims, randomness="different")
-        return batched(parameters, self.buffers, self._smoothings, inputs, targets)
+    def _outputs(self, parameters: Mapping[str, Tensor], inputs: Tensor, *, shared: bool) -> Tensor:
+        """(B, T, outputs)."""
+        state = (dict(parameters), self.buffers)
+        if self._wide:
+            rows = inputs if shared else inputs.flatten(1, 2)
+            return functional_call(self._template, state, (rows,)).view(len(inputs), self.size, -1)
 
-    def _one(
-        self, parameters: Any, buffers: Any, smoothing: Tensor | None, inputs: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One trial's loss () and metrics (M,)."""
+        def one(parameters: Any, buffers: Any, inputs: Tensor) -> Tensor:
+            return functional_call(self._template, (parameters, buffers), (inputs,))
 
-        def model(rows: Tensor) -> Tensor:
-            return functional_call(self._template, (parameters, buffers), (rows,))
+        rows_dim = None if shared else 1
+        return vmap(one, in_dims=(0, 0, rows_dim), out_dims=1, randomness="different")(*state, inputs)
 
-        if smoothing is None:
-            measured = _measured(self.objective, model, inputs, targets)
-        else:  # torch's label_smoothing is no tensor; the loss is linear in it
-            outputs = model(inputs)
-            hard, soft = (_measured(end, lambda _: outputs, inputs, targets) for end in self._ends)
-            measured = Measured(torch.lerp(hard.loss, soft.loss, smoothing), outputs.detach())
+    def _losses(self, outputs: Tensor, targets: Tensor, *, shared: bool) -> tuple[Tensor, Tensor]:
+        """What `measure` returns, of outputs (B, T, …)."""
+        if not isinstance(self.objective, Classification):
+            return vmap(self._one, in_dims=(1, None if shared else 1))(outputs, targets)
+        # the same as Classification says, but without vmap, by which it takes as long as a small model
+        flat = outputs.flatten(0, 1)
+        labels = (targets.unsqueeze(1).expand(outputs.shape[:2]) if shared else targets).flatten()
+        rows = [F.cross_entropy(flat, labels, reduction="none", label_smoothing=end) for end in self._ends]
+        losses = rows[0].view(outputs.shape[:2]).sum(0)
+        if len(rows) > 1:  # torch's label_smoothing is no tensor, but the loss is linear in it
+            losses = torch.lerp(losses, rows[1].view(outputs.shape[:2]).sum(0), self._smoothings)
+        right = (flat.detach().argmax(1) == labels).view(outputs.shape[:2])
+        return losses, right.sum(0, dtype=torch.float64).unsqueeze(1)
+
+    def _one(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One trial's loss () and metrics (M,), by the objective itself."""
+
+        def model(_: Tensor) -> Tensor:  # all that an objective does with a model is to call it
+            return outputs
+
+        measured = self.objective.measure(model, outputs, targets)  # type: ignore[arg-type]
         return measured.loss, self.objective.sums(measured, targets)
 
     @torch.no_grad()
@@ -154,11 +175,6 @@ class FusedModel:
             for key, name in self._names.items():
                 if name in self.average:
                     self.average[name][place].copy_(averages[f"module.{key}"])
-
-
-def _measured(objective: Objective, model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Measured:
-    # all that an objective does with a model is to call it
-    return objective.measure(model, inputs, targets)  # type: ignore[arg-type]
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from nn_models.errors import UserError
 
 @dataclass(frozen=True)
 class FusedBatch:
-    """`inputs` (B, …) and `targets` (B, …) where all trials' rows are the same (`shared`); else (T, B, …) of both."""
+    """`inputs` (B, …) and `targets` (B, …) where all trials' rows are the same (`shared`); else (B, T, …) of both."""
 
     inputs: Tensor
     targets: Tensor
@@ -73,18 +73,23 @@ class FusedRows:
 
     def _batch(self, epoch: int, step: int, seeds: Sequence[int]) -> FusedBatch:
         ids = {seed: self._orders[seed].rows(epoch, step, 0, 1) for seed in dict.fromkeys(seeds)}
-        stored, targets = self._rows.stored(np.concatenate(list(ids.values())))
         if any(self._augmentations.values()):
-            parts = zip(stored.chunk(len(ids)), ids.items(), strict=True)
-            stored = torch.cat([self._augmented(part, seed, rows, epoch) for part, (seed, rows) in parts])
+            parts = [self._rows.stored(rows) for rows in ids.values()]
+            changed = [
+                self._augmented(part, seed, ids[seed], epoch) for seed, (part, _) in zip(ids, parts, strict=True)
+            ]
+            stored = torch.stack(changed, 1).flatten(0, 1)
+            targets = torch.stack([part for _, part in parts], 1).flatten(0, 1)
+        else:
+            stored, targets = self._rows.stored(np.stack(list(ids.values()), 1).ravel())  # row by row, seed by seed
         inputs = self._rows.normalise(stored)
         num_rows = self.order.global_rows(epoch, step)
         if len(ids) > 1:
-            inputs, targets = (values.view(len(ids), num_rows, *values.shape[1:]) for values in (inputs, targets))
+            inputs, targets = (values.view(num_rows, len(ids), *values.shape[1:]) for values in (inputs, targets))
             if len(ids) < len(seeds):  # some trials share theirs
                 places = {seed: place for place, seed in enumerate(ids)}
                 index = torch.tensor([places[seed] for seed in seeds], device=inputs.device)
-                inputs, targets = inputs.index_select(0, index), targets.index_select(0, index)
+                inputs, targets = inputs.index_select(1, index), targets.index_select(1, index)
         return FusedBatch(inputs, targets, len(ids) == 1, num_rows, self.order.start(epoch, step, 0, 1), ids)
 
     def _augmented(self, stored: Tensor, seed: int, ids: RowIds, epoch: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Fused trials: each has the figures that it would have alone, whatever happens to the others."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cluster.training.run_directory import RunDirectory, read_metrics
 from cluster.tuning import fused_layers
 from cluster.tuning.fusable import groups, pays, why_not
 from cluster.tuning.fused import FusedLoop
+from cluster.tuning.fused_model import FusedModel
 from cluster.tuning.fused_optimizers import FusedOptimizers
 from nn_models.errors import UserError
 from nn_models.spec import validate
@@ -203,20 +205,26 @@ def test_dropout_differs_between_trials_and_trains_them(recipes, tmp_path):
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_a_dropped_share_is_the_trials_own():
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "vmap"])
+def test_a_dropped_share_is_the_trials_own(wide):
     members = [nn.Sequential(nn.Dropout(rate)) for rate in (0.0, 0.25, 0.75)]
-    template = nn.Sequential(nn.Dropout(0.25))
-    fused_layers.fuse_layers(template, members)
-    rates = torch.stack([member[0].rate for member in members])
-
-    def drop(rate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(template, {"0.rate": rate}, (x,))
-
+    template = copy.deepcopy(members[0])
+    fused_layers.free_dropout(template, members)
+    _, buffers = torch.func.stack_module_state(members)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    dropped = vmap(drop, in_dims=(0, None), randomness="different")(rates, torch.ones(200, 100))
-    shares = (dropped == 0).float().mean((1, 2))
+    if wide:
+        fused_layers.widen(template)
+        dropped = torch.func.functional_call(template, buffers, (torch.ones(200, 3 * 100),)).view(200, 3, 100)
+    else:
+
+        def drop(buffers: Any, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(template, buffers, (x,))
+
+        dropped = vmap(drop, in_dims=(0, None), out_dims=1, randomness="different")(buffers, torch.ones(200, 100))
+    rates = buffers["0.rate"]
+    shares = (dropped == 0).float().mean((0, 2))
     torch.testing.assert_close(shares, rates, atol=0.01, rtol=0)  # 20,000 draws: three deviations are 0.009
-    for rate, outputs in zip(rates, dropped, strict=True):
+    for rate, outputs in zip(rates, dropped.unbind(1), strict=True):
         left = outputs[outputs > 0]
         torch.testing.assert_close(left, torch.ones_like(left) / (1 - rate))  # makes up for what is dropped
     template.eval()
@@ -456,15 +464,12 @@ def test_the_batched_linear_layer_is_torchs(quick, shared, bias, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     layers = [nn.Linear(5, 4, bias=bias) for _ in range(3)]
     template = nn.Sequential(nn.Linear(5, 4, bias=bias))
-    fused_layers.fuse_layers(template, [nn.Sequential(layer) for layer in layers])
+    fused_layers.widen(template)
     weights, _ = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
-    x = torch.randn(*(() if shared else (3,)), 7, 5, generator=generator, requires_grad=True)
-
-    def call(weights: Any, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(template, {f"0.{name}": value for name, value in weights.items()}, (x,))
-
-    y = vmap(call, in_dims=(0, None if shared else 0))(weights, x)
-    expected = torch.stack([layer(x if shared else x[number]) for number, layer in enumerate(layers)])
+    x = torch.randn(7, 5 if shared else 15, generator=generator, requires_grad=True)
+    y = torch.func.functional_call(template, {f"0.{name}": value for name, value in weights.items()}, (x,))
+    own = [x] * 3 if shared else x.chunk(3, 1)
+    expected = torch.cat([layer(rows) for layer, rows in zip(layers, own, strict=True)], 1)
     torch.testing.assert_close(y, expected)
     wanted = torch.randn(y.shape, generator=generator)
     inputs = [x, *(parameter for layer in layers for parameter in layer.parameters())]
@@ -476,9 +481,32 @@ def test_the_batched_linear_layer_is_torchs(quick, shared, bias, monkeypatch):
         torch.testing.assert_close(gradient, torch.stack(theirs[1 + number :: stride]))
 
 
-def test_losses_are_the_sums_of_torchs_cross_entropy(recipes):
-    from cluster.tuning.fused_model import FusedModel
+@pytest.mark.parametrize("shared", [True, False], ids=["shared rows", "own rows"])
+@pytest.mark.parametrize("data", ["images", "numbers"])
+def test_wide_layers_compute_what_vmap_does(data, shared, recipes):
+    model = {"kind": "mlp", "hidden": [8]}
+    if data == "images":
+        model = {"kind": "cnn", "channels": [4, 6], "pooling": "average", "batch_norm": True}
+    described = recipes(*[{"train.seed": seed} for seed in range(3)], data=data, model=model)
+    manifest = splits_of(described[0]).manifest
+    generator = torch.Generator().manual_seed(0)
+    lead = (6,) if shared else (6, 3)
+    inputs = torch.randn(*lead, *manifest.input_shape, generator=generator)
+    targets = torch.randint(0, 3, lead, generator=generator)
+    if data == "numbers":
+        targets = torch.randn(*lead, manifest.num_outputs, generator=generator)
+    found = []
+    for wide in (True, False):
+        batched = FusedModel(described, manifest.signature, device=CPU, wide=wide)
+        losses, metrics = batched.measure(inputs, targets, shared=shared)
+        losses.sum().backward()
+        gradients = [weight.grad for weight in batched.parameters.values()]
+        after = batched.evaluate(inputs, targets) if shared else None  # with the running statistics
+        found.append([losses.detach(), metrics, gradients, batched.buffers, after])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)  # float32, sums in another order
 
+
+def test_losses_are_the_sums_of_torchs_cross_entropy(recipes):
     described = recipes({"objective.label_smoothing": 0.1}, {"objective.label_smoothing": 0.4, "train.seed": 1})
     model = FusedModel(described, splits_of(described[0]).manifest.signature, device=CPU)
     generator = torch.Generator().manual_seed(0)
