@@ -123,6 +123,11 @@ class FusedLoop:
         return tuple(member.number for member in self._live)
 
     @property
+    def epochs_done(self) -> int:
+        """Epochs that the trials in the batch have behind them."""
+        return self._live[0].progress.epoch if self._live else 0
+
+    @property
     def ended(self) -> bool:
         """Whether there is nothing left to train."""
         return not self._live or self._live[0].progress.epoch >= self._train.epochs
@@ -404,8 +409,7 @@ class FusedLoop:
 
 
 def _refuse(recipes: Sequence[Recipe], splits: Splits) -> None:
-    for recipe in recipes:
-        if reason := why_not(recipe):
-            raise UserError(f"{reason}; train such trials one by one")
+    if reason := why_not(recipes[0], splits.manifest):
+        raise UserError(f"{reason}; train such trials one by one")
     if len(groups(recipes, manifest=splits.manifest)) != 1:
         raise UserError("trials that differ in more than values which can be batched cannot be fused; group them first")

@@ -20,6 +20,8 @@ from cluster.training.context import Splits, open_splits
 from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, environment, read_metrics
 from cluster.training.trainer import refuse_what_cannot_start, workers_of
+from cluster.tuning.budget import longest_trial, rungs
+from cluster.tuning.fusable import groups, pays, why_not
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Overrides, Space
@@ -27,6 +29,8 @@ from cluster.tuning.target import Target, target
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+MOST_FUSED = 32  # more gain little, and end later
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def sweep(
     resume: bool = False,
     retry_failed: bool = False,
     concurrency: int | None = None,
+    fuse: str | int = "auto",
     overrides: Mapping[str, Any] | None = None,
     listener: SweepListener | None = None,
     verbose: bool = False,
@@ -135,6 +140,9 @@ def sweep(
     `resume` goes on with the sweep there: trials that ended are kept, others go on from their checkpoints, failed ones
     are run again where `retry_failed`. As many trials run at once as fit, at most `concurrency`.
 
+    `fuse` says whether trials that differ only in values which can be batched (see `fusable.FUSABLE`) train as one
+    batched model: `auto` where that pays, `off` never, a number at most so many together.
+
     A trial that fails never ends the sweep. Raises UserError where something must be changed first.
     """
     recipe = load_recipe(recipe, overrides)
@@ -144,6 +152,7 @@ def sweep(
     directory = SweepDirectory(run)
     if resume:
         _refuse_other(recipe, directory)
+    most = _most_fused(fuse)
     running = _Sweep(recipe, directory, num_workers, use_gpu, address)
     with ExitStack() as stack:
         cpus = max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in running.needs.all)))
@@ -152,6 +161,7 @@ def sweep(
         configure_tune()
         session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
         running.refuse_what_never_fits(session.ray, concurrency)
+        running.fuse(most)
         if resume:
             running.take_up(retry_failed)
         else:
@@ -169,6 +179,17 @@ def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> None:
             f"--resume: {directory} began with another recipe; continue it with {directory}/recipe.yaml, or start a "
             "new sweep"
         )
+
+
+def _most_fused(fuse: str | int) -> int | None:
+    """Trials that train together at most; None to let the sweep choose."""
+    if fuse == "auto":
+        return None
+    if fuse == "off":
+        return 1
+    if str(fuse).isdecimal() and int(fuse) >= 1:
+        return int(fuse)
+    raise UserError(f"--fuse: {fuse!r} is neither auto nor off nor a number of trials that train together; give one")
 
 
 class _Sweep:
@@ -200,6 +221,7 @@ class _Sweep:
         self.waiting: list[TrialRecord] = []
         self.past: dict[int, list[tuple[int, float]]] = {}
         self.listener: SweepListener | None = None
+        self.most_fused = 1
         self.facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
         self.embedded = True
         self.started: dict[int, float] = {}
@@ -230,6 +252,21 @@ class _Sweep:
         grown = room_for(self.needs, [limits]) if limits else 0
         self.state.concurrency = max(1, min(concurrency or 10_000, max(room, grown)))
 
+    def fuse(self, most: int | None) -> None:
+        """Settle whether trials train together, and how many. Raises UserError where they were to, and cannot."""
+        reason = why_not(self.base)
+        if self.grouped:
+            reason = "--workers: each trial has several processes"
+        elif self.spec.scheduler == "pbt":
+            reason = "sweep.scheduler: pbt exchanges the state of single trials"
+        elif self.spec.searcher == "optuna":
+            reason = "sweep.searcher: optuna learns from trials that have ended before it chooses the next"
+        if reason and most is not None and most > 1:
+            raise UserError(f"--fuse: {most}: these trials cannot train together ({reason}); leave it out")
+        if reason is None and (most or MOST_FUSED) > 1 and (most or pays(self.base, self._open(self.base)[0].manifest)):
+            # all slots shall have a group
+            self.most_fused = most or min(MOST_FUSED, -(-self.space.num_trials // self.state.concurrency))
+
     def take_up(self, retry_failed: bool) -> None:
         """Go on with what is in the directory."""
         again = ("waiting", "running", *(("failed",) if retry_failed else ()))
@@ -253,6 +290,7 @@ class _Sweep:
     def run(self, session: Any, listener: SweepListener | None) -> SweepOutcome:
         """All trials that are left."""
         from cluster.tuning import tune
+        from cluster.tuning.fused_trial import FusedTrial
         from cluster.tuning.trials import GroupTrial, OneWorkerTrial, World
 
         self.listener, self.embedded = listener, session.embedded
@@ -266,21 +304,28 @@ class _Sweep:
         world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
         listening = tune.Listening(on_start=self._on_start, on_epoch=self._on_epoch, on_end=self._on_end)
         left = self.space.num_trials - len(self.state.records) + len(self.waiting)
+        trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
+        next_trial, scheduler = self._next, None
+        if self.most_fused > 1:
+            trainable, queue = FusedTrial, self._fused_groups()
+            next_trial, left = lambda: queue.pop(0) if queue else None, len(queue)
+        else:
+            scheduler = tune.scheduler_of(
+                self.spec,
+                self.recipe,
+                metric=self.target.metric,
+                mode=self.target.mode,
+                past=self.past,
+                mutate=self._mutated,
+            )
         try:
             if left:
                 tune.run_trials(
-                    GroupTrial if self.grouped else OneWorkerTrial,
+                    trainable,
                     world,
-                    next_trial=self._next,
+                    next_trial=next_trial,
                     num_trials=left,
-                    scheduler=tune.scheduler_of(
-                        self.spec,
-                        self.recipe,
-                        metric=self.target.metric,
-                        mode=self.target.mode,
-                        past=self.past,
-                        mutate=self._mutated,
-                    ),
+                    scheduler=scheduler,
                     bundles=self.needs.bundles,
                     concurrency=self.state.concurrency,
                     reuse=not self.grouped,
@@ -320,6 +365,29 @@ class _Sweep:
             self._changed(record)
             return self._config(record, recipe)
         return None
+
+    def _fused_groups(self) -> list[dict[str, Any]]:
+        """All trials that are left, in groups that can train together."""
+        configs = []
+        while (config := self._next()) is not None:
+            configs.append(config)
+        recipes = [Recipe.model_validate(config["recipe"]) for config in configs]
+        budget_epochs = longest_trial(self.recipe, self.space)
+        pruning = {
+            "scheduler": self.spec.scheduler,
+            "metric": self.target.metric,
+            "mode": self.target.mode,
+            "rungs": rungs(budget_epochs, self.spec.grace_epochs, self.spec.reduction_factor),
+            "reduction_factor": self.spec.reduction_factor,
+            "grace_epochs": self.spec.grace_epochs,
+        }
+        found = []
+        for group in groups(recipes, self.most_fused, manifest=self._open(self.base)[0].manifest):
+            members = [{name: configs[place][name] for name in ("index", "recipe", "run")} for place in group]
+            first = configs[group[0]]
+            shared = {name: first[name] for name in ("data", "environment", "use_gpu")}
+            found.append({"index": first["index"], "members": members, "pruning": pruning, **shared})
+        return found
 
     def _config(self, record: TrialRecord, recipe: Recipe) -> dict[str, Any]:
         return {
@@ -409,6 +477,7 @@ class _Sweep:
             "trials": {name: self.state.count(name) for name in get_args(Status)},
             "epochs": sum(record.epochs for record in records),
             "concurrency": self.state.concurrency,
+            "fused": self.most_fused,
             "wall_s": round(wall_s, 3),
             "trials_per_hour": round(3600 * ended / wall_s, 1),
         }

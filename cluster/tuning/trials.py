@@ -48,7 +48,7 @@ class World:
         torch.set_num_threads(self.threads)
 
 
-class _Trial(tune.Trainable):
+class Trial(tune.Trainable):
     """Starts when its first step is asked for: by then Tune has said whether it goes on from another's checkpoint."""
 
     def setup(self, config: dict[str, Any], world: World | None = None) -> None:
@@ -69,8 +69,6 @@ class _Trial(tune.Trainable):
         """See Trainable: the next epoch."""
         try:
             if not self.began:
-                self.recipe = Recipe.model_validate(self.config["recipe"])
-                self.directory = RunDirectory(Folder(self.config["run"]))
                 self.begin()
                 self.began = True
             return self.advance()
@@ -110,6 +108,8 @@ class _Trial(tune.Trainable):
 
     def open_run(self) -> None:
         """Begin the trial's run directory, where that has not been done."""
+        self.recipe = Recipe.model_validate(self.config["recipe"])
+        self.directory = RunDirectory(Folder(self.config["run"]))
         if not self.directory.exists():
             self.directory.write_start(self.recipe, self.config["environment"])
 
@@ -160,13 +160,13 @@ class _Trial(tune.Trainable):
         """Return once all that is to be written is."""
 
 
-class OneWorkerTrial(_Trial):
+class OneWorkerTrial(Trial):
     """The ordinary loop in this process, one epoch a step."""
 
     loop: Loop | None = None
 
     def begin(self) -> None:
-        """See _Trial."""
+        """See Trial."""
         self.open_run()
         device = torch.device("cuda" if self.config["use_gpu"] else "cpu")
         context = LocalContext(run=self.directory.folder, splits=self.splits(), device=device)
@@ -174,7 +174,7 @@ class OneWorkerTrial(_Trial):
         self.epochs: Iterator[dict[str, float]] = self.loop.epochs()
 
     def advance(self) -> dict[str, Any]:
-        """See _Trial. The last epoch's step also measures the test split."""
+        """See Trial. The last epoch's step also measures the test split."""
         assert self.loop is not None
         metrics = next(self.epochs, None)
         last = metrics is None or self.loop.ended
@@ -186,28 +186,28 @@ class OneWorkerTrial(_Trial):
         return {EPOCH: result["epochs"], **result["metrics"], OUTCOME: "finished", "done": True}
 
     def epochs_done(self) -> int:
-        """See _Trial."""
+        """See Trial."""
         return self.loop.progress.epoch if self.loop else 0
 
     def settle(self) -> None:
-        """See _Trial."""
+        """See Trial."""
         if self.loop:
             self.loop.background.wait()
 
     def end(self) -> None:
-        """See _Trial."""
+        """See Trial."""
         loop, self.loop = self.loop, None
         if loop:
             loop.close()
 
 
-class GroupTrial(_Trial):
+class GroupTrial(Trial):
     """A run that has processes of its own (Ray Train's workers, or a GAN's halves), followed from a thread."""
 
     thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """See _Trial."""
+        """See Trial."""
         self.open_run()
         self.lines: queue.Queue[Any] = queue.Queue()
         self.last: dict[str, Any] = {}
@@ -238,7 +238,7 @@ class GroupTrial(_Trial):
             self.lines.put(error)
 
     def advance(self) -> dict[str, Any]:
-        """See _Trial. An epoch is over when its last line of metrics has been written."""
+        """See Trial. An epoch is over when its last line of metrics has been written."""
         while True:
             item = self.lines.get()
             self.over = isinstance(item, BaseException) or "metrics" in item
@@ -265,11 +265,11 @@ class GroupTrial(_Trial):
                     return {EPOCH: self.done, **self.last}
 
     def epochs_done(self) -> int:
-        """See _Trial."""
+        """See Trial."""
         return self.done if self.thread else 0
 
     def end(self) -> None:
-        """See _Trial. What a run that still goes on holds is given back before this returns."""
+        """See Trial. What a run that still goes on holds is given back before this returns."""
         thread, self.thread = self.thread, None
         placed = self.config["workers"].halves  # these are in the trial's own placement group
         if thread and thread.is_alive() and not self.over and not placed:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ from ray.tune.schedulers import (  # noqa: E402
 )
 from ray.tune.search import Searcher  # noqa: E402
 
+from cluster.tuning.fused_trial import LEFT, MEMBERS  # noqa: E402
 from cluster.tuning.trials import EPOCH, ERROR, OUTCOME  # noqa: E402
 
 # (recipient's configuration, donor's, a number that differs each time) -> the recipient's new one
@@ -86,24 +88,40 @@ class Listening(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""
-        self._on_start(trial.config["index"], trial.num_failures)
+        for index in _indices(trial):
+            self._on_start(index, trial.num_failures)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """See Callback."""
-        self._on_epoch(trial.config["index"], result)
+        """See Callback. A group of fused trials reports on each, and on those that have ended."""
+        if MEMBERS not in result:
+            self._on_epoch(trial.config["index"], result)
+            return
+        for index, metrics in result[MEMBERS].items():
+            self._on_epoch(index, metrics)
+        for index, (status, error) in result[LEFT].items():
+            self._on_end(index, status, error)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback. What did not end by itself was stopped by the scheduler."""
         result = trial.last_result or {}
+        if MEMBERS in trial.config:
+            return
         self._on_end(trial.config["index"], result.get(OUTCOME, "pruned"), result.get(ERROR))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback. Called once the retries are used up."""
-        error = trial.get_error() if hasattr(trial, "get_error") else None
-        lines = str(error or "its process died").strip().splitlines()
-        self._on_end(trial.config["index"], "failed", lines[-1])
+        text = Path(trial.error_file).read_text() if trial.error_file and Path(trial.error_file).exists() else ""
+        lines = text.strip().splitlines() or ["its process died"]
+        for index in _indices(trial):
+            self._on_end(index, "failed", lines[-1])
+
+
+def _indices(trial: Any) -> list[int]:
+    """The sweep's trials that are one of Tune's."""
+    members = trial.config.get(MEMBERS)
+    return [trial.config["index"]] if members is None else [member["index"] for member in members]
 
 
 class _Population(PopulationBasedTraining):
@@ -166,7 +184,7 @@ def run_trials(
     *,
     next_trial: Next,
     num_trials: int,
-    scheduler: TrialScheduler,
+    scheduler: TrialScheduler | None,
     bundles: list[dict[str, float]],
     concurrency: int,
     reuse: bool,
@@ -192,6 +210,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=notes,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 callbacks=[listening],
                 verbose=0,
