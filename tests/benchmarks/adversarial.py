@@ -123,7 +123,8 @@ def main() -> None:
         plain = of_plain(plain_steps(exact, signature, images), steps=chosen.steps)
 
         def with_actors(recipe: Recipe, measure: Callable[[Callable[[], float]], Any]) -> Any:
-            actors = ActorPlayers(recipe, splits, tables, pairs=1, bundle={"CPU": 1}, session=RaySession(ray, embedded=True))
+            here = RaySession(ray, embedded=True)
+            actors = ActorPlayers(recipe, splits, tables, pairs=1, bundle={"CPU": 1}, session=here)
             try:
                 return measure(of_players(actors, steps=chosen.steps))
             finally:

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -104,7 +106,8 @@ def test_asha_with_optuna_and_invalid_samples(ray, tmp_path):
                 "optimizer.lr": {"loguniform": [1e-6, 1]},
                 "model.hidden": {"choice": [[16], [8, 8]]},
                 "train.epochs": {"choice": [9]},
-                "optimizer.nesterov": {"choice": [True]}, "optimizer.momentum": {"choice": [0.0, 0.9]},
+                "optimizer.nesterov": {"choice": [True]},
+                "optimizer.momentum": {"choice": [0.0, 0.9]},
             },
             "num_trials": 16,
             "searcher": "optuna",
@@ -134,7 +137,7 @@ def test_ray_train_inside_trials_gives_everything_back(ray, tmp_path):
     recipe = {
         **GRID,
         "train": {**GRID["train"], "epochs": 3},
-        "sweep": {"space": {"optimizer.lr": {"choice": [0.1, 1e-5]}}, "num_trials": 4, "seed": 1},
+        "sweep": {"space": {"optimizer.lr": {"choice": [0.1, 1e-5]}}, "num_trials": 3, "seed": 1},
     }
     outcome = sweep(recipe, num_workers=2, run=str(tmp_path / "sweep"))
     assert {trial.status for trial in outcome.trials} <= {"finished", "pruned"}
@@ -195,10 +198,6 @@ def test_failing_trials_do_not_end_a_sweep(ray, tmp_path):
 
 
 def test_a_killed_trial_goes_on(ray, tmp_path):
-    import threading
-
-    import psutil
-
     recipe = {
         **GRID,
         "train": {**GRID["train"], "log_every_steps": 1, "global_batch_size": 2},
@@ -211,17 +210,29 @@ def test_a_killed_trial_goes_on(ray, tmp_path):
     def kill() -> None:
         wait_for(lambda: any((run / "trials" / "0000" / "checkpoints").glob("step-*.pt")))
         for process in psutil.process_iter(["cmdline"]):
-            if "OneWorkerTrial" in " ".join(process.info["cmdline"] or []):
+            if "ResourceTrainable" in " ".join(process.info["cmdline"] or []):  # as Tune wraps a trial's class
                 process.kill()
                 killed.append(process.pid)
 
     thread = threading.Thread(target=kill)
     thread.start()
-    outcome = sweep(recipe, run=str(run))
+    outcome = sweep(recipe, run=str(run), fuse="off")
     thread.join()
     assert killed
     assert outcome.trials[0].attempts == 2
     assert outcome.trials[0].value == alone.result["best"]["value"]
+
+
+def test_fused_trials_are_what_they_are_alone(ray, grid, tmp_path):
+    outcome = sweep(GRID, run=str(tmp_path / "sweep"), fuse=6)
+    assert outcome.result["fused"] == 6
+    assert grid.result["fused"] == 1  # Ray has more CPUs than there are trials
+    for fused, alone in zip(outcome.trials, grid.trials, strict=True):
+        assert fused.metrics == pytest.approx(alone.metrics, abs=1e-4)
+    with pytest.raises(UserError, match="--fuse: 'many'"):
+        sweep(GRID, run=str(tmp_path / "many"), fuse="many")
+    with pytest.raises(UserError, match="--fuse: 4: these trials cannot train together"):
+        sweep(GAN, run=str(tmp_path / "gan"), fuse=4)
 
 
 def test_what_cannot_be_is_refused(ray, tmp_path):
