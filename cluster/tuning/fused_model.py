@@ -13,11 +13,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from cluster.training.recipe import Recipe
+from cluster.tuning.fusable import KINDS
 from cluster.tuning.fused_layers import free_dropout, widen
 from nn_models.objectives import Classification
 from nn_models.spec import Signature
-
-WIDE = frozenset({"mlp", "cnn", "alexnet"})  # kinds of models that `widen` knows; vmap runs the others
 
 
 class FusedModel:
@@ -30,14 +29,14 @@ class FusedModel:
     def __init__(
         self, recipes: Sequence[Recipe], signature: Signature, *, device: torch.device, wide: bool | None = None
     ) -> None:
-        """`wide` says whether the layers are replaced by wide ones, which vmap's are not; by default, where it can."""
+        """`wide` models have the layers of `fused_layers`, others run by vmap; by default, those of KINDS are wide."""
         models = []
         for recipe in recipes:
             torch.manual_seed(recipe.train.seed)  # the weights that the trial would start with alone
             models.append(recipe.model.build(signature).to(device))
         self.plain = copy.deepcopy(models[0])  # not batched: to evaluate one trial's best weights with
         self._template = models[0]
-        self._wide = recipes[0].model.kind in WIDE if wide is None else wide
+        self._wide = recipes[0].model.kind in KINDS if wide is None else wide
         free_dropout(self._template, models)
         self.parameters, self.buffers = stack_module_state(models)
         if self._wide:
@@ -180,3 +179,25 @@ class FusedModel:
 def num_parameters(model: nn.Module) -> int:
     """Parameters of one trial's model."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def unbatchable(recipe: Recipe, signature: Signature) -> str | None:
+    """Why vmap cannot run this recipe's model, found by trying it on two rows; None where it gives the right outputs.
+
+    A state that the model keeps outside its buffers is not found: it is then the state of all trials.
+    """
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
+    with torch.random.fork_rng(devices=[]):
+        rows = torch.randn(2, *signature.input_shape, generator=torch.Generator().manual_seed(0))
+        try:
+            batched = FusedModel([recipe, other], signature, device=torch.device("cpu"))
+            for training in (True, False):
+                batched._template.train(training)
+                own = torch.stack((rows, rows), 1)
+                outputs = batched._outputs(batched.parameters, own, shared=False)
+            expected = batched.plain.eval()(rows)
+            torch.testing.assert_close(outputs[:, 0], expected, rtol=1e-4, atol=1e-5)
+        except Exception as error:  # the model may do anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            return f"{type(error).__name__}: {reason}"
+    return None

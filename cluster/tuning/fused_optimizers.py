@@ -26,8 +26,9 @@ class FusedOptimizers:
         views = self._views()
         self._optimizer = specs[0].build(views[0])  # type: ignore[arg-type]  # leaves without requires_grad do
         for spec, own in zip(specs[1:], views[1:], strict=True):
-            group = spec.build(own).param_groups[0]  # type: ignore[arg-type]
-            self._optimizer.add_param_group(dict(group))
+            alone = spec.build(own)  # type: ignore[arg-type]
+            self._optimizer.add_param_group(dict(alone.param_groups[0]))
+            self._optimizer.state.update(alone.state)  # Adagrad has one from the start
         self._calls: _Calls | None = None
 
     def _views(self) -> list[list[Tensor]]:
@@ -71,7 +72,9 @@ class FusedOptimizers:
             group["lr"] = old["lr"]
             for view, old_view in zip(group["params"], old["params"], strict=True):
                 if old_view in self._optimizer.state:
-                    rest._optimizer.state[view] = self._optimizer.state[old_view]
+                    state = self._optimizer.state[old_view]
+                    # torch's step counts up each, where _AdamCalls had one for all
+                    rest._optimizer.state[view] = state | ({"step": state["step"].clone()} if "step" in state else {})
         return rest
 
     def state_dict(self, place: int) -> State:
@@ -146,15 +149,17 @@ class _AdamCalls(_Calls):
 
     def __init__(self, optimizer: torch.optim.Optimizer, used: Sequence[int]) -> None:
         super().__init__(optimizer, used)
-        self._steps, self._means, self._squares = map(self._all, ("step", "exp_avg", "exp_avg_sq"))
-        self._every_step = [step for own in self._steps for step in own]
+        self._means, self._squares = self._all("exp_avg"), self._all("exp_avg_sq")
+        # trials of a group are at the same step: to count up one number for each weight takes as long as the kernel
+        self._step: Tensor = self._states[0][0]["step"]
+        for state in (state for own in self._states for state in own):
+            assert state["step"] == self._step
+            state["step"] = self._step
 
     def __call__(self, gradients: list[list[Tensor]]) -> None:
-        torch._foreach_add_(self._every_step, 1)
-        moments = zip(self._means, self._squares, self._steps, strict=True)
-        for group, views, own, (means, squares, steps) in zip(
-            self._groups, self._views, gradients, moments, strict=True
-        ):
+        self._step += 1
+        moments = zip(self._means, self._squares, strict=True)
+        for group, views, own, (means, squares) in zip(self._groups, self._views, gradients, moments, strict=True):
             beta1, beta2 = group["betas"]
             self._kernel(
                 views,
@@ -162,7 +167,7 @@ class _AdamCalls(_Calls):
                 means,
                 squares,
                 [],
-                steps,
+                [self._step] * len(views),
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,

@@ -391,17 +391,40 @@ def test_groups_hold_what_differs_in_values_that_can_be_batched(recipes):
     ("changes", "reason"),
     [
         ({"train.compile": True}, "train.compile"),
+        ({"changes": [{"epoch": 1, "set": {"optimizer.lr": 0.2}}]}, "changes"),
         ({"train.precision": "bf16"}, "train.precision"),
-        ({"model": {"kind": "custom", "target": "tests.unit.nets:Linear"}}, "model.kind: custom"),
+        ({"model": {"kind": "custom", "target": "tests.unit.nets:LooksAtValues"}}, "model.kind: custom"),
         ({"model": {"kind": "gan"}, "objective": {"kind": "adversarial"}}, "adversarial"),
     ],
 )
 def test_what_cannot_be_fused_says_why(changes, reason, recipes, tmp_path):
     (described,) = recipes(changes)
+    manifest = prepared(described.data).manifest
     assert (why_not(described) or "").startswith(reason)
-    assert not pays(described)
+    assert (why_not(described, manifest) or "").startswith(reason)
+    assert not pays(described, manifest)
     with pytest.raises(UserError, match=reason):
         fused([described, described], runs(tmp_path, "fused", 2))
+
+
+def test_own_models_run_by_vmap(recipes, tmp_path):
+    model = {"kind": "custom", "target": "tests.unit.nets:Linear"}
+    described = recipes(*RATES[:2], {"train.seed": 4}, model=model)
+    manifest = prepared(described[0].data).manifest
+    assert groups(described) == [[0], [1], [2]]  # nobody knows without the data
+    assert groups(described, manifest=manifest) == [[0, 1, 2]]
+    assert not pays(described[0], manifest)
+    check(described, tmp_path)
+
+
+def test_small_nets_pay(recipes):
+    nets = {"mlp": {"hidden": [512]}, "cnn": {"channels": [8]}, "alexnet": {}}
+    images = prepared(recipes({}, data="images")[0].data).manifest.model_copy(update={"input_shape": (3, 28, 28)})
+    for kind, fields in nets.items():
+        (small,) = recipes({}, data="images", model={"kind": kind, **fields})
+        (large,) = recipes({"train.global_batch_size": 512}, data="images", model={"kind": kind, **fields})
+        paying = pays(small, images), pays(large, images)
+        assert paying == {"mlp": (True, True), "cnn": (True, False), "alexnet": (False, False)}[kind]
 
 
 def test_a_group_that_is_none_is_refused(recipes, tmp_path):
