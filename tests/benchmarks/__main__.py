@@ -17,6 +17,7 @@ ORDER = (
     "startup_ray",
     "reporting",
     "streaming_memory",
+    "gan_quality",
     "adversarial",
     "gpu",
 )
