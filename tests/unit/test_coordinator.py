@@ -220,3 +220,39 @@ def test_what_does_not_fit_is_refused(tmp_path):
             cluster.train(TINY, run=run, overrides=changes)
     with pytest.raises(UserError, match="leave this section out"):
         cluster.train({"model": {"kind": "mlp"}, "data": {"kind": "digits"}, "adversarial": {}}, run=run)
+
+
+# A generator that leaps: it makes the same row whatever the noise, and the discriminator always knows it.
+LEAPING = {
+    "optimizer.lr": 1.0,
+    "adversarial.quality.every_epochs": 1,
+    "adversarial.collapse.patience": 3,
+}
+
+
+def test_a_collapse_is_caught_and_what_comes_after_it_is_better(tmp_path, caplog):
+    gentle = {"kind": "adam", "lr": 5e-3, "betas": [0.5, 0.999]}
+    changes = {"adversarial.discriminator_optimizer": gentle, "adversarial.collapse.learning_rate_factor": 0.05}
+    outcome = cluster.train(
+        "digits-dcgan", run=str(tmp_path / "run"), overrides={**LEAPING, **changes, "train.epochs": 14}
+    )
+    (rollback,) = outcome.result["rollbacks"]
+    assert rollback["to_step"] == 0
+    assert "as diverse as real ones" in rollback["reason"]
+    assert rollback["learning_rate_factor"] == 0.05
+    assert "both halves return to their best" in caplog.text
+    assert outcome.result["ended"] is None
+    assert outcome.metrics["test/diversity"] > 0.25
+    assert outcome.metrics["test/frechet_distance"] < outcome.result["untrained"]["frechet_distance"] / 2
+
+
+def test_a_game_that_collapses_again_and_again_is_ended(tmp_path, caplog):
+    slow = {"kind": "adam", "lr": 5e-4, "betas": [0.5, 0.999]}
+    changes = {"adversarial.discriminator_optimizer": slow, "adversarial.collapse.max_rollbacks": 1}
+    outcome = cluster.train(
+        "digits-dcgan", run=str(tmp_path / "run"), overrides={**LEAPING, **changes, "train.epochs": 12}
+    )
+    assert len(outcome.result["rollbacks"]) == 1
+    assert outcome.result["stopped_early"]
+    assert "after 1 of 1 rollbacks" in outcome.result["ended"]
+    assert "training ends here" in caplog.text
