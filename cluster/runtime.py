@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +87,14 @@ class RaySession:
 
     ray: Any
     embedded: bool
+    placed: bool = False  # in a trial, whose placement group has room for a GAN's halves after its first bundle
+    stored: Mapping[str, Any] | None = None  # tables that are in the object store already
+
+    def references(self, tables: Mapping[str, Any]) -> dict[str, Any]:
+        """The tables in the object store, where they go once, whatever the number of workers and nodes."""
+        if self.stored is not None:
+            return dict(self.stored)
+        return {split: self.ray.put(table) for split, table in tables.items()}
 
 
 @contextmanager

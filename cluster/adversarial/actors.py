@@ -21,7 +21,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor, distributed
 
@@ -37,6 +42,7 @@ from cluster.adversarial.players import (
     take_turn,
 )
 from cluster.errors import RunFailed
+from cluster.runtime import RaySession
 from cluster.training.checkpoints import to_cpu
 from cluster.training.context import Splits
 from cluster.training.memory import keep_freed_memory
@@ -247,14 +253,14 @@ class ActorPlayers:
         *,
         pairs: int,
         bundle: dict[str, float],
-        on_this_machine: bool,
+        session: RaySession,
     ) -> None:
         """`tables` are the splits' tables as references; raises PlayersLost where a half dies while it starts."""
         self._notes: Path | None = None
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         try:
-            self._start(recipe, splits, tables, pairs, bundle, on_this_machine)
+            self._start(recipe, splits, tables, pairs, bundle, session)
         except BaseException:
             self.close()
             raise
@@ -266,11 +272,14 @@ class ActorPlayers:
         tables: dict[str, Any],
         pairs: int,
         bundle: dict[str, float],
-        on_this_machine: bool,
+        session: RaySession,
     ) -> None:
-        self._group = placement_group([bundle] * (2 * pairs), strategy="PACK")
-        while not self._group.wait(PLACEMENT_NOTICE_S):
-            logger.warning("waiting for room for %d actors of %s each", 2 * pairs, bundle)
+        first = 1 if session.placed else 0  # a trial's first bundle is its own
+        group = get_current_placement_group() if session.placed else None
+        if group is None:
+            group = self._group = placement_group([bundle] * (2 * pairs), strategy="PACK")
+            while not group.wait(PLACEMENT_NOTICE_S):
+                logger.warning("waiting for room for %d actors of %s each", 2 * pairs, bundle)
         common = (recipe.model_dump(mode="json"), replace(splits, tables={}), tables)
         cpus = int(bundle["CPU"])
         for index in range(2 * pairs):
@@ -280,14 +289,14 @@ class ActorPlayers:
                 "num_gpus": bundle.get("GPU", 0),
                 "max_restarts": 0,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    self._group, placement_group_bundle_index=index
+                    group, placement_group_bundle_index=first + index
                 ),
                 "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
             }
             seat = Seat(index % pairs, pairs, cpus)
             self._actors.append(ray.remote(kind).options(**options).remote(*common, seat, sys.path))
         self._generators, self._discriminators = self._actors[:pairs], self._actors[pairs:]
-        if on_this_machine and "GPU" not in bundle:
+        if session.embedded and "GPU" not in bundle:
             # a file is where they meet: nothing listens but on loopback
             self._notes = Path(tempfile.mkdtemp(prefix="manta-"))
             meeting = f"file://{self._notes / uuid.uuid4().hex}"

@@ -13,8 +13,7 @@ from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
 from cluster.training.context import LocalContext, Splits
-from cluster.training.evaluation import evaluate, prefixed
-from cluster.training.loop import EVALUATION_ROWS
+from cluster.training.evaluation import EVALUATION_ROWS, evaluate, prefixed
 from cluster.training.recipe import parse_yaml
 from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from nn_models.errors import UserError

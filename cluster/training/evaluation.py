@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from cluster.data.loader import HeldRows
 from cluster.storage import Folder
+from cluster.training.checkpoints import read_model
 from cluster.training.context import Context
 from cluster.training.run_directory import EVALUATION
 from nn_models.objectives import Classification, Objective
 
+EVALUATION_ROWS = 500  # of a batch in evaluation, where nothing is kept for a backward pass
 NUM_EXAMPLES = 24  # right ones, and as many wrong ones
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
 
@@ -50,6 +52,31 @@ def evaluate(
     model.train(training)
     count, *totals = context.reduce_sums(sums).tolist()
     return {name: total / count for name, total in zip(("loss", *objective.names), totals, strict=True)}
+
+
+def evaluate_best(
+    model: nn.Module, objective: Objective, *, context: Context, precision: str
+) -> dict[str, float] | None:
+    """Evaluate the best weights of the context's run, loaded into `model`, on the test split.
+
+    Returns None where there is no such split; puts evaluation.safetensors into the run's directory.
+    """
+    test = context.splits.held("test", context.device)
+    if test is None:
+        return None
+    model.load_state_dict(read_model(context.run).weights)
+    evidence = Evidence(objective, context.device)
+    tested = evaluate(
+        model,
+        test,
+        objective,
+        context=context,
+        precision=precision,
+        batch_size=EVALUATION_ROWS,
+        evidence=evidence,
+    )
+    evidence.write(context.run, context=context, split="test", class_names=context.splits.manifest.class_names)
+    return tested
 
 
 class Evidence:

@@ -1,7 +1,7 @@
 """The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
@@ -13,15 +13,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.data.loader import Batch
 from cluster.data.order import digest_text
 from cluster.errors import Diverged
-from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, save_model, to_cpu
 from cluster.training.context import Context
-from cluster.training.evaluation import Evidence, autocast, evaluate, prefixed
+from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best, prefixed
 from cluster.training.memory import keep_freed_memory
 from cluster.training.pending import Pending
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
-
-EVALUATION_ROWS = 500  # of a batch in evaluation, where nothing is kept for a backward pass
+from nn_models.objectives import Objective
 
 
 @dataclass
@@ -41,6 +40,40 @@ class Progress:
     train_s: float = 0.0  # time spent in steps, and the rows trained in it
     train_rows: int = 0
 
+    def note_best(self, objective: Objective) -> bool:
+        """Whether the epoch that has just been evaluated is the best so far; equal metrics are decided by the loss."""
+        split, metrics = ("validation", self.validation) if self.validation else ("train", self.train)
+        name = objective.best_metric.removeprefix("validation/")
+        sign = -1 if objective.mode == "max" else 1
+        best = self.best
+        if best and (sign * metrics[name], metrics["loss"]) >= (sign * best["value"], best["loss"]):
+            return False
+        self.best = {
+            "metric": f"{split}/{name}",
+            "value": metrics[name],
+            "loss": metrics["loss"],
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+        return True
+
+    def next_epoch(self) -> None:
+        """An epoch is done and evaluated."""
+        self.epoch += 1
+        self.epoch_step = self.rows = 0
+        self.sums, self.digest = [0.0] * len(self.sums), [0, 0]
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether so many epochs have gone by without a better one."""
+        return bool(self.best and patience and self.epoch - 1 - self.best["epoch"] >= patience)
+
+    def diverged(self, what: str, *, step: int, rate: float) -> Diverged:
+        """The error for a loss or weights that became NaN or infinite at `step`, trained with this learning rate."""
+        return Diverged(
+            f"the {what} became NaN or infinite at step {step} (epoch {self.epoch + 1}); lower "
+            f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
+        )
+
 
 def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
     """Train, from the newest checkpoint where there is one, and evaluate the best weights on the test split.
@@ -48,17 +81,22 @@ def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
     Returns what result.json holds of it: metrics, best, steps, epochs, rows_per_s, …, the same on all ranks.
     Raises Diverged, naming the step, where the loss is NaN or infinite.
     """
-    loop = _Loop(recipe, context)
+    loop = Loop(recipe, context)
     try:
-        return loop.run()
+        for _ in loop.epochs():
+            pass
+        return loop.conclude()
     finally:
         loop.close()
 
 
-class _Loop:
+class Loop:
+    """Training that can be followed epoch by epoch; see `fit`. `close` must be called at the end."""
+
     def __init__(self, recipe: Recipe, context: Context) -> None:
         self.started = time.time()
         keep_freed_memory(context.device)
+        self.whole_recipe = recipe
         self.recipe, self.context, self.train = recipe, context, recipe.train
         manifest = context.splits.manifest
         self.objective = recipe.supervised.build(manifest.num_outputs)
@@ -88,32 +126,46 @@ class _Loop:
         self.first_step_at: float | None = None
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
-        self._seed_rank(0)
+        seed_rank(self.train.seed, context.rank, 0)
         self._resume()
         self.recorder: Recorder | None = None
         if context.rank == 0:
             self.recorder = Recorder(RunDirectory(context.run), keep_to_step=self.progress.step)
+        self._stopped_early = False
         self.clock = self.started - self.progress.time_s  # as if it had run without a break
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """All epochs that are left, then the test."""
-        stopped_early = self._out_of_patience()
-        while self.progress.epoch < self.train.epochs and not stopped_early:
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """All epochs that are left, each when it is asked for: its metrics, named as in result.json."""
+        self._stopped_early = self._out_of_patience()
+        while self.progress.epoch < self.train.epochs and not self._stopped_early:
+            self._use(self.whole_recipe.at(self.progress.epoch))
             self.progress.train = self._epoch()
             self.progress.validation = self._validate()
             self._keep_best()
-            self.progress.epoch += 1
-            self.progress.epoch_step = self.progress.rows = 0
-            self.progress.sums, self.progress.digest = [0.0] * len(self.names), [0, 0]
-            stopped_early = self._out_of_patience()
-            finished = stopped_early or self.progress.epoch == self.train.epochs
+            self.progress.next_epoch()
+            self._stopped_early = self._out_of_patience()
+            finished = self._stopped_early or self.progress.epoch == self.train.epochs
             if finished or self.progress.epoch % self.train.checkpoint_every_epochs == 0:
                 self._checkpoint()
             elif self.recorder:
                 self.recorder.flush()
-        return self._conclude(stopped_early)
+            yield prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is left."""
+        return self._stopped_early or self.progress.epoch >= self.train.epochs
+
+    def _use(self, recipe: Recipe) -> None:
+        """Go on with this recipe's values of the optimizer, its schedule and the objective."""
+        self.recipe = recipe
+        self.objective = recipe.supervised.build(self.context.splits.manifest.num_outputs)
+        wanted = recipe.optimizer.build([nn.Parameter(torch.zeros(1, device=self.context.device))]).param_groups[0]
+        for group in self.optimizer.param_groups:
+            group.update({name: value for name, value in wanted.items() if name != "params"})
+        self.base_rates = [wanted["lr"]] * len(self.optimizer.param_groups)
 
     def _epoch(self) -> dict[str, float]:
         self.model.train()
@@ -188,27 +240,14 @@ class _Loop:
             self._diverged("validation loss", self.progress.step)
         return metrics
 
-    def _conclude(self, stopped_early: bool) -> dict[str, Any]:
-        """Evaluate the best weights on the test split."""
+    def conclude(self) -> dict[str, Any]:
+        """Evaluate the best weights on the test split. Returns what `fit` returns."""
         self.background.wait()
         self.context.agree(0)  # rank 0 has written the best weights before any rank reads them
         metrics = prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
         best = dict(self.progress.best or {})
-        test = self.context.splits.held("test", self.context.device)
-        if test is not None:
-            self.model.load_state_dict(read_model(self.context.run).weights)
-            evidence = Evidence(self.objective, self.context.device)
-            tested = evaluate(
-                self.model,
-                test,
-                self.objective,
-                context=self.context,
-                precision=self.train.precision,
-                batch_size=EVALUATION_ROWS,
-                evidence=evidence,
-            )
-            names = self.context.splits.manifest.class_names
-            evidence.write(self.context.run, context=self.context, split="test", class_names=names)
+        tested = evaluate_best(self.model, self.objective, context=self.context, precision=self.train.precision)
+        if tested is not None:
             self._log("test", tested)
             metrics |= prefixed("test", tested)
         names_kept = self.checkpoints.names()
@@ -218,7 +257,7 @@ class _Loop:
             "checkpoint": f"checkpoints/{names_kept[-1]}" if names_kept else None,
             "steps": self.progress.step,
             "epochs": self.progress.epoch,
-            "stopped_early": stopped_early,
+            "stopped_early": self._stopped_early,
             "rows_per_s": self.progress.train_rows / self.progress.train_s if self.progress.train_s else None,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "world_size": self.context.world_size,
@@ -251,11 +290,7 @@ class _Loop:
         return time.perf_counter()
 
     def _diverged(self, what: str, step: int) -> NoReturn:
-        rate = self.base_rates[0]
-        raise Diverged(
-            f"the {what} became NaN or infinite at step {step} (epoch {self.progress.epoch + 1}); lower "
-            f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
-        )
+        raise self.progress.diverged(what, step=step, rate=self.base_rates[0])
 
     def _refuse_broken_weights(self) -> None:
         """Never keep weights that are NaN: the loss was taken before the step that made them so, and looks well."""
@@ -283,31 +318,19 @@ class _Loop:
         return self.average.module if self.average else self.model
 
     def _keep_best(self) -> None:
-        """Write the weights where they are the best so far; equal metrics are decided by the loss."""
-        validation = self.progress.validation
-        split, metrics = ("validation", validation) if validation else ("train", self.progress.train)
-        name = self.objective.best_metric.removeprefix("validation/")
-        sign = -1 if self.objective.mode == "max" else 1
-        best = self.progress.best
-        if best and (sign * metrics[name], metrics["loss"]) >= (sign * best["value"], best["loss"]):
+        """Write the weights where they are the best so far."""
+        if not self.progress.note_best(self.objective):
             return
-        self.progress.best = {
-            "metric": f"{split}/{name}",
-            "value": metrics[name],
-            "loss": metrics["loss"],
-            "epoch": self.progress.epoch,
-            "step": self.progress.step,
-        }
-        if not validation:
+        if not self.progress.validation:
             self._average_buffers()
         if self.context.rank == 0:
+            assert self.progress.best is not None
             weights = to_cpu(self._evaluated().state_dict())
             best, manifest = dict(self.progress.best), self.context.splits.manifest
             self.background.submit(lambda: save_model(self.context.run, weights, best=best, manifest=manifest))
 
     def _out_of_patience(self) -> bool:
-        best, patience = self.progress.best, self.train.patience
-        return bool(best and patience and self.progress.epoch - 1 - best["epoch"] >= patience)
+        return self.progress.out_of_patience(self.train.patience)
 
     def _average_buffers(self) -> None:
         """Give all ranks the mean of their running statistics (batch normalisation's); gradients never see these."""
@@ -325,10 +348,10 @@ class _Loop:
         """Save everything that decides how training goes on. The loop waits only for the copy, not for the writing."""
         self._average_buffers()
         self.progress.time_s = time.time() - self.clock
-        generators = self.context.gather(self._generator_state())
+        generators = self.context.gather(generator_state(self.context.device))
         if self.context.rank == 0:
             state: State = {
-                "recipe": self.recipe.model_dump_json(),
+                "recipe": self.whole_recipe.model_dump_json(),
                 "world_size": self.context.world_size,
                 "rows": described_rows(self.context.splits.manifest),
                 "progress": asdict(self.progress),
@@ -356,26 +379,9 @@ class _Loop:
             self.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])
         if state["world_size"] == self.context.world_size:
-            self._set_generator_state(state["generators"][self.context.rank])
+            set_generator_state(state["generators"][self.context.rank], self.context.device)
         else:
-            self._seed_rank(self.progress.step)
-
-    def _seed_rank(self, step: int) -> None:
-        """A stream of its own for each rank, for dropout."""
-        sequence = np.random.SeedSequence([self.train.seed, self.context.rank, step])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-
-    def _generator_state(self) -> Tensor:
-        if self.context.device.type == "cuda":
-            both = [torch.get_rng_state(), torch.cuda.get_rng_state(self.context.device)]
-            return torch.cat(both).to(self.context.device)
-        return torch.get_rng_state()
-
-    def _set_generator_state(self, state: Tensor) -> None:
-        cpu = len(torch.get_rng_state())
-        torch.set_rng_state(state[:cpu])
-        if self.context.device.type == "cuda" and len(state) > cpu:
-            torch.cuda.set_rng_state(state[cpu:], self.context.device)
+            seed_rank(self.train.seed, self.context.rank, self.progress.step)
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -384,3 +390,25 @@ class _Loop:
         finally:
             if self.recorder:
                 self.recorder.close()
+
+
+def seed_rank(seed: int, rank: int, step: int) -> None:
+    """A stream of its own for each rank, for dropout."""
+    sequence = np.random.SeedSequence([seed, rank, step])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+
+def generator_state(device: torch.device) -> Tensor:
+    """The state of torch's global generators, those of the CPU and of the device."""
+    if device.type == "cuda":
+        both = [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
+        return torch.cat(both).to(device)
+    return torch.get_rng_state()
+
+
+def set_generator_state(state: Tensor, device: torch.device) -> None:
+    """Go on with a state that `generator_state` gave, as it comes from a checkpoint."""
+    cpu = len(torch.get_rng_state())
+    torch.set_rng_state(state[:cpu])
+    if device.type == "cuda" and len(state) > cpu:
+        torch.cuda.set_rng_state(state[cpu:], device)

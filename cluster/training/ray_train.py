@@ -4,12 +4,14 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import ray
@@ -17,11 +19,12 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api import data_parallel_trainer as internals
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import Diverged, RunFailed
-from cluster.runtime import Workers
+from cluster.runtime import RaySession, Workers
 from cluster.storage import Folder
 from cluster.training.context import Splits
 from cluster.training.loop import fit
@@ -31,6 +34,7 @@ from nn_models.errors import UserError
 STARTS = ".starts.json"  # how often the workers were started
 FAILURE = ".failure.json"  # an error that would only come again
 COLLECTIVE_TIMEOUT_S = 1800
+ABORT_TIMEOUT_S = 30
 
 
 class DistributedContext:
@@ -127,7 +131,9 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, embedded: bool) -> dict[str, Any]:
+def train_on_ray(
+    recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, session: RaySession
+) -> dict[str, Any]:
     """Run the loop in Ray workers and return what rank 0's `fit` returned, with the number of `restarts`.
 
     Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint.
@@ -136,17 +142,16 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
     for name in (STARTS, FAILURE):
         run.delete(name)
     # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
-    notes = tempfile.mkdtemp(prefix="manta-") if embedded else run.uri
+    notes = tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
     group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-    if embedded and not workers.use_gpu:
+    if session.embedded and not workers.use_gpu:
         group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
     trainer = _Trainer(
         _work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "splits": replace(splits, tables={}),
-            # once into the object store, whatever the number of workers and nodes
-            "tables": {split: ray.put(table) for split, table in splits.tables.items()},
+            "tables": session.references(splits.tables),
             "run": run.uri,
             "path": sys.path,
             "threads": workers.cpus,
@@ -172,7 +177,7 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
         starts = run.read_json(STARTS) if run.exists(STARTS) else 1
         for name in (STARTS, FAILURE, ".ray"):
             run.delete(name)
-        if embedded:
+        if session.embedded:
             shutil.rmtree(notes, ignore_errors=True)
     if "failure" in returned:
         _raise(returned["failure"])
@@ -180,11 +185,38 @@ def train_on_ray(recipe: Recipe, splits: Splits, *, run: Folder, workers: Worker
 
 
 class _Trainer(TorchTrainer):
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead.
+    """Keeps its controller at hand: to end it for certain, and to end a run from another thread."""
 
-        The controller and its workers end with the last reference to the controller, which `fit` holds.
-        """
+    controller: Any = None
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        # Ray shows its controller only where it may set a signal handler, so never in a trial's thread.
+        theirs, internals.threading = internals.threading, _EVERY_THREAD_IS_MAIN
+        try:
+            _running.append(self)
+            return super()._initialize_and_run_controller(**options)
+        finally:
+            internals.threading = theirs
+            _running.remove(self)
+            if self.controller is not None:
+                ray.kill(self.controller)  # some stay behind otherwise, waiting for a lock while they exit
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead."""
+        self.controller = controller
+        internals.threading = threading
+
+
+_EVERY_THREAD_IS_MAIN: Any = SimpleNamespace(current_thread=lambda: None, main_thread=lambda: None)
+_running: list[_Trainer] = []
+
+
+def abort_runs() -> None:
+    """End the runs of this process from another thread: their workers, and the placement groups they hold."""
+    for trainer in list(_running):
+        if trainer.controller is not None:
+            with suppress(ray.exceptions.RayError):  # it ends itself while it is asked
+                ray.get(trainer.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,13 @@ from cluster.data.manifest import Manifest
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.storage import Folder
 from cluster.training.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
+from cluster.tuning.spec import SweepSpec
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec, ObjectiveSpec
 from nn_models.spec import Spec, override, validate
 from nn_models.zoo import AnyModelSpec
+
+CHANGEABLE = ("optimizer", "schedule", "objective")  # sections whose fields may change in mid-training
 
 
 class TrainSpec(Spec):
@@ -46,6 +49,13 @@ class TrainSpec(Spec):
     )
 
 
+class ChangeSpec(Spec):
+    """Values that change in mid-training, as population-based training found them."""
+
+    epoch: PositiveInt = Field(description="epochs that are done when the values change")
+    set: dict[str, Any] = Field(description="dotted path -> value; paths of optimizer, schedule or objective")
+
+
 class Recipe(Spec):
     """Everything that decides a run's result."""
 
@@ -57,6 +67,8 @@ class Recipe(Spec):
     schedule: AnyScheduleSpec = ConstantSpec()
     train: TrainSpec = TrainSpec()
     adversarial: AdversarialTrainSpec | None = None  # there exactly where the objective is adversarial
+    changes: tuple[ChangeSpec, ...] = ()
+    sweep: SweepSpec | None = None  # of `manta sweep` only: training takes no notice of it, and a trial has none
 
     @model_validator(mode="before")
     @classmethod
@@ -64,6 +76,14 @@ class Recipe(Spec):
         if isinstance(data, Mapping) and not data.get("adversarial") and _kind(data.get("objective")) == "adversarial":
             return {**data, "adversarial": {}}
         return data
+
+    def at(self, epoch: int) -> "Recipe":
+        """The recipe as its changes have made it once so many epochs are done."""
+        recipe = self
+        for change in self.changes:
+            if change.epoch <= epoch:
+                recipe = override(recipe, change.set)
+        return recipe
 
     @property
     def supervised(self) -> ObjectiveSpec:
@@ -78,6 +98,7 @@ class Recipe(Spec):
             self._check_target(self.objective, manifest)
         else:
             self._check_adversarial()
+        self._check_changes()
         if not manifest.rows("train"):
             raise UserError(f"data: {self.data.kind} has no training rows; add some")
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
@@ -101,6 +122,18 @@ class Recipe(Spec):
                 "objective.kind to adversarial"
             )
         objective.build(manifest.num_outputs)  # refuses a number of outputs that makes no sense
+
+    def _check_changes(self) -> None:
+        for change in self.changes:
+            for path in change.set:
+                if path.split(".")[0] not in CHANGEABLE or path in CHANGEABLE or path.endswith(".kind"):
+                    raise UserError(
+                        f"changes: {path} cannot change in mid-training; leave it out (fields of "
+                        f"{', '.join(CHANGEABLE)} can)"
+                    )
+            self.at(change.epoch)  # refuses values that are wrong
+        if self.changes and self.adversarial is not None:
+            raise UserError("changes: the halves of a GAN keep their values; leave this section out")
 
     def _check_adversarial(self) -> None:
         if self.train.accumulation > 1:
@@ -150,7 +183,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out."""
     lines = []
     for section, value in recipe.model_dump(mode="json").items():
-        if value is None:  # a section that this kind of recipe does not have
+        if value is None or value == []:  # a section that this kind of recipe does not have
             continue
         if isinstance(value, dict):
             kind = {"kind": value.pop("kind")} if "kind" in value else {}

@@ -78,13 +78,13 @@ def train(
             return Outcome("finished", done["metrics"], str(directory), done)
     elif resume:
         raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
-    workers = _workers(recipe, num_workers, use_gpu, address)
+    workers = workers_of(recipe, num_workers, use_gpu, address)
     if address and not workers.most:
         raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
     data = prepared(recipe.data)
     recipe.check(data.manifest)
     splits = open_splits(data, window=recipe.data.shuffle_window)
-    _refuse_what_cannot_start(recipe, splits, workers)
+    refuse_what_cannot_start(recipe, splits, workers)
 
     facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=_device_name(use_gpu))
     with ExitStack() as stack:
@@ -99,7 +99,30 @@ def train(
             directory.write_start(recipe, facts)
         else:
             directory.begin(recipe, facts)
-        status: dict[str, Any] = {"status": "stopped"}
+        result = run_here(
+            recipe, data, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
+        )
+    return Outcome(result["status"], result["metrics"], str(directory), result)
+
+
+def run_here(
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
+    *,
+    num_workers: int | tuple[int, int],
+    listener: Listener | None = None,
+    began: float,
+) -> dict[str, Any]:
+    """Train in a run's directory that has begun, and leave result.json there, whatever happens. Returns what it says.
+
+    Raises UserError, RunFailed or KeyboardInterrupt as `train` does.
+    """
+    status: dict[str, Any] = {"status": "stopped"}
+    with ExitStack() as stack:
         if listener:
             stack.enter_context(_Tail(directory, listener))
         try:
@@ -113,7 +136,7 @@ def train(
             result = _result(status, directory, began)
             result["num_workers"] = num_workers
             directory.write_result(result)
-    return Outcome(result["status"], result["metrics"], str(directory), result)
+    return result
 
 
 def _fit(
@@ -130,7 +153,7 @@ def _fit(
     if session is not None:
         from cluster.training.ray_train import train_on_ray
 
-        return train_on_ray(recipe, splits, run=directory.folder, workers=workers, embedded=session.embedded)
+        return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
     from cluster.training.loop import fit
 
     context = LocalContext(run=directory.folder, splits=splits, device=local_device(workers.use_gpu))
@@ -155,9 +178,8 @@ def _fit_halves(
     if session is not None:
         from cluster.adversarial.actors import ActorPlayers
 
-        # once into the object store, whatever the number of actors and nodes
-        tables = {split: session.ray.put(table) for split, table in splits.tables.items()}
-        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "on_this_machine": session.embedded}
+        tables = session.references(splits.tables)
+        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "session": session}
         start = partial(ActorPlayers, recipe, splits, tables, **world)
     coordinator = Coordinator(
         recipe,
@@ -197,7 +219,8 @@ def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> di
     return {**status, **times}
 
 
-def _workers(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> Workers:
+def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> Workers:
+    """The Ray workers, or GAN halves, of a run. Raises UserError where there cannot be so many."""
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     halves = recipe.adversarial is not None
     if halves:
@@ -227,7 +250,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     return []
 
 
-def _refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
+def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
     """Send imaginary rows through the model, and see that GPU and ranks have what they need."""
     from cluster.data.loader import training_order
     from cluster.training.summary import summarise

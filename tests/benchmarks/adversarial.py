@@ -18,7 +18,7 @@ from measuring import Case, fashion, in_turn, options, publish, scratch
 from cluster.adversarial.players import LocalPlayers, Players, for_images
 from cluster.data.loader import symmetric
 from cluster.data.shards import DataSet, table_rows
-from cluster.runtime import ray_session
+from cluster.runtime import RaySession, ray_session
 from cluster.training.context import Splits, open_splits
 from cluster.training.recipe import Recipe, load_recipe
 
@@ -123,7 +123,7 @@ def main() -> None:
         plain = of_plain(plain_steps(exact, signature, images), steps=chosen.steps)
 
         def with_actors(recipe: Recipe, measure: Callable[[Callable[[], float]], Any]) -> Any:
-            actors = ActorPlayers(recipe, splits, tables, pairs=1, bundle={"CPU": 1}, on_this_machine=True)
+            actors = ActorPlayers(recipe, splits, tables, pairs=1, bundle={"CPU": 1}, session=RaySession(ray, embedded=True))
             try:
                 return measure(of_players(actors, steps=chosen.steps))
             finally:

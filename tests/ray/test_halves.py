@@ -15,6 +15,7 @@ from cluster.adversarial.players import LocalPlayers
 from cluster.data.order import digest_text
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
+from cluster.runtime import RaySession
 from cluster.training.context import open_splits
 from cluster.training.recipe import load_recipe
 from nn_models import UserError
@@ -58,7 +59,9 @@ def played(ray, recipe, *, pairs=None, steps=STEPS):
         players = LocalPlayers(recipe, splits, device=torch.device("cpu"))
     else:
         tables = {split: ray.put(table) for split, table in splits.tables.items()}
-        players = ActorPlayers(recipe, splits, tables, pairs=pairs, bundle={"CPU": 1}, on_this_machine=True)
+        players = ActorPlayers(
+            recipe, splits, tables, pairs=pairs, bundle={"CPU": 1}, session=RaySession(ray, embedded=True)
+        )
     try:
         sums = players.play(0, steps - 3, 1.0), players.play(steps - 3, 3, 1.0)
         return players.kept(), sums

@@ -529,15 +529,15 @@ class Interrupted(BaseException):
 
 def interrupt(monkeypatch, step: int) -> None:
     """The next `fit` ends while it takes this step."""
-    whole = loop._Loop._step
+    whole = loop.Loop._step
 
     def stepping(self, batch):
         if self.progress.step + 1 == step:
-            monkeypatch.setattr(loop._Loop, "_step", whole)
+            monkeypatch.setattr(loop.Loop, "_step", whole)
             raise Interrupted
         whole(self, batch)
 
-    monkeypatch.setattr(loop._Loop, "_step", stepping)
+    monkeypatch.setattr(loop.Loop, "_step", stepping)
 
 
 ADAM = {"kind": "adamw", "lr": 0.01}

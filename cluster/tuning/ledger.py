@@ -1,0 +1,153 @@
+"""Ledger: a sweep's directory: a run directory and a record for each trial, written as soon as they change.
+
+What is here is all that a sweep needs to go on after its driver has died.
+
+    SWEEP/recipe.yaml           the recipe with its sweep section
+    SWEEP/trials/0000/…         the run of trial 0, as that of `manta train`; trial.json is its record
+    SWEEP/trials.parquet, .csv  one row a trial
+    SWEEP/best.yaml             the best trial's recipe; SWEEP/model/ its best weights
+    SWEEP/result.json
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.storage import Folder
+from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
+from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable
+from cluster.tuning.space import columns
+from nn_models.errors import UserError
+from nn_models.spec import validate
+
+RECORD = "trial.json"
+
+# invalid: a sample that the recipe refuses; pruned: stopped by the scheduler
+Status = Literal["waiting", "running", "finished", "pruned", "failed", "invalid"]
+ENDED = ("finished", "pruned", "failed", "invalid")
+
+
+@dataclass
+class TrialRecord:
+    """What is known of one trial."""
+
+    index: int
+    overrides: dict[str, Any]  # dotted path -> value
+    status: Status = "waiting"
+    value: float | None = None  # the best of the sweep's metric so far
+    epochs: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last epoch, or the run's end
+    attempts: int = 0  # how often it was started
+    time_s: float = 0.0
+    error: str | None = None
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # pbt: [{epoch, trial, set}], whose values when
+
+    @property
+    def name(self) -> str:
+        """Its directory's name."""
+        return f"{self.index:04d}"
+
+
+class SweepDirectory:
+    """A sweep's files, at a local path or a URI. Only the driver writes the records."""
+
+    def __init__(self, where: str) -> None:
+        self.folder = Folder(where)
+
+    def __str__(self) -> str:
+        return self.folder.uri
+
+    def exists(self) -> bool:
+        """Whether a sweep has begun here."""
+        return self.folder.exists(RECIPE)
+
+    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
+        self.folder.create()
+        if self.exists():
+            raise UserError(
+                f"{self}: a sweep or run is here already; continue a sweep with --resume, or choose another --run"
+            )
+        if self.folder.names():
+            raise UserError(f"{self}: not an empty directory; choose another one with --run")
+        self.folder.write_json(ENVIRONMENT, environment)
+        self.folder.write_text(RECIPE, dump_recipe(recipe))
+
+    def recipe(self) -> Recipe:
+        """The sweep's recipe. Raises UserError where there is none, or it has no sweep section."""
+        try:
+            text = self.folder.read_text(RECIPE)
+        except FileNotFoundError:
+            raise UserError(f"{self}: no sweep is here ({RECIPE} is missing); give the directory of one") from None
+        recipe: Recipe = validate(Recipe, parse_yaml(text, name=f"{self}/{RECIPE}"))
+        if recipe.sweep is None:
+            raise UserError(f"{self}: a run, not a sweep; give the directory of `manta sweep`")
+        return recipe
+
+    def trial(self, index: int) -> Folder:
+        """The run directory of a trial."""
+        return self.folder / "trials" / f"{index:04d}"
+
+    def write(self, record: TrialRecord) -> None:
+        """Write a trial's record."""
+        self.trial(record.index).write_json(RECORD, jsonable(asdict(record)))
+
+    def records(self) -> list[TrialRecord]:
+        """All trials so far, by index. Raises UserError for a damaged record."""
+        found = []
+        trials = self.folder / "trials"
+        for name in sorted(trials.names()) if self.folder.exists("trials") else []:
+            place = trials / name
+            if place.exists(RECORD):
+                try:
+                    found.append(TrialRecord(**place.read_json(RECORD)))
+                except (TypeError, ValueError) as error:
+                    raise UserError(f"{place}/{RECORD}: damaged ({error}); delete {place} to run it again") from None
+        return found
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json; None while the sweep has not ended."""
+        return self.folder.read_json(RESULT) if self.folder.exists(RESULT) else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write result.json."""
+        self.folder.write_json(RESULT, jsonable(result))
+
+    def write_tables(self, records: Sequence[TrialRecord]) -> None:
+        """Write trials.parquet and trials.csv, a row a trial: its sampled values and how it went."""
+        rows = [_row(record) for record in records]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.folder.write_text("trials.csv", text.getvalue())
+        table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        self.folder.write_bytes("trials.parquet", buffer.getvalue())
+
+
+def _row(record: TrialRecord) -> dict[str, Any]:
+    values = {name: _cell(value) for name, value in columns(record.overrides).items()}
+    went = {"trial": record.index, "status": record.status, "value": record.value, "epochs": record.epochs}
+    rest = {"attempts": record.attempts, "time_s": record.time_s, "error": record.error or ""}
+    return {**went, **values, **record.metrics, **rest}
+
+
+def _cell(value: Any) -> Any:
+    """Lists and sections as JSON text: a table has cells of one type."""
+    return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # of several types, as choices may be
+        return pa.array([None if value is None else str(value) for value in values])

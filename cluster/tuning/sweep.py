@@ -1,0 +1,450 @@
+"""sweep: many trials of one recipe, chosen by a searcher, cut short by a scheduler, run at once as far as they fit."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from cluster.data.prepare import prepared
+from cluster.data.shards import DataSet
+from cluster.runtime import Workers, ray_session
+from cluster.training.context import Splits, open_splits
+from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
+from cluster.training.run_directory import RunDirectory, environment, read_metrics
+from cluster.training.trainer import refuse_what_cannot_start, workers_of
+from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
+from cluster.tuning.searchers import make_searcher
+from cluster.tuning.space import Overrides, Space
+from cluster.tuning.target import Target, target
+from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How a sweep ended. `best` is the best trial's recipe; `run` the sweep's directory."""
+
+    status: str
+    best: Recipe | None
+    best_trial: TrialRecord | None
+    trials: list[TrialRecord]
+    run: str
+    result: dict[str, Any]
+
+
+SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
+
+
+@dataclass
+class SweepState:
+    """A sweep while it runs, for those who watch."""
+
+    target: Target
+    num_trials: int
+    concurrency: int
+    records: list[TrialRecord] = field(default_factory=list)
+    began: float = field(default_factory=time.time)
+
+    def best(self) -> TrialRecord | None:
+        """The best trial so far: of those that came to their end, where there are any."""
+        sign = -1 if self.target.mode == "max" else 1
+        for statuses in (("finished",), ("pruned", "running")):
+            found = [r for r in self.records if r.status in statuses and r.value is not None]
+            if found:
+                return min(found, key=lambda record: (sign * (record.value or 0.0), record.index))
+        return None
+
+    def count(self, status: Status) -> int:
+        """Trials of this status."""
+        return sum(record.status == status for record in self.records)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a trial holds while it runs."""
+
+    bundles: list[dict[str, float]]  # of its placement group, its own process first
+    beside: list[dict[str, float]]  # what Ray Train takes beside it
+
+    @property
+    def all(self) -> list[dict[str, float]]:
+        """Every bundle."""
+        return [*self.bundles, *self.beside]
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        total = {name: sum(b.get(name, 0) for b in self.all) for name in ("CPU", "GPU")}
+        return " and ".join(f"{amount:g} {name}" for name, amount in total.items() if amount)
+
+
+def needs_of(recipe: Recipe, workers: Workers) -> Needs:
+    """What a trial of such workers holds: its driver counts."""
+    if workers.halves:
+        return Needs([{"CPU": 1}, *[workers.bundle] * workers.most], [])
+    if workers.most <= 1:
+        return Needs([workers.bundle], [])
+    return Needs([{"CPU": 1}], [workers.bundle] * workers.most)
+
+
+def room_for(needs: Needs, nodes: list[Mapping[str, float]]) -> int:
+    """How many trials fit on these nodes at once, each bundle on the first node with room for it."""
+    free = [dict(node) for node in nodes]
+    count = 0
+    while count < 10_000 and all(_place(bundle, free) for bundle in needs.all):
+        count += 1
+    return count
+
+
+def _place(bundle: Mapping[str, float], free: list[dict[str, float]]) -> bool:
+    for node in free:
+        if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
+            for name, amount in bundle.items():
+                node[name] -= amount
+            return True
+    return False
+
+
+def sweep(
+    recipe: "str | Path | Mapping[str, Any] | Recipe",
+    *,
+    num_workers: int = 1,
+    use_gpu: bool = False,
+    run: str | None = None,
+    address: str | None = None,
+    resume: bool = False,
+    retry_failed: bool = False,
+    concurrency: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    listener: SweepListener | None = None,
+    verbose: bool = False,
+) -> SweepOutcome:
+    """Run the trials of a recipe with a `sweep` section and return how they went.
+
+    `num_workers` is that of each trial: 1 runs it in a process of Ray Tune's, more with Ray Train inside the trial; of
+    a GAN it is the number of pairs of halves. `run` is the directory to write (by default a new one under sweeps/).
+    `resume` goes on with the sweep there: trials that ended are kept, others go on from their checkpoints, failed ones
+    are run again where `retry_failed`. As many trials run at once as fit, at most `concurrency`.
+
+    A trial that fails never ends the sweep. Raises UserError where something must be changed first.
+    """
+    recipe = load_recipe(recipe, overrides)
+    if recipe.sweep is None:
+        raise UserError(f"sweep: {recipe.name} has no section sweep, which says what to try; add one with a space")
+    run = run or f"sweeps/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory = SweepDirectory(run)
+    if resume:
+        _refuse_other(recipe, directory)
+    running = _Sweep(recipe, directory, num_workers, use_gpu, address)
+    with ExitStack() as stack:
+        cpus = max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in running.needs.all)))
+        from cluster.tuning.tune import configure_tune
+
+        configure_tune()
+        session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
+        running.refuse_what_never_fits(session.ray, concurrency)
+        if resume:
+            running.take_up(retry_failed)
+        else:
+            facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
+            directory.begin(recipe, facts)
+        return running.run(session, listener)
+
+
+def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> None:
+    if not directory.exists():
+        raise UserError(f"--resume: {directory} holds no sweep to continue; check --run, or leave out --resume")
+    began_with = directory.recipe()
+    if recipe != began_with:
+        raise UserError(
+            f"--resume: {directory} began with another recipe; continue it with {directory}/recipe.yaml, or start a "
+            "new sweep"
+        )
+
+
+class _Sweep:
+    def __init__(
+        self, recipe: Recipe, directory: SweepDirectory, num_workers: int, use_gpu: bool, address: str | None
+    ) -> None:
+        assert recipe.sweep is not None
+        self.began = time.time()
+        self.recipe, self.spec, self.directory = recipe, recipe.sweep, directory
+        self.base = recipe.model_copy(update={"sweep": None})
+        self.num_workers, self.use_gpu = num_workers, use_gpu
+        self.space = Space(self.spec)
+        data = prepared(recipe.data)
+        self.space.check(recipe, data.manifest)
+        self.base.check(data.manifest)
+        self.target = target(recipe, data.manifest)
+        self.workers = workers_of(self.base, num_workers, use_gpu, address or "trials share the machine")
+        self.grouped = self.workers.halves or self.workers.most > 1
+        if self.spec.scheduler == "pbt" and self.grouped:
+            raise UserError(
+                "sweep.scheduler: pbt exchanges the state of trials of one worker only; leave out --workers, or choose "
+                "asha"
+            )
+        self.needs = needs_of(recipe, self.workers)
+        self.data: dict[str, tuple[DataSet, Splits]] = {}
+        refuse_what_cannot_start(self.base, self._open(self.base)[1], self.workers)
+        self.searcher = make_searcher(self.spec, self.space, self.target.mode)
+        self.state = SweepState(self.target, self.space.num_trials, 1)
+        self.waiting: list[TrialRecord] = []
+        self.past: dict[int, list[tuple[int, float]]] = {}
+        self.listener: SweepListener | None = None
+        self.facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
+        self.embedded = True
+        self.started: dict[int, float] = {}
+        self.earlier: dict[int, int] = {}  # attempts before this process took over
+
+    def _open(self, recipe: Recipe) -> tuple[DataSet, Splits]:
+        """The data of a trial; trials that use the same rows share them."""
+        data = prepared(recipe.data)
+        where = data.folder.uri
+        if where not in self.data:
+            self.data[where] = data, open_splits(data, window=recipe.data.shuffle_window)
+        return self.data[where]
+
+    def refuse_what_never_fits(self, ray: Any, concurrency: int | None) -> None:
+        """Settle how many trials run at once. Raises UserError where not even one will ever fit."""
+        from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
+
+        limits = state.get_max_resources_from_cluster_config()
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = room_for(self.needs, nodes)
+        if not room and not (limits and room_for(self.needs, [limits])):
+            have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
+            raise UserError(
+                f"--workers: a trial needs {self.needs.text}, its own process included, and the cluster has "
+                f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}, so not "
+                "even one fits; ask for fewer workers, or for less with train.cpus_per_worker"
+            )
+        grown = room_for(self.needs, [limits]) if limits else 0
+        self.state.concurrency = max(1, min(concurrency or 10_000, max(room, grown)))
+
+    def take_up(self, retry_failed: bool) -> None:
+        """Go on with what is in the directory."""
+        again = ("waiting", "running", *(("failed",) if retry_failed else ()))
+        for record in self.directory.records():
+            self.state.records.append(record)
+            if record.status in again:
+                record.status = "waiting"
+                self.earlier[record.index] = record.attempts
+                self.waiting.append(record)
+            elif record.status != "invalid":
+                self.searcher.tell(record.index, record.overrides, record.value)
+                self.past[record.index] = self._history(record)
+
+    def _history(self, record: TrialRecord) -> list[tuple[int, float]]:
+        """(epochs done, value) of a trial, as its run directory has it."""
+        split, _, name = self.target.metric.partition("/")
+        lines = read_metrics(RunDirectory(self.directory.trial(record.index)))
+        ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
+        return [(line["epoch"] + 1, line[name]) for line in ended if isinstance(line.get(name), float)]
+
+    def run(self, session: Any, listener: SweepListener | None) -> SweepOutcome:
+        """All trials that are left."""
+        from cluster.tuning import tune
+        from cluster.tuning.trials import GroupTrial, OneWorkerTrial, World
+
+        self.listener, self.embedded = listener, session.embedded
+        status = "stopped"
+        stored = {
+            where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
+            for where, (_, splits) in self.data.items()
+        }
+        import sys
+
+        world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
+        listening = tune.Listening(on_start=self._on_start, on_epoch=self._on_epoch, on_end=self._on_end)
+        left = self.space.num_trials - len(self.state.records) + len(self.waiting)
+        try:
+            if left:
+                tune.run_trials(
+                    GroupTrial if self.grouped else OneWorkerTrial,
+                    world,
+                    next_trial=self._next,
+                    num_trials=left,
+                    scheduler=tune.scheduler_of(
+                        self.spec,
+                        self.recipe,
+                        metric=self.target.metric,
+                        mode=self.target.mode,
+                        past=self.past,
+                        mutate=self._mutated,
+                    ),
+                    bundles=self.needs.bundles,
+                    concurrency=self.state.concurrency,
+                    reuse=not self.grouped,
+                    max_failures=self.spec.max_failures,
+                    listening=listening,
+                )
+            status = "finished"
+        finally:
+            result = self._conclude(status)
+        best = self.state.best()
+        return SweepOutcome(
+            status, self._best_recipe(best) if best else None, best, self.state.records, str(self.directory), result
+        )
+
+    # -- what Tune asks and tells ------------------------------------------------------------------------------------
+
+    def _next(self) -> dict[str, Any] | None:
+        """The next trial: one that was interrupted, or a new sample, which the recipe may refuse."""
+        if self.waiting:
+            record = self.waiting.pop(0)
+            return self._config(record, self.space.trial(self.base, record.overrides))
+        while len(self.state.records) < self.space.num_trials:
+            index = len(self.state.records)
+            overrides = self.searcher.ask(index)
+            if overrides is None:
+                return None
+            record = TrialRecord(index, dict(overrides))
+            self.state.records.append(record)
+            try:
+                recipe = self.space.trial(self.base, overrides)
+                recipe.check(self._open(recipe)[0].manifest)
+            except UserError as error:
+                record.status, record.error = "invalid", str(error)
+                self.searcher.tell(index, overrides, None)
+                self._changed(record)
+                continue
+            self._changed(record)
+            return self._config(record, recipe)
+        return None
+
+    def _config(self, record: TrialRecord, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "index": record.index,
+            "overrides": record.overrides,
+            "recipe": recipe.model_dump(mode="json"),
+            "run": self.directory.trial(record.index).uri,
+            "data": self._open(recipe)[0].folder.uri,
+            "validates": bool(self._open(recipe)[0].manifest.rows("validation")),
+            "environment": self.facts,
+            "use_gpu": self.use_gpu,
+            "workers": self.workers,
+            "num_workers": self.num_workers,
+            "embedded": self.embedded,
+        }
+
+    def _mutated(self, config: Mapping[str, Any], donor: Mapping[str, Any], draw: int) -> dict[str, Any]:
+        """The recipient's configuration with the donor's values, mutated."""
+        rng = np.random.default_rng([self.spec.seed, config["index"], draw])
+        overrides = self.space.perturb(donor["overrides"], rng)
+        record, theirs = self.state.records[config["index"]], self.state.records[donor["index"]]
+        record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
+        self._changed(record)
+        return {**config, "overrides": overrides, "recipe": self._dumped(overrides)}
+
+    def _dumped(self, overrides: Overrides) -> dict[str, Any]:
+        dumped: dict[str, Any] = self.space.trial(self.base, overrides).model_dump(mode="json")
+        return dumped
+
+    def _on_start(self, index: int, failures: int) -> None:
+        record = self.state.records[index]
+        record.status, record.attempts = "running", self.earlier.get(index, 0) + failures + 1
+        self.started.setdefault(index, time.time())
+        self._changed(record)
+
+    def _on_epoch(self, index: int, result: Mapping[str, Any]) -> None:
+        from cluster.tuning.trials import EPOCH
+
+        record = self.state.records[index]
+        record.epochs = int(result.get(EPOCH, record.epochs))
+        record.metrics |= {
+            name: float(value) for name, value in result.items() if "/" in name and isinstance(value, (int, float))
+        }
+        value = result.get(self.target.metric)
+        if value is not None and math.isfinite(value):
+            better = max if self.target.mode == "max" else min
+            record.value = value if record.value is None else better(record.value, value)
+        self._changed(record, write=False)
+
+    def _on_end(self, index: int, status: Status, error: str | None) -> None:
+        record = self.state.records[index]
+        record.status, record.error = status, error
+        record.time_s = round(record.time_s + time.time() - self.started.get(index, time.time()), 3)
+        run = self.directory.trial(index)
+        if run.exists("lineage.json"):
+            record.lineage = run.read_json("lineage.json")
+        self.searcher.tell(index, record.overrides, None if status == "failed" else record.value)
+        self._changed(record)
+
+    def _changed(self, record: TrialRecord, *, write: bool = True) -> None:
+        if write:
+            self.directory.write(record)
+        if self.listener:
+            self.listener(self.state)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _best_recipe(self, best: TrialRecord) -> Recipe:
+        """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""
+        return _trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
+
+    def _conclude(self, status: str) -> dict[str, Any]:
+        best = self.state.best()
+        records = self.state.records
+        for record in records:
+            if record.status not in ENDED:
+                self.directory.write(record)
+        self.directory.write_tables(records)
+        wall_s = time.time() - self.began
+        ended = sum(record.status in ("finished", "pruned") for record in records)
+        result: dict[str, Any] = {
+            "status": status,
+            "metric": self.target.metric,
+            "mode": self.target.mode,
+            "best": None,
+            "metrics": dict(best.metrics) if best else {},
+            "trials": {name: self.state.count(name) for name in get_args(Status)},
+            "epochs": sum(record.epochs for record in records),
+            "concurrency": self.state.concurrency,
+            "wall_s": round(wall_s, 3),
+            "trials_per_hour": round(3600 * ended / wall_s, 1),
+        }
+        if best:
+            result["best"] = {"trial": best.index, "value": best.value, "overrides": best.overrides}
+            self.directory.folder.write_text("best.yaml", dump_recipe(self._best_recipe(best)))
+            _copy_model(self.directory, best.index)
+        self.directory.write_result(result)
+        return result
+
+
+def _copy_model(directory: SweepDirectory, index: int) -> None:
+    """The best trial's weights, beside its recipe as in a run."""
+    source, out = directory.trial(index) / "model", directory.folder / "model"
+    if not directory.trial(index).exists("model"):
+        return
+    for name in source.names():
+        out.write_bytes(name, source.read_bytes(name))
+
+
+def replayed(run: str, trial: int) -> Recipe:
+    """The recipe that trains one trial of a sweep again, as one run: of a population, with what it took over.
+
+    Raises UserError where there is no such trial.
+    """
+    directory = SweepDirectory(run)
+    recipe = directory.recipe()
+    found = [record for record in directory.records() if record.index == trial]
+    if not found:
+        raise UserError(f"{directory}: no trial {trial}; give the number of one in trials.csv")
+    return _trial_recipe(recipe, found[0], name=f"{recipe.name}-{found[0].name}")
+
+
+def _trial_recipe(recipe: Recipe, record: TrialRecord, *, name: str) -> Recipe:
+    assert recipe.sweep is not None
+    base = recipe.model_copy(update={"sweep": None})
+    first = record.lineage[0]["set"] if record.lineage else record.overrides
+    changes = tuple(ChangeSpec(epoch=entry["epoch"], set=entry["set"]) for entry in record.lineage[1:])
+    return Space(recipe.sweep).trial(base, first).model_copy(update={"name": name, "changes": changes})

@@ -1,0 +1,200 @@
+"""Ray Tune's side of a sweep: our searchers as its search algorithm, its schedulers, its loop over trials."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from cluster.runtime import configure_ray
+from cluster.training.recipe import Recipe
+from cluster.tuning.ledger import Status
+from cluster.tuning.spec import SweepSpec
+
+# What a trial needs is in its run directory: Tune shall write no second account of it.
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_RESULT_DELIM": "//",  # our metrics have a / in their names
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # KeyboardInterrupt must reach the caller
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def configure_tune() -> None:
+    """Settle Tune's environment; must come before the first `import ray`."""
+    configure_ray()
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+configure_tune()
+
+from ray import tune  # noqa: E402
+from ray.tune.schedulers import (  # noqa: E402
+    ASHAScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher  # noqa: E402
+
+from cluster.tuning.trials import EPOCH, ERROR, OUTCOME  # noqa: E402
+
+# (recipient's configuration, donor's, a number that differs each time) -> the recipient's new one
+Mutate = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+Next = Callable[[], "Mapping[str, Any] | None"]
+
+
+class Suggestions(Searcher):
+    """Tune asks it for trials; whoever made it says which, and is told how they went."""
+
+    def __init__(self, next_trial: Next) -> None:
+        super().__init__()
+        self._next = next_trial
+
+    def suggest(self, trial_id: str) -> Any:
+        """See Searcher."""
+        config = self._next()
+        return Searcher.FINISHED if config is None else dict(config)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """See Searcher: the Listening callback has been told already."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """See Searcher: the sweep's directory has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See Searcher."""
+
+
+class Listening(tune.Callback):
+    """Hands on what Tune learns of each trial."""
+
+    def __init__(
+        self,
+        *,
+        on_start: Callable[[int, int], None],
+        on_epoch: Callable[[int, Mapping[str, Any]], None],
+        on_end: Callable[[int, Status, str | None], None],
+    ) -> None:
+        self._on_start, self._on_epoch, self._on_end = on_start, on_epoch, on_end
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Callback."""
+        self._on_start(trial.config["index"], trial.num_failures)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """See Callback."""
+        self._on_epoch(trial.config["index"], result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Callback. What did not end by itself was stopped by the scheduler."""
+        result = trial.last_result or {}
+        self._on_end(trial.config["index"], result.get(OUTCOME, "pruned"), result.get(ERROR))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """See Callback. Called once the retries are used up."""
+        error = trial.get_error() if hasattr(trial, "get_error") else None
+        lines = str(error or "its process died").strip().splitlines()
+        self._on_end(trial.config["index"], "failed", lines[-1])
+
+
+class _Population(PopulationBasedTraining):
+    """Tune's population, whose values are mutated as the sweep's space says."""
+
+    def __init__(self, mutate: Mutate, **options: Any) -> None:
+        super().__init__(**options)
+        self._mutate, self._draws = mutate, 0
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See TrialScheduler. Tune refuses all search algorithms here, as if they minded what is mutated later."""
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._draws += 1
+        return self._mutate(trial.config, trial_to_clone.config, self._draws), {}
+
+
+def scheduler_of(
+    sweep: SweepSpec,
+    recipe: Recipe,
+    *,
+    metric: str,
+    mode: str,
+    past: Mapping[int, list[tuple[int, float]]],
+    mutate: Mutate,
+) -> TrialScheduler:
+    """Tune's scheduler. `past` has (epoch, value) of the trials of a sweep that goes on, to be judged against."""
+    epochs = recipe.train.epochs
+    common = {"time_attr": EPOCH, "metric": metric, "mode": mode}
+    if sweep.scheduler == "asha":
+        asha = ASHAScheduler(
+            **common,
+            max_t=epochs,
+            grace_period=min(sweep.grace_epochs, epochs),
+            reduction_factor=sweep.reduction_factor,
+            stop_last_trials=False,
+        )
+        sign = 1 if mode == "max" else -1
+        for index, results in past.items():
+            for epoch, value in results:
+                asha._brackets[0].on_result(SimpleNamespace(trial_id=f"past-{index}"), epoch, sign * value)
+        return asha
+    if sweep.scheduler == "median":
+        return MedianStoppingRule(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
+    if sweep.scheduler == "pbt":
+        return _Population(
+            mutate,
+            **common,
+            perturbation_interval=sweep.perturb_every(epochs),
+            custom_explore_fn=lambda config: config,  # see _get_new_config
+            log_config=False,
+        )
+    return FIFOScheduler()
+
+
+def run_trials(
+    trainable: type[tune.Trainable],
+    world: Any,
+    *,
+    next_trial: Next,
+    num_trials: int,
+    scheduler: TrialScheduler,
+    bundles: list[dict[str, float]],
+    concurrency: int,
+    reuse: bool,
+    max_failures: int,
+    listening: Listening,
+) -> None:
+    """All trials, `concurrency` at once; each holds `bundles`. Returns once all have ended."""
+    placed = tune.with_resources(
+        tune.with_parameters(trainable, world=world), tune.PlacementGroupFactory(bundles, strategy="PACK")
+    )
+    with tempfile.TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as notes:
+        tuner = tune.Tuner(
+            placed,
+            tune_config=tune.TuneConfig(
+                search_alg=Suggestions(next_trial),
+                scheduler=scheduler,
+                num_samples=num_trials,
+                # a population takes turns: all of it must be there, and what fits at once follows from what each holds
+                max_concurrent_trials=None if isinstance(scheduler, _Population) else concurrency,
+                reuse_actors=reuse,
+                trial_dirname_creator=lambda trial: f"{trial.config['index']:04d}-{trial.trial_id}",
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=notes,
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[listening],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
