@@ -50,7 +50,14 @@ Mutate = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
 Next = Callable[[], "Mapping[str, Any] | None"]
 
 
-class Suggestions(Searcher):
+class _Unsaved:
+    """Tune pickles all it is given, to resume by itself. We never do so, and a sweep holds data, locks and terminals."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Suggestions(_Unsaved, Searcher):
     """Tune asks it for trials; whoever made it says which, and is told how they went."""
 
     def __init__(self, next_trial: Next) -> None:
@@ -72,7 +79,7 @@ class Suggestions(Searcher):
         """See Searcher."""
 
 
-class Listening(tune.Callback):
+class Listening(_Unsaved, tune.Callback):
     """Hands on what Tune learns of each trial."""
 
     def __init__(
@@ -106,7 +113,7 @@ class Listening(tune.Callback):
         self._on_end(trial.config["index"], "failed", lines[-1])
 
 
-class _Population(PopulationBasedTraining):
+class _Population(_Unsaved, PopulationBasedTraining):
     """Tune's population, whose values are mutated as the sweep's space says."""
 
     def __init__(self, mutate: Mutate, **options: Any) -> None:
