@@ -51,7 +51,7 @@ Next = Callable[[], "Mapping[str, Any] | None"]
 
 
 class _Unsaved:
-    """Tune pickles all it is given, to resume by itself. We never do so, and a sweep holds data, locks and terminals."""
+    """Tune pickles all it is given, to resume by itself. We never do, and a sweep holds data and locks."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
