@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from cluster.storage import Folder
 from jobs.report import game
 from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, steps_per_epoch, words
-from jobs.report.files import AbsentError, Tensors, is_number, left_out, mapping, read_records
+from jobs.report.files import BROKEN, AbsentError, Tensors, is_number, left_out, mapping, read_records
 from jobs.report.pictures import example_shape, read_evaluation, read_first_layer
 from jobs.report.rendering import duration, flat, write_page
 from jobs.report.samples import described_grid, read_samples
-from jobs.report.sweep import is_sweep, write_sweep_report
 from nn_models.errors import UserError
 
 Array = NDArray[Any]
@@ -28,7 +27,9 @@ def write_report(run: str) -> str:
     Raises UserError where the directory is neither or cannot be written.
     """
     folder = Folder(run)
-    if is_sweep(folder):
+    if _is_sweep(folder):
+        from jobs.report.sweep import write_sweep_report  # imports torch, with the recipe's Specs
+
         return write_sweep_report(folder)
     _refuse_what_is_no_run(folder)
     notes: list[str] = []
@@ -113,6 +114,18 @@ def _game(
         "samples": samples,
         "grid": described_grid(model, data),
     }
+
+
+def _is_sweep(folder: Folder) -> bool:
+    """Whether a directory is a sweep's. A run may have a recipe with a section sweep, too, but then metrics as well."""
+    if "trials" in folder.names():
+        return not folder.exists("metrics.jsonl")
+    if folder.exists("metrics.jsonl") or not folder.exists("recipe.yaml"):
+        return False
+    try:
+        return isinstance(mapping(yaml.safe_load(folder.read_text("recipe.yaml"))).get("sweep"), dict)
+    except BROKEN:
+        return False
 
 
 def _refuse_what_is_no_run(folder: Folder) -> None:

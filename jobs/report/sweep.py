@@ -19,25 +19,12 @@ from jobs.report.importance import Importance, importance
 from jobs.report.rendering import duration, flat, write_page
 from jobs.report.sweep_charts import MAX_LINES, bars, curves, parallel
 from jobs.report.trials import Trial, best_of, columns_of, ranked, read_trials, shown
-from nn_models.errors import UserError
 from nn_models.spec import validate
 
 MAX_ROWS = 1000
 MAX_REASONS = 50
 MAX_LINEAGES = 100
 STATUSES = ("finished", "pruned", "failed", "invalid", "running", "waiting")
-
-
-def is_sweep(folder: Folder) -> bool:
-    """Whether a directory is a sweep's. A run may have a recipe with a section sweep, too, but then metrics as well."""
-    if "trials" in folder.names():
-        return not folder.exists("metrics.jsonl")
-    if folder.exists("metrics.jsonl") or not folder.exists("recipe.yaml"):
-        return False
-    try:
-        return isinstance(mapping(yaml.safe_load(folder.read_text("recipe.yaml"))).get("sweep"), dict)
-    except (UserError, OSError, ValueError, RecursionError, yaml.YAMLError):
-        return False
 
 
 class _Section(NamedTuple):
@@ -118,6 +105,7 @@ def write_sweep_report(folder: Folder) -> str:
         reasons=_reasons(trials),
         paths=[column.path for column in columns],
         rows=_rows(trials, [column.path for column in columns], best, metric_name, mode),
+        retried=any(trial.attempts > 1 for trial in trials),
         num_hidden=max(0, len(trials) - MAX_ROWS),
         recipe=text,
         environment=environment,
@@ -244,10 +232,8 @@ def _rows(
             "epochs": trial.epochs or "",
             "values": [(shown(trial.values[path]) if path in trial.values else "") for path in paths],
             "numbers": [is_number(trial.values.get(path)) for path in paths],
-            "attempts": trial.attempts if trial.attempts > 1 else "",
+            "attempts": trial.attempts or "",
             "time": duration(trial.time_s) if trial.time_s else "",
         }
         for trial in [*([best] if best else []), *ordered][:MAX_ROWS]
     ]
-
-

@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 800, 300
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 790.0, 10.0, 262.0
 MAX_LINES = 300
 MAX_POINTS = 80  # of a curve
+MARGIN = 0.9
 MAX_LABEL = 18
 AXIS_WIDTH = 118  # of parallel coordinates, at least
 MAX_TICKS = 14
@@ -88,7 +89,8 @@ def curves(trials: Sequence[Trial], best: Trial | None, metric: str, mode: str, 
     everything = np.array([point for trial in drawn for point in trial.curve])
     log = is_logarithmic(metric, everything[:, 1])
     x_axis = Axis(np.append(everything[:, 0], 0), (LEFT, RIGHT), whole=True)
-    y_axis = Axis(everything[:, 1], (BOTTOM, TOP), log=log)
+    margin = everything[:, 1].min() * MARGIN if log else everything[0, 1]  # the best line lies not on the frame
+    y_axis = Axis(np.append(everything[:, 1], margin), (BOTTOM, TOP), log=log)
     strengths = _strengths(drawn, mode)
     lines = [
         Line(
@@ -221,7 +223,9 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _label(path: str) -> str:
-    return path if len(path) <= MAX_LABEL else f"…{path[-MAX_LABEL + 1 :]}"
+    """As much of a path as stands above an axis: its end says most."""
+    last = path.rpartition(".")[2]
+    return next((text for text in (path, last) if len(text) <= MAX_LABEL), f"…{path[-MAX_LABEL + 1 :]}")
 
 
 def _short(text: str) -> str:

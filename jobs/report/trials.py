@@ -116,8 +116,11 @@ def _curve(records: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[floa
 def best_of(trials: Iterable[Trial], mode: str) -> Trial | None:
     """As the sweep chooses it: of those that came to their end, where there are any."""
     valued = ranked(trials, mode)
-    finished = [trial for trial in valued if trial.status == "finished"]
-    return (finished or [trial for trial in valued if trial.status in ("pruned", "running")] or [None])[0]
+    for statuses in (("finished",), ("pruned", "running")):
+        found = [trial for trial in valued if trial.status in statuses]
+        if found:
+            return found[0]
+    return None
 
 
 def ranked(trials: Iterable[Trial], mode: str) -> list[Trial]:
@@ -146,7 +149,9 @@ def columns_of(trials: Sequence[Trial], drawn_from: Iterable[tuple[str, Distribu
     sources: dict[str, list[Distribution]] = {}
     for name, distribution in drawn_from:
         sources.setdefault(re.sub(r"\.(choice|grid)\.\d+(?=\.|$)", "", name), []).append(distribution)
-    return [_column(path, [t.values[path] for t in trials if path in t.values], sources.get(path, [])) for path in paths]
+    return [
+        _column(path, [t.values[path] for t in trials if path in t.values], sources.get(path, [])) for path in paths
+    ]
 
 
 def _column(path: str, values: Sequence[Any], sources: Sequence[Distribution]) -> Column:
