@@ -1,17 +1,20 @@
 """Importance: which of a sweep's values tell how well a trial did, by a random forest and shuffled columns."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jobs.report.files import AbsentError
 from jobs.report.trials import Column, Trial
 
+Array = NDArray[Any]
+
 LEAST_TRIALS = 8
-NUM_FORESTS = 5
+NUM_FORESTS = 3
 NUM_TREES = 100
-NUM_SHUFFLES = 10
+NUM_SHUFFLES = 20
 
 
 class Importance(NamedTuple):
@@ -21,6 +24,8 @@ class Importance(NamedTuple):
     noise: float  # what columns of random numbers get
     explained: float  # R2 of trials that a tree was not fitted to
     num_trials: int
+    num_forests: int = NUM_FORESTS
+    num_trees: int = NUM_TREES
 
 
 def importance(trials: Sequence[Trial], columns: Sequence[Column]) -> Importance:
@@ -36,7 +41,6 @@ def importance(trials: Sequence[Trial], columns: Sequence[Column]) -> Importance
     if not varying:
         raise AbsentError("all trials with a value have the same values")
     from sklearn.ensemble import RandomForestRegressor
-    from sklearn.inspection import permutation_importance
 
     table = np.array([[_cell(trial, column) for column in varying] for trial in valued])
     for column in table.T:  # absent, as in a section that was not chosen: apart from all that are there
@@ -48,11 +52,10 @@ def importance(trials: Sequence[Trial], columns: Sequence[Column]) -> Importance
         raise AbsentError("all trials came to the same value")
     found, explained = [], []
     for seed in range(NUM_FORESTS):
-        random = np.random.default_rng(seed).random((len(valued), 1))
-        inputs = np.hstack([table, random])
+        rng = np.random.default_rng(seed)
+        inputs = np.hstack([table, rng.random((len(valued), 1))])
         forest = RandomForestRegressor(NUM_TREES, oob_score=True, random_state=seed).fit(inputs, order)
-        shuffled = permutation_importance(forest, inputs, order, n_repeats=NUM_SHUFFLES, random_state=seed)
-        found.append(shuffled.importances)
+        found.append(_lost_by_shuffling(forest.predict, inputs, order, rng))
         explained.append(forest.oob_score_)
     spread = np.concatenate(found, axis=1)
     rows = [
@@ -61,6 +64,21 @@ def importance(trials: Sequence[Trial], columns: Sequence[Column]) -> Importance
     ]
     rows.sort(key=lambda row: -row[1])
     return Importance(rows, float(spread[-1].mean()), float(np.mean(explained)), len(valued))
+
+
+def _lost_by_shuffling(
+    predict: Callable[[Array], Array], inputs: Array, order: Array, rng: np.random.Generator
+) -> Array:
+    """The loss of R2 for each column and shuffle; all of them are predicted at once, as each call takes its time."""
+    num_rows, num_columns = inputs.shape
+    shuffled = np.tile(inputs, (num_columns, NUM_SHUFFLES, 1, 1))
+    for column in range(num_columns):
+        for times in range(NUM_SHUFFLES):
+            rng.shuffle(shuffled[column, times, :, column])
+    told = predict(shuffled.reshape(-1, num_columns)).reshape(num_columns, NUM_SHUFFLES, num_rows)
+    errors: Array = np.square(told - order).mean(axis=2)
+    lost: Array = (errors - np.square(predict(inputs) - order).mean()) / order.var()
+    return lost
 
 
 def _cell(trial: Trial, column: Column) -> float:

@@ -46,7 +46,8 @@ def record(index: int, lr: float = 1e-2, **changes: Any) -> TrialRecord:
     }
     value = 0.1 + math.log10(lr / 1e-2) ** 2
     found: dict[str, Any] = {"status": "finished", "value": value, "epochs": 9, "attempts": 1, "time_s": 2.5}
-    return TrialRecord(**{"index": index, "overrides": overrides, "metrics": {"validation/loss": value}, **found, **changes})
+    told = {"index": index, "overrides": overrides, "metrics": {"validation/loss": value}}
+    return TrialRecord(**{**told, **found, **changes})
 
 
 def write_sweep(
@@ -77,8 +78,8 @@ def write_sweep(
 
 def records(num: int = 12) -> list[TrialRecord]:
     made = [record(index, lr=10 ** (-4 + 4 * index / num)) for index in range(num)]
-    for index in (3, 4):
-        made[index].status, made[index].epochs = "pruned", 3
+    for one in made[3:5]:
+        one.status, one.epochs = "pruned", 3
     return made
 
 
@@ -258,7 +259,7 @@ def test_columns_follow_the_space(tmp_path):
     assert columns["optimizer.lr"].log
     assert columns["optimizer.lr"].categories is None
     assert not columns["optimizer.momentum"].log
-    assert columns["optimizer.kind"].categories == ["sgd", "adam"]
+    assert columns["optimizer.kind"].categories == ["adam", "sgd"]
     assert columns["model.hidden"].categories == ["[16]", "[64, 32]"]
     numbers = columns_of(trials, [("train.seed", parse({"choice": [64, 8, 0]}))])
     assert next(c for c in numbers if c.path == "train.seed").categories == sorted({(37 * i) % 100 for i in range(12)})
