@@ -129,7 +129,7 @@ def parallel(
         values = [trial.values[column.path] for trial in drawn if column.path in trial.values]
         given = np.array([column.place(value) for value in values])
         if column.categories is None:
-            axis = Axis(given, (bottom, top), log=column.log)
+            axis = Axis(np.append(given, column.bounds), (bottom, top), log=column.log)
             ticks, remark = axis.ticks, "logarithmic" if column.log else ""
         else:
             axis = Axis(np.array([0.0, max(1, len(column.categories) - 1)]), (bottom - 8, top + 8))

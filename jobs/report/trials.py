@@ -137,6 +137,7 @@ class Column:
     path: str
     log: bool
     categories: list[Any] | None  # in order; None for numbers
+    bounds: tuple[float, ...] = ()  # of numbers: between which they were drawn, where that is known
 
     def place(self, value: Any) -> float:
         """A value as a number: itself, or its category's place."""
@@ -159,7 +160,8 @@ def _column(path: str, values: Sequence[Any], sources: Sequence[Distribution]) -
     chosen = [source for source in sources if isinstance(source, Choice)]
     if numbers and not chosen:
         log = any(isinstance(source, Uniform) and source.log for source in sources) and min(values) > 0
-        return Column(path, log, None)
+        ranges = [source for source in sources if isinstance(source, Uniform)]
+        return Column(path, log, None, tuple(bound for one in ranges for bound in (one.low, one.high)))
     listed = [text(option) for choice in chosen for option in choice.options]
     different = list({(str(type(value)), value): value for value in values}.values())
 
