@@ -104,9 +104,9 @@ def print_sweep(outcome: SweepOutcome, report: str | None, *, as_json: bool) -> 
         facts |= {path: _text(value) for path, value in best.overrides.items()}
         tested = {name: value for name, value in best.metrics.items() if name.startswith("test/")}
         facts |= {name: f"{value:.4f}" for name, value in tested.items()}
-        facts["best recipe"] = f"{outcome.run.rstrip('/')}/best.yaml"
-        if SweepDirectory(outcome.run).folder.exists("model"):
-            facts["model"] = f"{outcome.run.rstrip('/')}/model"
+        folder = SweepDirectory(outcome.run).folder
+        facts["best recipe"] = folder / "best.yaml"
+        facts["model"] = folder / "model" if folder.exists("model") else None
     facts["trials"] = f"{counts(outcome.trials)}; {outcome.result['trials_per_hour']:,.0f} an hour"
     print_outcome({}, {**facts, "sweep": outcome.run, "report": report})
     for line in reasons(outcome.trials):

@@ -194,7 +194,8 @@ def state(records: list[TrialRecord]) -> SweepState:
 
 
 def test_the_table_has_the_best_and_the_running_ones_first():
-    records = [trial(index, value=1.0 + index % 7) for index in range(30)] + [trial(30, "running"), trial(31, "running")]
+    records = [trial(index, value=1.0 + index % 7) for index in range(30)]
+    records += [trial(30, "running"), trial(31, "running")]
     records[3].value = 0.5
     rows = chosen_rows(state(records))
     assert len(rows) == MAX_ROWS

@@ -120,6 +120,12 @@ def test_rungs_count_who_reached_them(tmp_path):
     assert " 3 12 10 2 " in page.words
 
 
+def test_a_sweep_at_a_uri(tmp_path):
+    sweep = write_sweep(tmp_path / "sweep", records())
+    assert write_report(f"file://{sweep}") == f"file://{sweep}/report.html"
+    assert "All trials" in Page((sweep / "report.html").read_text()).headings
+
+
 def test_few_trials_have_no_importance(tmp_path):
     page = page_of(write_sweep(tmp_path / "sweep", records(5)))
     assert "Not computed: it takes 8 trials with a value, and here are 5." in page.words
