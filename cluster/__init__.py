@@ -1,4 +1,4 @@
-"""Where and how models are trained: data, the loop, Ray. `train`, `evaluate` and `load_recipe` are the way in."""
+"""Where and how models are trained: data, the loop, Ray. `train`, `sweep`, `evaluate`, `load_recipe` are the way in."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,14 +6,18 @@ if TYPE_CHECKING:
     from cluster.training.evaluate_run import evaluate_run as evaluate
     from cluster.training.recipe import load_recipe
     from cluster.training.trainer import Outcome, train
+    from cluster.tuning.sweep import SweepOutcome, replayed, sweep
 
-__all__ = ["Outcome", "evaluate", "load_recipe", "train"]
+__all__ = ["Outcome", "SweepOutcome", "evaluate", "load_recipe", "replayed", "sweep", "train"]
 
 _HOMES = {
     "train": ("cluster.training.trainer", "train"),
     "Outcome": ("cluster.training.trainer", "Outcome"),
     "load_recipe": ("cluster.training.recipe", "load_recipe"),
     "evaluate": ("cluster.training.evaluate_run", "evaluate_run"),
+    "sweep": ("cluster.tuning.sweep", "sweep"),
+    "SweepOutcome": ("cluster.tuning.sweep", "SweepOutcome"),
+    "replayed": ("cluster.tuning.sweep", "replayed"),
 }
 
 

@@ -210,24 +210,81 @@ def train(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run: Annotated[str | None, typer.Option(help="Directory or URI to write; by default a new one in sweeps/.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Ray workers of each trial; of a GAN, pairs of halves.")] = 1,
+    gpu: GpuOption = False,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster, HOST:PORT.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --run.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: run failed trials again.")
+    ] = False,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="At most so many trials at once; by default all that fit.")
+    ] = None,
+    fuse: Annotated[
+        str, typer.Option(metavar="auto|off|N", help="Train trials that allow it as one batched model, N at most.")
+    ] = "auto",
+    as_json: JsonOption = False,
+    report: Annotated[bool, typer.Option(help="Write SWEEP/report.html at the end.")] = True,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the trials that a recipe's section sweep describes, and find the best."""
+    from jobs.sweeping import Interrupted, print_sweep, run_sweep
+
+    if resume and run is None:
+        raise UserError("--resume: say which sweep to continue with --run DIR")
+    if retry_failed and not resume:
+        raise UserError("--retry-failed: there are failed trials only in a sweep that goes on; add --resume --run DIR")
+    try:
+        outcome = run_sweep(
+            recipe,
+            overrides=_overrides(set_),
+            run=run,
+            workers=workers,
+            gpu=gpu,
+            address=address,
+            resume=resume,
+            retry_failed=retry_failed,
+            concurrency=concurrency,
+            fuse=fuse,
+            verbose=verbose,
+        )
+    except Interrupted as interrupted:
+        raise typer.Exit(_complain(str(interrupted), INTERRUPTED)) from None
+    written = None
+    if report:
+        from jobs.report import write_report
+
+        written = write_report(outcome.run)
+    print_sweep(outcome, written, as_json=as_json)
+    if outcome.best_trial is None:
+        raise typer.Exit(_complain("no trial came to a value; the reasons are above and in trials.csv", FAILED))
+
+
+@app.command()
 def show(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    workers: Annotated[str, typer.Option(help="Ray workers that the memory is estimated for.")] = "0",
+    workers: Annotated[str, typer.Option(help="Ray workers that the memory, or a trial's needs, are for.")] = "0",
     as_json: JsonOption = False,
 ) -> None:
-    """Show a recipe resolved: layers, parameters, steps, memory. Trains nothing."""
+    """Show a recipe resolved: layers, parameters, steps, memory; its sweep's space and cost. Trains nothing."""
     from cluster.data.prepare import prepared
     from cluster.runtime import parse_workers
     from cluster.training.recipe import load_recipe
     from cluster.training.summary import summarise
     from jobs.show import print_summary
+    from jobs.show_sweep import plan_of
 
     _, most = parse_workers(workers)
     resolved = load_recipe(recipe, _overrides(set_))
     manifest = prepared(resolved.data).manifest
     resolved.check(manifest)
-    print_summary(resolved, manifest, summarise(resolved, manifest, num_workers=most), as_json=as_json)
+    plan = plan_of(resolved, manifest, num_workers=max(1, most)) if resolved.sweep else None
+    print_summary(resolved, manifest, summarise(resolved, manifest, num_workers=most), plan, as_json=as_json)
 
 
 @app.command()
@@ -300,8 +357,10 @@ def generate(
 
 
 @app.command()
-def report(run: RunArgument) -> None:
-    """Write RUN/report.html anew."""
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN|SWEEP", help="The directory of a run or a sweep.")],
+) -> None:
+    """Write report.html of a run or a sweep anew."""
     from jobs.report import write_report
 
     print(write_report(run))

@@ -9,6 +9,7 @@ from rich.table import Table
 from cluster.data.manifest import Manifest
 from cluster.training.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe
 from cluster.training.summary import Summary
+from jobs.show_sweep import Plan
 from nn_models import zoo
 
 
@@ -16,8 +17,10 @@ def _console() -> Console:
     return Console(soft_wrap=True, highlight=False)
 
 
-def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_json: bool) -> None:
-    """The resolved recipe, its layers, steps and memory."""
+def print_summary(
+    recipe: Recipe, manifest: Manifest, summary: Summary, plan: Plan | None = None, *, as_json: bool
+) -> None:
+    """The resolved recipe, its layers, steps and memory, and the plan of its sweep."""
     if as_json:
         facts = {
             "recipe": recipe.model_dump(mode="json"),
@@ -26,6 +29,7 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
             "num_outputs": manifest.num_outputs,
             "layers": [vars(layer) for layer in summary.layers],
             **{name: value for name, value in vars(summary).items() if name != "layers"},
+            "sweep": plan.facts() if plan else None,
         }
         print(json.dumps(facts))
         return
@@ -45,6 +49,8 @@ def print_summary(recipe: Recipe, manifest: Manifest, summary: Summary, *, as_js
     text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
     each = "a worker" if recipe.adversarial is None else "both halves"
     console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
+    if plan:
+        plan.print_on(console)
 
 
 def print_models(*, as_json: bool) -> None:

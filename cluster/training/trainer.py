@@ -69,7 +69,7 @@ def train(
     could not finish. KeyboardInterrupt leaves result.json with the status `stopped`.
     """
     began = time.time()
-    recipe = load_recipe(recipe, overrides)
+    recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
     directory = RunDirectory(new_run_name(recipe) if run is None else run)
     if resume and directory.exists():
         _refuse_other_recipe(recipe, directory)

@@ -52,7 +52,14 @@ Mutate = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
 Next = Callable[[], "Mapping[str, Any] | None"]
 
 
-class Suggestions(Searcher):
+class _Unsaved:
+    """Tune pickles all it is given, to resume by itself. We never do, and a sweep holds data and locks."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Suggestions(_Unsaved, Searcher):
     """Tune asks it for trials; whoever made it says which, and is told how they went."""
 
     def __init__(self, next_trial: Next) -> None:
@@ -74,7 +81,7 @@ class Suggestions(Searcher):
         """See Searcher."""
 
 
-class Listening(tune.Callback):
+class Listening(_Unsaved, tune.Callback):
     """Hands on what Tune learns of each trial."""
 
     def __init__(
@@ -124,7 +131,7 @@ def _indices(trial: Any) -> list[int]:
     return [trial.config["index"]] if members is None else [member["index"] for member in members]
 
 
-class _Population(PopulationBasedTraining):
+class _Population(_Unsaved, PopulationBasedTraining):
     """Tune's population, whose values are mutated as the sweep's space says."""
 
     def __init__(self, mutate: Mutate, **options: Any) -> None:

@@ -81,7 +81,7 @@ WIDTH, HEIGHT = 400, 230
 X_PIXELS, Y_PIXELS = (50.0, 390.0), (196.0, 10.0)
 
 
-class _Axis:
+class Axis:
     """Maps values to pixels, with ticks at round values."""
 
     def __init__(self, values: Array, pixels: tuple[float, float], *, log: bool = False, whole: bool = False) -> None:
@@ -112,6 +112,7 @@ class _Axis:
         self.ticks = [(float(self.place(tick)), _tick_label(tick)) for tick in ticks if self.holds(tick)]
 
     def holds(self, value: float) -> bool:
+        """Whether a value lies on the axis."""
         value = math.log10(value) if self.log else value
         return self.low <= value + 1e-9 * abs(value) and value - 1e-9 * abs(value) <= self.high
 
@@ -216,8 +217,8 @@ def _metric_chart(
     everything = np.array([point for one in series for point in one.points], dtype=float)
     finite = everything[np.isfinite(everything[:, 1])]
     on_page = np.concatenate([finite[:, 1], [value for _, value in levels]])
-    log = _spans_decades(series[0].metric, on_page)
-    x_axis, y_axis = _Axis(everything[:, 0], X_PIXELS, whole=True), _Axis(on_page, Y_PIXELS, log=log)
+    log = spans_decades(series[0].metric, on_page)
+    x_axis, y_axis = Axis(everything[:, 0], X_PIXELS, whole=True), Axis(on_page, Y_PIXELS, log=log)
     curves = []
     told = []
     for label, colour, name, points in series:
@@ -264,14 +265,14 @@ def _metric_chart(
     )
 
 
-def _spans_decades(name: str, values: Array) -> bool:
+def spans_decades(name: str, values: Array) -> bool:
     """Whether only a logarithmic axis shows all of the values."""
     low, high = values.min(), values.max()
     enough = 10 if name == "frechet_distance" else 100  # a bad start would hide how near the floor the end is
     return bool(re.search("loss|grad_norm|perplexity|frechet", name) and low > 0 and high / low >= enough)
 
 
-def _upright(x_axis: _Axis, x: float) -> str:
+def _upright(x_axis: Axis, x: float) -> str:
     """Path of a line down the chart; none where it would lie outside."""
     return f"M{x_axis.place(x)} {Y_PIXELS[0]}V{Y_PIXELS[1]}" if x_axis.holds(x) else ""
 
@@ -285,7 +286,7 @@ def _thinned(points: Sequence[tuple[float, float, bool]]) -> tuple[Array, Array]
     return np.add.reduceat(x, pieces) / sizes, np.add.reduceat(y, pieces) / sizes  # a NaN keeps its piece out
 
 
-def _path(x_axis: _Axis, y_axis: _Axis, x: Array, y: Array) -> str:
+def _path(x_axis: Axis, y_axis: Axis, x: Array, y: Array) -> str:
     parts, pen = [], "M"
     for at, value in zip(x_axis.place(x), y_axis.place(y), strict=True):
         if math.isfinite(value):
@@ -305,7 +306,7 @@ def scatter_chart(title: str, targets: Array, predictions: Array) -> Chart:
     targets, predictions = targets[keep].astype(float), predictions[keep].astype(float)
     chosen = np.linspace(0, len(targets) - 1, min(len(targets), MAX_SCATTER_POINTS)).astype(int)
     both = np.concatenate([targets, predictions])
-    x_axis, y_axis = _Axis(both, X_PIXELS), _Axis(both, Y_PIXELS)
+    x_axis, y_axis = Axis(both, X_PIXELS), Axis(both, Y_PIXELS)
     dots = [
         (float(x_axis.place(x)), float(y_axis.place(y)), f"true {number(x)}, predicted {number(y)}")
         for x, y in zip(targets[chosen].tolist(), predictions[chosen].tolist(), strict=True)

@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from numpy.typing import NDArray
 
 from cluster.storage import Folder
 from jobs.report import game
 from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, steps_per_epoch, words
-from jobs.report.files import AbsentError, Tensors, is_number, left_out, mapping, read_records
+from jobs.report.files import BROKEN, AbsentError, Tensors, is_number, left_out, mapping, read_records
 from jobs.report.pictures import example_shape, read_evaluation, read_first_layer
+from jobs.report.rendering import duration, flat, write_page
 from jobs.report.samples import described_grid, read_samples
 from nn_models.errors import UserError
 
@@ -21,13 +20,17 @@ Array = NDArray[Any]
 
 
 def write_report(run: str) -> str:
-    """Write RUN/report.html from what the run left behind, and return its path.
+    """Write report.html of a run or a sweep from what it left behind, and return its path.
 
-    `run` is a local path or a URI. Nothing in the run is executed: JSON, YAML (safe) and safetensors only. Whatever
-    is missing or broken is left out of the page and named at its end.
-    Raises UserError where the directory is no run or cannot be written.
+    `run` is the directory, a local path or a URI. Nothing in it is executed: JSON, YAML (safe) and safetensors only.
+    Whatever is missing or broken is left out of the page and named at its end.
+    Raises UserError where the directory is neither or cannot be written.
     """
     folder = Folder(run)
+    if _is_sweep(folder):
+        from jobs.report.sweep import write_sweep_report  # imports torch, with the recipe's Specs
+
+        return write_sweep_report(folder)
     _refuse_what_is_no_run(folder)
     notes: list[str] = []
     recipe: dict[str, Any] = {}
@@ -40,7 +43,7 @@ def write_report(run: str) -> str:
         result = mapping(json.loads(folder.read_bytes("result.json")))
     environment: list[tuple[str, str]] = []
     with left_out(notes, "The environment", file="environment.json"):
-        environment = list(_flat(mapping(json.loads(folder.read_bytes("environment.json")))))
+        environment = list(flat(mapping(json.loads(folder.read_bytes("environment.json")))))
     best = mapping(result.get("best"))
     records: list[dict[str, Any]] = []
     charts: list[Chart] = []
@@ -67,16 +70,10 @@ def write_report(run: str) -> str:
         with left_out(notes, "The learned filters", file="model/model.safetensors"):
             filters = read_first_layer(Tensors(folder, "model/model.safetensors"), image_shape)
 
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = templates.get_template("report.html").render(
+    return write_page(
+        folder,
+        "report.html",
         name=str(recipe.get("name") or folder.path.rsplit("/", 1)[-1]),
-        where=str(folder),
         kinds=kinds,
         status=str(result.get("status") or "unfinished"),
         error=result.get("error"),
@@ -92,11 +89,6 @@ def write_report(run: str) -> str:
         result=json.dumps(result, indent=2, ensure_ascii=False) if result else None,
         notes=notes,
     )
-    try:
-        folder.write_bytes("report.html", html.lstrip().encode(errors="replace"))  # a name may hold a lone surrogate
-    except OSError as error:
-        raise UserError(f"{folder}/report.html: cannot be written ({error}); make the directory writable") from None
-    return f"{folder}/report.html"
 
 
 def _game(
@@ -124,6 +116,18 @@ def _game(
     }
 
 
+def _is_sweep(folder: Folder) -> bool:
+    """Whether a directory is a sweep's. A run may have a recipe with a section sweep, too, but then metrics as well."""
+    if "trials" in folder.names():
+        return not folder.exists("metrics.jsonl")
+    if folder.exists("metrics.jsonl") or not folder.exists("recipe.yaml"):
+        return False
+    try:
+        return isinstance(mapping(yaml.safe_load(folder.read_text("recipe.yaml"))).get("sweep"), dict)
+    except BROKEN:
+        return False
+
+
 def _refuse_what_is_no_run(folder: Folder) -> None:
     names = folder.names()
     if {"recipe.yaml", "result.json", "metrics.jsonl"} & set(names):
@@ -133,14 +137,6 @@ def _refuse_what_is_no_run(folder: Folder) -> None:
     runs = [name for name in names[:100] if (folder / name).exists("recipe.yaml")]
     fix = f"name one of the runs in it: {', '.join(runs[:5])}" if runs else "name the directory given to --run"
     raise UserError(f"{folder}: not a run (it holds no recipe.yaml, metrics.jsonl or result.json); {fix}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _figures(metrics: Mapping[str, Any], *, of_game: bool) -> list[tuple[str, str]]:
@@ -168,8 +164,8 @@ def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tup
     yield "epochs", f"{done} of {planned}" if done and planned and done != planned else done or planned
     yield "steps", number(result.get("steps"))
     yield "global batch", number(train.get("global_batch_size"))
-    yield "duration", _duration(result.get("wall_s"))
-    yield "to the first step", _duration(result.get("time_to_first_step_s"))
+    yield "duration", duration(result.get("wall_s"))
+    yield "to the first step", duration(result.get("time_to_first_step_s"))
     yield "rows per second", number(result.get("rows_per_s"))
     yield "restarts", number(result.get("restarts"))
     if isinstance(result.get("rollbacks"), list):
@@ -178,14 +174,3 @@ def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tup
         name = str(best.get("metric", "value"))
         epoch = f", epoch {number(best['epoch'] + 1)}" if is_number(best.get("epoch")) else ""
         yield f"best {words(name)}", f"{figure(name, best['value'])}{', untrained' if best.get('step') == 0 else epoch}"
-
-
-def _duration(seconds: Any) -> str | None:
-    if not is_number(seconds):
-        return None
-    if seconds < 60:
-        return f"{seconds:.3g}\u202fs" if seconds < 10 else f"{seconds:.0f}\u202fs"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}\u202fmin {rest:02}\u202fs"
-    return f"{minutes // 60:,}\u202fh {minutes % 60:02}\u202fmin"
