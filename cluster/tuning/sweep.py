@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -154,6 +155,10 @@ def sweep(
         _refuse_other(recipe, directory)
     most = _most_fused(fuse)
     running = _Sweep(recipe, directory, num_workers, use_gpu, address)
+    if resume:
+        running.take_up(retry_failed)
+        if (done := directory.result()) and done["status"] == "finished" and not running.left:
+            return running.outcome(done)
     with ExitStack() as stack:
         cpus = max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in running.needs.all)))
         from cluster.tuning.tune import configure_tune
@@ -162,9 +167,7 @@ def sweep(
         session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
         running.refuse_what_never_fits(session.ray, concurrency)
         running.fuse(most)
-        if resume:
-            running.take_up(retry_failed)
-        else:
+        if not resume:
             facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
             directory.begin(recipe, facts)
         return running.run(session, listener)
@@ -299,11 +302,9 @@ class _Sweep:
             where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
             for where, (_, splits) in self.data.items()
         }
-        import sys
-
         world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
         listening = tune.Listening(on_start=self._on_start, on_epoch=self._on_epoch, on_end=self._on_end)
-        left = self.space.num_trials - len(self.state.records) + len(self.waiting)
+        left = self.left
         trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
         next_trial, scheduler = self._next, None
         if self.most_fused > 1:
@@ -312,7 +313,7 @@ class _Sweep:
         else:
             scheduler = tune.scheduler_of(
                 self.spec,
-                self.recipe,
+                longest_trial(self.recipe, self.space),
                 metric=self.target.metric,
                 mode=self.target.mode,
                 past=self.past,
@@ -335,10 +336,18 @@ class _Sweep:
             status = "finished"
         finally:
             result = self._conclude(status)
+        return self.outcome(result)
+
+    def outcome(self, result: dict[str, Any]) -> SweepOutcome:
+        """What `sweep` returns."""
         best = self.state.best()
-        return SweepOutcome(
-            status, self._best_recipe(best) if best else None, best, self.state.records, str(self.directory), result
-        )
+        recipe = self._best_recipe(best) if best else None
+        return SweepOutcome(result["status"], recipe, best, self.state.records, str(self.directory), result)
+
+    @property
+    def left(self) -> int:
+        """Trials that have not ended."""
+        return self.space.num_trials - len(self.state.records) + len(self.waiting)
 
     # -- what Tune asks and tells ------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.runtime import configure_ray
-from cluster.training.recipe import Recipe
 from cluster.tuning.ledger import Status
 from cluster.tuning.spec import SweepSpec
 
@@ -149,15 +148,17 @@ class _Population(_Unsaved, PopulationBasedTraining):
 
 def scheduler_of(
     sweep: SweepSpec,
-    recipe: Recipe,
+    epochs: int,
     *,
     metric: str,
     mode: str,
     past: Mapping[int, list[tuple[int, float]]],
     mutate: Mutate,
 ) -> TrialScheduler:
-    """Tune's scheduler. `past` has (epoch, value) of the trials of a sweep that goes on, to be judged against."""
-    epochs = recipe.train.epochs
+    """Tune's scheduler, for trials of at most so many epochs.
+
+    `past` has (epoch, value) of the trials of a sweep that goes on, to be judged against.
+    """
     common = {"time_attr": EPOCH, "metric": metric, "mode": mode}
     if sweep.scheduler == "asha":
         asha = ASHAScheduler(
