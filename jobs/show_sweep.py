@@ -12,8 +12,8 @@ from cluster.data.manifest import Manifest
 from cluster.training.recipe import Recipe
 from cluster.training.trainer import workers_of
 from cluster.tuning.budget import Budget, budget
+from cluster.tuning.resources import Needs, needs_of, room_for
 from cluster.tuning.space import Space
-from cluster.tuning.sweep import Needs, needs_of, room_for
 from cluster.tuning.target import Target, target
 
 

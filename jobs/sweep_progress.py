@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cluster.tuning.ledger import ENDED, Status, TrialRecord
 from cluster.tuning.space import columns
-from cluster.tuning.sweep import SweepState
+from cluster.tuning.state import SweepState
 
 MAX_ROWS = 15
 MAX_BEST_ROWS = 5  # of these so many at most are kept for the best: the rest is for the running ones

@@ -11,7 +11,8 @@ from typing import Any
 from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.trainer import workers_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
-from cluster.tuning.sweep import SweepOutcome, needs_of
+from cluster.tuning.resources import needs_of
+from cluster.tuning.sweep import SweepOutcome
 from cluster.tuning.sweep import sweep as run_sweep_of
 from jobs.show import print_outcome
 from jobs.sweep_progress import SweepProgress, counts, first_line

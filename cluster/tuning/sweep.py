@@ -5,9 +5,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
-from cluster.runtime import Workers, ray_session
+from cluster.runtime import ray_session
 from cluster.training.context import Splits, open_splits
 from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, environment, read_metrics
@@ -24,9 +24,11 @@ from cluster.training.trainer import refuse_what_cannot_start, workers_of
 from cluster.tuning.budget import longest_trial, rungs
 from cluster.tuning.fusable import groups, pays, why_not
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
+from cluster.tuning.resources import needs_of, room_for
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Overrides, Space
-from cluster.tuning.target import Target, target
+from cluster.tuning.state import SweepListener, SweepState
+from cluster.tuning.target import target
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,79 +46,6 @@ class SweepOutcome:
     trials: list[TrialRecord]
     run: str
     result: dict[str, Any]
-
-
-SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
-
-
-@dataclass
-class SweepState:
-    """A sweep while it runs, for those who watch."""
-
-    target: Target
-    num_trials: int
-    concurrency: int
-    records: list[TrialRecord] = field(default_factory=list)
-    began: float = field(default_factory=time.time)
-
-    def best(self) -> TrialRecord | None:
-        """The best trial so far: of those that came to their end, where there are any."""
-        sign = -1 if self.target.mode == "max" else 1
-        for statuses in (("finished",), ("pruned", "running")):
-            found = [r for r in self.records if r.status in statuses and r.value is not None]
-            if found:
-                return min(found, key=lambda record: (sign * (record.value or 0.0), record.index))
-        return None
-
-    def count(self, status: Status) -> int:
-        """Trials of this status."""
-        return sum(record.status == status for record in self.records)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a trial holds while it runs."""
-
-    bundles: list[dict[str, float]]  # of its placement group, its own process first
-    beside: list[dict[str, float]]  # what Ray Train takes beside it
-
-    @property
-    def all(self) -> list[dict[str, float]]:
-        """Every bundle."""
-        return [*self.bundles, *self.beside]
-
-    @property
-    def text(self) -> str:
-        """In words."""
-        total = {name: sum(b.get(name, 0) for b in self.all) for name in ("CPU", "GPU")}
-        return " and ".join(f"{amount:g} {name}" for name, amount in total.items() if amount)
-
-
-def needs_of(recipe: Recipe, workers: Workers) -> Needs:
-    """What a trial of such workers holds: its driver counts."""
-    if workers.halves:
-        return Needs([{"CPU": 1}, *[workers.bundle] * workers.most], [])
-    if workers.most <= 1:
-        return Needs([workers.bundle], [])
-    return Needs([{"CPU": 1}], [workers.bundle] * workers.most)
-
-
-def room_for(needs: Needs, nodes: list[Mapping[str, float]]) -> int:
-    """How many trials fit on these nodes at once, each bundle on the first node with room for it."""
-    free = [dict(node) for node in nodes]
-    count = 0
-    while count < 10_000 and all(_place(bundle, free) for bundle in needs.all):
-        count += 1
-    return count
-
-
-def _place(bundle: Mapping[str, float], free: list[dict[str, float]]) -> bool:
-    for node in free:
-        if all(node.get(name, 0) >= amount for name, amount in bundle.items()):
-            for name, amount in bundle.items():
-                node[name] -= amount
-            return True
-    return False
 
 
 def sweep(

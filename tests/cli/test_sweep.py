@@ -12,7 +12,7 @@ import yaml
 import cluster
 from cluster.training.recipe import load_recipe
 from cluster.tuning.ledger import TrialRecord
-from cluster.tuning.sweep import SweepState
+from cluster.tuning.state import SweepState
 from cluster.tuning.target import Target
 from jobs.sweep_progress import MAX_ROWS, SweepProgress, chosen_rows, values
 from jobs.sweeping import reasons
