@@ -34,6 +34,7 @@ from nn_models.errors import UserError
 logger = logging.getLogger(__name__)
 
 MOST_FUSED = 32  # more gain little, and end later
+SMALLEST_GROUP = 4  # on average, below which training together gains next to nothing
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Sweep:
         self.waiting: list[TrialRecord] = []
         self.past: dict[int, list[tuple[int, float]]] = {}
         self.listener: SweepListener | None = None
-        self.most_fused = 1
+        self.most_fused, self.fuse_asked = 1, False
         self.facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
         self.embedded = True
         self.started: dict[int, float] = {}
@@ -195,6 +196,7 @@ class _Sweep:
             reason = "sweep.searcher: optuna learns from trials that have ended before it chooses the next"
         if reason and most is not None and most > 1:
             raise UserError(f"--fuse: {most}: these trials cannot train together ({reason}); leave it out")
+        self.fuse_asked = most is not None
         if reason is None and (most or MOST_FUSED) > 1 and (most or pays(self.base, self._open(self.base)[0].manifest)):
             # all slots shall have a group
             self.most_fused = most or min(MOST_FUSED, -(-self.space.num_trials // self.state.concurrency))
@@ -236,9 +238,10 @@ class _Sweep:
         left = self.left
         trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
         next_trial, scheduler = self._next, None
-        if self.most_fused > 1:
-            trainable, queue = FusedTrial, self._fused_groups()
-            next_trial, left = lambda: queue.pop(0) if queue else None, len(queue)
+        together = self._fused_groups() if self.most_fused > 1 else None
+        if together:
+            trainable = FusedTrial
+            next_trial, left = lambda: together.pop(0) if together else None, len(together)
         else:
             scheduler = tune.scheduler_of(
                 self.spec,
@@ -305,11 +308,21 @@ class _Sweep:
         return None
 
     def _fused_groups(self) -> list[dict[str, Any]]:
-        """All trials that are left, in groups that can train together."""
+        """All trials that are left, in groups that can train together; none where that was not asked for, nor pays.
+
+        It does not pay where groups are small. And dropout draws otherwise in a group than alone, so that the best
+        trial's recipe would not give the same figures again.
+        """
         configs = []
         while (config := self._next()) is not None:
             configs.append(config)
         recipes = [Recipe.model_validate(config["recipe"]) for config in configs]
+        found_groups = groups(recipes, self.most_fused, manifest=self._open(self.base)[0].manifest)
+        drops = any(getattr(recipe.model, "dropout", 0) for recipe in recipes)
+        if not self.fuse_asked and (drops or len(configs) < SMALLEST_GROUP * len(found_groups)):
+            self.most_fused = 1
+            self.waiting = [self.state.records[config["index"]] for config in configs]  # for `_next`
+            return []
         budget_epochs = longest_trial(self.recipe, self.space)
         pruning = {
             "scheduler": self.spec.scheduler,
@@ -320,7 +333,7 @@ class _Sweep:
             "grace_epochs": self.spec.grace_epochs,
         }
         found = []
-        for group in groups(recipes, self.most_fused, manifest=self._open(self.base)[0].manifest):
+        for group in found_groups:
             members = [{name: configs[place][name] for name in ("index", "recipe", "run")} for place in group]
             first = configs[group[0]]
             shared = {name: first[name] for name in ("data", "environment", "use_gpu")}
