@@ -19,6 +19,8 @@ ORDER = (
     "streaming_memory",
     "gan_quality",
     "adversarial",
+    "sweeps",
+    "fused",
     "gpu",
 )
 
