@@ -147,7 +147,7 @@ class _Sweep:
                 "asha"
             )
         self.needs = needs_of(recipe, self.workers)
-        self.data: dict[str, tuple[DataSet, Splits]] = {}
+        self.data: dict[tuple[str, int | None], tuple[DataSet, Splits]] = {}  # by folder and shuffle window
         refuse_what_cannot_start(self.base, self._open(self.base)[1], self.workers)
         self.searcher = make_searcher(self.spec, self.space, self.target.mode)
         self.state = SweepState(self.target, self.space.num_trials, 1)
@@ -163,7 +163,7 @@ class _Sweep:
     def _open(self, recipe: Recipe) -> tuple[DataSet, Splits]:
         """The data of a trial; trials that use the same rows share them."""
         data = prepared(recipe.data)
-        where = data.folder.uri
+        where = data.folder.uri, recipe.data.shuffle_window
         if where not in self.data:
             self.data[where] = data, open_splits(data, window=recipe.data.shuffle_window)
         return self.data[where]
@@ -204,7 +204,10 @@ class _Sweep:
     def take_up(self, retry_failed: bool) -> None:
         """Go on with what is in the directory."""
         again = ("waiting", "running", *(("failed",) if retry_failed else ()))
-        for record in self.directory.records():
+        found = {record.index: record for record in self.directory.records()}
+        for index in range(max(found, default=-1) + 1):
+            # one whose folder somebody deleted is asked for again
+            record = found.get(index) or TrialRecord(index, dict(self.searcher.ask(index) or {}))
             self.state.records.append(record)
             if record.status in again:
                 record.status = "waiting"
@@ -346,7 +349,7 @@ class _Sweep:
             "overrides": record.overrides,
             "recipe": recipe.model_dump(mode="json"),
             "run": self.directory.trial(record.index).uri,
-            "data": self._open(recipe)[0].folder.uri,
+            "data": (self._open(recipe)[0].folder.uri, recipe.data.shuffle_window),
             "validates": bool(self._open(recipe)[0].manifest.rows("validation")),
             "environment": self.facts,
             "use_gpu": self.use_gpu,

@@ -20,7 +20,7 @@ from cluster.data.shards import DataSet
 from cluster.errors import Diverged
 from cluster.runtime import RaySession
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, Splits
+from cluster.training.context import LocalContext, Splits, open_splits
 from cluster.training.loop import Loop
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RunDirectory
@@ -32,14 +32,15 @@ EPOCH = "epoch"  # epochs done, which is Tune's time
 OUTCOME = "outcome"  # finished | failed: in the last result of a trial that ended by itself
 ERROR = "error"
 ABORT_TIMEOUT_S = 30
+Where = tuple[str, int | None]  # a prepared data set's folder, and the shuffle window, which decides what is held
 BESIDE_METRICS = ("time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
 
 class World:
     """What all trials of a sweep have in common; sent once through the object store."""
 
-    def __init__(self, *, data: Mapping[str, tuple[Splits, dict[str, Any]]], threads: int, path: list[str]) -> None:
-        """`data` has the splits (their tables as references) of each prepared data set, by its folder."""
+    def __init__(self, *, data: Mapping[Where, tuple[Splits, dict[str, Any]]], threads: int, path: list[str]) -> None:
+        """`data` has the splits (their tables as references) of the data that is known beforehand."""
         self.data, self.threads, self.path = data, threads, path
 
     def enter(self) -> None:
@@ -56,7 +57,7 @@ class Trial(tune.Trainable):
         assert world is not None
         self.world = world
         world.enter()
-        self._tables: dict[str, Splits] = {}
+        self._tables: dict[Where, Splits] = {}
         self.began = False
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -81,14 +82,22 @@ class Trial(tune.Trainable):
         self.end()
 
     def splits(self) -> Splits:
-        """The trial's data; its tables are views into shared memory."""
-
-        where = self.config["data"]
-        if where not in self._tables:
+        """The trial's data; its tables are views into shared memory, but where the space is of the data itself."""
+        where = self.where
+        if where not in self._tables and where in self.world.data:
             splits, references = self.world.data[where]
             held = dict(zip(references, ray.get(list(references.values())), strict=True))
             self._tables[where] = Splits(splits.manifest, splits.where, held)
+        elif where not in self._tables:
+            folder, window = where
+            self._tables[where] = open_splits(DataSet(folder), window=window)
         return self._tables[where]
+
+    @property
+    def where(self) -> Where:
+        """The folder of the trial's data, and its shuffle window."""
+        folder, window = self.config["data"]
+        return folder, window
 
     def begin(self) -> None:
         """Open the run, or go on with it."""
@@ -219,12 +228,11 @@ class GroupTrial(Trial):
     def _work(self) -> None:
         try:
             config, workers = self.config, self.config["workers"]
-            session = RaySession(
-                ray, embedded=config["embedded"], placed=workers.halves, stored=self.world.data[config["data"]][1]
-            )
+            stored = self.world.data[self.where][1] if self.where in self.world.data else None
+            session = RaySession(ray, embedded=config["embedded"], placed=workers.halves, stored=stored)
             result = run_here(
                 self.recipe,
-                DataSet(config["data"]),
+                DataSet(self.where[0]),
                 self.splits(),
                 self.directory,
                 workers,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,7 +183,21 @@ def test_a_killed_sweep_is_resumed_to_the_same_end(ray, grid, tmp_path):
         assert (run / "trials" / f"{index:04d}" / "result.json").stat().st_mtime_ns == when
     assert values(outcome) == values(undisturbed)
     assert outcome.best == undisturbed.best
+    shutil.rmtree(run / "trials" / "0002")
+    assert values(sweep(slow, run=str(run), resume=True)) == values(undisturbed)
+    when = (run / "result.json").stat().st_mtime_ns
+    sweep(slow, run=str(run), resume=True)  # nothing is left to do
+    assert (run / "result.json").stat().st_mtime_ns == when
     wait_for(lambda: all_is_free(ray))
+
+
+def test_a_space_of_the_data(ray, tmp_path):
+    space = {"data.validation_fraction": {"grid": [0.1, 0.2]}, "data.shuffle_window": {"grid": [None, 100]}}
+    recipe = {**GRID, "sweep": {**GRID["sweep"], "space": space}}
+    outcome = sweep(recipe, run=str(tmp_path / "sweep"), fuse="off")
+    assert [trial.status for trial in outcome.trials] == ["finished"] * 4
+    alone = cluster.train(replayed(outcome.run, 3), run=str(tmp_path / "alone"))
+    assert alone.metrics == pytest.approx(outcome.trials[3].metrics)
 
 
 def test_failing_trials_do_not_end_a_sweep(ray, tmp_path):
