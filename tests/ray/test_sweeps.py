@@ -154,7 +154,10 @@ def test_a_gan_in_the_trials_placement_group(ray, tmp_path):
 
 
 def driver(recipe: dict[str, Any], run: Path) -> subprocess.Popen:
-    script = "import sys, json; from cluster.tuning.sweep import sweep;sweep(json.loads(sys.argv[1]), run=sys.argv[2])"
+    script = (
+        "import sys, json; from cluster.tuning.sweep import sweep;"
+        "sweep(json.loads(sys.argv[1]), run=sys.argv[2], fuse='off')"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", script, json.dumps(recipe), str(run)],
         start_new_session=True,
@@ -163,7 +166,7 @@ def driver(recipe: dict[str, Any], run: Path) -> subprocess.Popen:
 
 
 def test_a_killed_sweep_is_resumed_to_the_same_end(ray, grid, tmp_path):
-    slow = {**GRID, "train": {**GRID["train"], "log_every_steps": 1, "global_batch_size": 4}}
+    slow = {**GRID, "train": {**GRID["train"], "log_every_steps": 1, "global_batch_size": 8}}
     undisturbed = sweep(slow, run=str(tmp_path / "whole"))
     run = tmp_path / "sweep"
     process = driver(slow, run)
