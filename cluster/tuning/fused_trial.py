@@ -13,6 +13,8 @@ from cluster.tuning.fused import FusedLoop
 from cluster.tuning.trials import EPOCH, Trial
 
 MEMBERS, LEFT = "members", "left"  # in a result: metrics of each trial, and how trials ended, by their indices
+# what a member's result.json says, in the sweep's words
+STATUSES = {"finished": "finished", "stopped": "pruned", "failed": "failed"}
 
 
 class FusedTrial(Trial):
@@ -21,9 +23,12 @@ class FusedTrial(Trial):
     loop: FusedLoop | None = None
 
     def begin(self) -> None:
-        """See Trial. Members that ended before an interruption have left their result."""
+        """See Trial. Members that ended before an interruption have left their result, which is told again."""
         members = self.config["members"]
         self.members = [m for m in members if not Folder(m["run"]).exists(RESULT)]
+        self.before = {
+            m["index"]: RunDirectory(Folder(m["run"])).result() or {} for m in members if m not in self.members
+        }
         recipes = [Recipe.model_validate(member["recipe"]) for member in self.members]
         self.runs = [RunDirectory(Folder(member["run"])) for member in self.members]
         for run, recipe in zip(self.runs, recipes, strict=True):
@@ -38,8 +43,11 @@ class FusedTrial(Trial):
 
     def advance(self) -> dict[str, Any]:
         """See Trial."""
+        before, self.before = self.before, {}
+        told = {index: {EPOCH: result.get("epochs", 0), **result["metrics"]} for index, result in before.items()}
+        ended = {index: (STATUSES[result["status"]], result.get("error")) for index, result in before.items()}
         if self.loop is None:
-            return {EPOCH: self.done, MEMBERS: {}, LEFT: {}, "done": True}
+            return {EPOCH: self.done, MEMBERS: told, LEFT: ended, "done": True}
         metrics = self.loop.epoch()
         self.done = epoch = self.loop.epochs_done or self.done + 1
         pruned = []
@@ -66,8 +74,8 @@ class FusedTrial(Trial):
         index = [member["index"] for member in self.members]
         result = {
             EPOCH: epoch,
-            MEMBERS: {index[number]: {EPOCH: epoch, **found} for number, found in metrics.items()},
-            LEFT: {index[number]: how for number, how in left.items()},
+            MEMBERS: told | {index[number]: {EPOCH: epoch, **found} for number, found in metrics.items()},
+            LEFT: ended | {index[number]: how for number, how in left.items()},
             "done": over,
         }
         if over:

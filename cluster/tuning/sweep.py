@@ -19,7 +19,7 @@ from cluster.data.shards import DataSet
 from cluster.runtime import ray_session
 from cluster.training.context import Splits, open_splits
 from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
-from cluster.training.run_directory import RunDirectory, environment, read_metrics
+from cluster.training.run_directory import RESULT, RunDirectory, environment, read_metrics
 from cluster.training.trainer import refuse_what_cannot_start, workers_of
 from cluster.tuning.budget import longest_trial, rungs
 from cluster.tuning.fusable import groups, pays, why_not
@@ -210,6 +210,8 @@ class _Sweep:
             record = found.get(index) or TrialRecord(index, dict(self.searcher.ask(index) or {}))
             self.state.records.append(record)
             if record.status in again:
+                if record.status == "failed":  # its result would say that it has ended
+                    self.directory.trial(index).delete(RESULT)
                 record.status = "waiting"
                 self.earlier[record.index] = record.attempts
                 self.waiting.append(record)
@@ -373,6 +375,8 @@ class _Sweep:
 
     def _on_start(self, index: int, failures: int) -> None:
         record = self.state.records[index]
+        if record.status in ENDED:  # it has left a group of fused trials that is started again
+            return
         record.status, record.attempts = "running", self.earlier.get(index, 0) + failures + 1
         self.started.setdefault(index, time.time())
         self._changed(record)
@@ -393,6 +397,8 @@ class _Sweep:
 
     def _on_end(self, index: int, status: Status, error: str | None) -> None:
         record = self.state.records[index]
+        if record.status in ENDED:
+            return
         record.status, record.error = status, error
         record.time_s = round(record.time_s + time.time() - self.started.get(index, time.time()), 3)
         run = self.directory.trial(index)

@@ -74,8 +74,9 @@ class Trial(tune.Trainable):
                 self.began = True
             return self.advance()
         except (Diverged, UserError) as error:  # would only happen again
+            done = self.epochs_done()
             self.end()
-            return {EPOCH: self.epochs_done(), OUTCOME: "failed", ERROR: str(error), "done": True}
+            return {EPOCH: done, OUTCOME: "failed", ERROR: str(error), "done": True}
 
     def cleanup(self) -> None:
         """See Trainable."""

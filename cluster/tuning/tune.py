@@ -112,7 +112,9 @@ class Listening(_Unsaved, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback. What did not end by itself was stopped by the scheduler."""
         result = trial.last_result or {}
-        if MEMBERS in trial.config:
+        if MEMBERS in trial.config:  # its members have been told of one by one, unless all failed together
+            for index in _indices(trial) if ERROR in result else ():
+                self._on_end(index, "failed", result[ERROR])
             return
         self._on_end(trial.config["index"], result.get(OUTCOME, "pruned"), result.get(ERROR))
 

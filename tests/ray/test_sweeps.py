@@ -291,3 +291,29 @@ def test_sixty_trials_leave_everything_free(ray, tmp_path):
     assert len(outcome.trials) == 60
     assert {trial.status for trial in outcome.trials} == {"finished", "pruned"}
     wait_for(lambda: all_is_free(ray))
+
+
+def test_a_killed_group_of_fused_trials_loses_none(ray, tmp_path):
+    train = {**GRID["train"], "epochs": 12, "log_every_steps": 1, "global_batch_size": 2}
+    space = {"optimizer.lr": {"grid": [1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1]}}
+    recipe = {**GRID, "train": train, "sweep": {"space": space, "searcher": "grid", "scheduler": "asha"}}
+    undisturbed = sweep(recipe, run=str(tmp_path / "whole"), fuse=6)
+    run = tmp_path / "sweep"
+    killed = []
+
+    def kill() -> None:
+        wait_for(lambda: any((run / "trials").glob("*/result.json")))  # some have left the group
+        for process in psutil.process_iter(["cmdline"]):
+            if "ResourceTrainable" in " ".join(process.info["cmdline"] or []):
+                killed.append(process.pid)
+                process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    outcome = sweep(recipe, run=str(run), fuse=6)
+    thread.join()
+    assert killed
+    assert {trial.status for trial in outcome.trials} == {"finished", "pruned"}
+    assert values(outcome) == pytest.approx(values(undisturbed))
+    assert outcome.best_trial.index == undisturbed.best_trial.index
+    wait_for(lambda: all_is_free(ray))
