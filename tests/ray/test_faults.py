@@ -5,19 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import cluster
 from cluster.errors import Diverged, RunFailed
 from nn_models import UserError
 from tests.ray.conftest import EXACT
+from tests.ray.faults import digests, killing, steps_done, wait_for, weights
 
 # Dropout, momentum and the moving average carry state; checkpoints fall in mid-epoch. Slow enough to be hit.
 SLOW = {
@@ -33,35 +30,6 @@ SLOW = {
 MARK = "MANTA_TEST"  # in the environment of a driver and all that it starts
 
 
-def steps_done(run: Path) -> int:
-    try:
-        text = (run / "metrics.jsonl").read_text()
-    except OSError:
-        return 0
-    return max((json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")), default=0)
-
-
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-
-
-def digests(run: str | Path) -> list[str]:
-    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-    return [line["rows_digest"] for line in lines if "rows_digest" in line]
-
-
-def weights(run: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / "model" / "model.safetensors")
-
-
-def wait_for(condition, seconds=120.0):
-    """Poll: how long starting processes takes differs widely between machines."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(ray, tmp_path_factory):
     return cluster.train(EXACT, num_workers=2, run=str(tmp_path_factory.mktemp("whole") / "run"), overrides=SLOW)
@@ -70,19 +38,8 @@ def undisturbed(ray, tmp_path_factory):
 @pytest.mark.parametrize("step", [1, 17, 60])
 def test_a_killed_worker_changes_nothing(ray, undisturbed, tmp_path, step):
     run = tmp_path / "run"
-    killed = []
-
-    def kill():
-        wait_for(lambda: steps_done(run) >= step)
-        victim = workers()[step % 2]
-        victim.kill()
-        killed.append(victim.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcome = cluster.train(EXACT, num_workers=2, run=str(run), overrides=SLOW)
-    killer.join()
-    assert killed
+    with killing("RayTrainWorker", when=lambda: steps_done(run) >= step, number=step % 2):
+        outcome = cluster.train(EXACT, num_workers=2, run=str(run), overrides=SLOW)
     assert outcome.status == "finished"
     assert outcome.result["restarts"] == 1
     ours, theirs = weights(run), weights(undisturbed.run)

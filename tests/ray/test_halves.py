@@ -4,7 +4,6 @@ import json
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from ray.util import placement_group_table
@@ -20,7 +19,7 @@ from cluster.training.context import open_splits
 from cluster.training.recipe import load_recipe
 from nn_models import UserError
 from tests.oracle.test_halves import DCGAN, STEPS, monolithic
-from tests.ray.test_faults import digests, steps_done, wait_for, weights
+from tests.ray.faults import digests, killing, processes, steps_done, wait_for, weights
 
 TRAINED = {**DCGAN, "train": {"global_batch_size": 64, "epochs": 12, "ema_decay": 0.9, "checkpoint_every_steps": 8}}
 # no batch normalisation: each row by itself, so that two replicas see what one would
@@ -37,18 +36,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def actors() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "GeneratorActor" in line or "DiscriminatorActor" in line:
-            found.append(process)
-    return found
+ACTORS = ("GeneratorActor", "DiscriminatorActor")
 
 
 def nothing_left(ray) -> bool:
     groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    return not actors() and not groups and ray.available_resources().get("CPU") == 8
+    return not processes(*ACTORS) and not groups and ray.available_resources().get("CPU") == 8
 
 
 def played(ray, recipe, *, pairs=None, steps=STEPS):
@@ -107,19 +100,8 @@ def undisturbed(ray, tmp_path_factory):
 @pytest.mark.parametrize(("half", "step"), [("Generator", 20), ("Discriminator", 1), ("Generator", 150)])
 def test_a_killed_half_changes_nothing(ray, undisturbed, tmp_path, half, step):
     run = tmp_path / "run"
-    killed = []
-
-    def kill():
-        wait_for(lambda: steps_done(run) >= step)
-        victim = next(p for p in actors() if f"{half}Actor" in " ".join(p.cmdline()))
-        victim.kill()
-        killed.append(victim.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcome = cluster.train(TRAINED, num_workers=1, run=str(run))
-    killer.join()
-    assert killed
+    with killing(f"{half}Actor", when=lambda: steps_done(run) >= step):
+        outcome = cluster.train(TRAINED, num_workers=1, run=str(run))
     assert outcome.result["restarts"] == 1
     assert all(torch.equal(ours, weights(undisturbed.run)[name]) for name, ours in weights(run).items())
     assert outcome.metrics == undisturbed.metrics
@@ -128,19 +110,8 @@ def test_a_killed_half_changes_nothing(ray, undisturbed, tmp_path, half, step):
 
 
 def test_a_half_killed_while_it_starts_is_started_again(ray, undisturbed, tmp_path):
-    killed = []
-
-    def kill():
-        wait_for(actors)
-        victim = actors()[0]
-        victim.kill()
-        killed.append(victim.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcome = cluster.train(TRAINED, num_workers=1, run=str(tmp_path / "run"))
-    killer.join()
-    assert killed
+    with killing("GeneratorActor"):
+        outcome = cluster.train(TRAINED, num_workers=1, run=str(tmp_path / "run"))
     assert outcome.result["restarts"] == 1
     assert outcome.metrics == undisturbed.metrics
     wait_for(lambda: nothing_left(ray))
@@ -152,7 +123,7 @@ def test_halves_that_die_again_and_again_fail_the_run(ray, tmp_path):
 
     def kill():
         while not stop.wait(0.2):
-            for process in actors():
+            for process in processes(*ACTORS):
                 process.kill()
 
     killer = threading.Thread(target=kill)

@@ -6,12 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,10 +20,11 @@ from cluster.tuning.ledger import SweepDirectory
 from cluster.tuning.sweep import SweepOutcome, replayed
 from cluster.tuning.sweep import sweep as sweep_at_will
 from nn_models import UserError
-from tests.ray.test_faults import wait_for
+from tests.ray.faults import killing, wait_for
 
 # Ray believes in more CPUs than there are; as many processes would only wait for each other
 sweep = partial(sweep_at_will, concurrency=2)
+TRIAL = "ResourceTrainable"  # as Tune wraps a trial's class
 
 GRID: dict[str, Any] = {
     "name": "grid",
@@ -228,20 +227,8 @@ def test_a_killed_trial_goes_on(ray, tmp_path):
     }
     alone = cluster.train({k: v for k, v in recipe.items() if k != "sweep"}, run=str(tmp_path / "alone"))
     run = tmp_path / "sweep"
-    killed = []
-
-    def kill() -> None:
-        wait_for(lambda: any((run / "trials" / "0000" / "checkpoints").glob("step-*.pt")))
-        for process in psutil.process_iter(["cmdline"]):
-            if "ResourceTrainable" in " ".join(process.info["cmdline"] or []):  # as Tune wraps a trial's class
-                process.kill()
-                killed.append(process.pid)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    outcome = sweep(recipe, run=str(run), fuse="off")
-    thread.join()
-    assert killed
+    with killing(TRIAL, when=lambda: any((run / "trials" / "0000" / "checkpoints").glob("step-*.pt"))):
+        outcome = sweep(recipe, run=str(run), fuse="off")
     assert outcome.trials[0].attempts == 2
     assert outcome.trials[0].value == alone.result["best"]["value"]
 
@@ -299,20 +286,8 @@ def test_a_killed_group_of_fused_trials_loses_none(ray, tmp_path):
     recipe = {**GRID, "train": train, "sweep": {"space": space, "searcher": "grid", "scheduler": "asha"}}
     undisturbed = sweep(recipe, run=str(tmp_path / "whole"), fuse=6)
     run = tmp_path / "sweep"
-    killed = []
-
-    def kill() -> None:
-        wait_for(lambda: any((run / "trials").glob("*/result.json")))  # some have left the group
-        for process in psutil.process_iter(["cmdline"]):
-            if "ResourceTrainable" in " ".join(process.info["cmdline"] or []):
-                killed.append(process.pid)
-                process.kill()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    outcome = sweep(recipe, run=str(run), fuse=6)
-    thread.join()
-    assert killed
+    with killing(TRIAL, when=lambda: any((run / "trials").glob("*/result.json"))):  # some have left the group
+        outcome = sweep(recipe, run=str(run), fuse=6)
     assert {trial.status for trial in outcome.trials} == {"finished", "pruned"}
     assert values(outcome) == pytest.approx(values(undisturbed))
     assert outcome.best_trial.index == undisturbed.best_trial.index
