@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Folder
+from cluster.training.events import Events
 from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
 from nn_models.errors import UserError
 from nn_models.spec import validate
@@ -82,35 +83,37 @@ class Recorder:
 
     def __init__(self, run: RunDirectory, *, keep_to_step: int) -> None:
         """Lines of steps past `keep_to_step` come from before a restart and are dropped."""
-        from tensorboardX import SummaryWriter
-
         self._run = run
         self._remote = run.folder.local is None
         self._local = Path(tempfile.mkdtemp(prefix="manta-")) if self._remote else Path(run.folder.path)
         lines = (json.dumps(entry) + "\n" for entry in _kept(run, keep_to_step))
         Folder(self._local).write_text(METRICS, "".join(lines))
         self._file = (self._local / METRICS).open("a", buffering=1)
-        self._events = SummaryWriter(str(self._local / "events"), flush_secs=10, purge_step=keep_to_step + 1)
+        self._events = Events(self._local / "events", purge_step=keep_to_step + 1)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line of metrics."""
         self._file.write(json.dumps(jsonable(entry)) + "\n")
-        for name, value in entry.items():
-            if isinstance(value, float) and math.isfinite(value) and name != "time_s":
-                self._events.add_scalar(f"{entry['split']}/{name}", value, entry["step"])
+        scalars = {
+            f"{entry['split']}/{name}": value
+            for name, value in entry.items()
+            if isinstance(value, float) and math.isfinite(value) and name != "time_s"
+        }
+        self._events.add(entry["step"], scalars)
 
     def flush(self) -> None:
         """Make what was appended visible in the run's directory."""
         if self._remote:
             self._file.flush()
+            self._events.flush()
             self._run.folder.write_bytes(METRICS, (self._local / METRICS).read_bytes())
             for path in (self._local / "events").iterdir():
                 self._run.folder.write_bytes(f"events/{path.name}", path.read_bytes())
 
     def close(self) -> None:
         """Write out everything and close the files."""
-        self._events.close()
         self.flush()
+        self._events.close()
         self._file.close()
         if self._remote:
             shutil.rmtree(self._local, ignore_errors=True)

@@ -1,8 +1,10 @@
 """Layers that compute all fused trials at once on plain tensors, without vmap's cost for each operation.
 
-A batch of T trials is one net that is T times as wide: every tensor between the layers has the features, or channels,
-of all trials side by side, (B, T*F, …). Elementwise layers, poolings and `flatten(1)` need not know. What has weights
-takes them stacked, (T, *shape), and keeps trials apart. Rows that all trials share enter the first layer as they are.
+A batch of T trials is one net that is T times as wide. Images have the channels of all trials side by side,
+(B, T*C, height, width), and so have rows that a dense layer is yet to see, (B, T*D). What a dense layer returns has its
+features first, (T, H, B): the matrices of all trials lie one behind the other in the layer and in its gradients, and
+nothing is copied. Elementwise layers, poolings and `flatten(1)` need not know. What has weights takes them stacked,
+(T, *shape), and keeps trials apart. Rows that all trials share enter the first layer as they are.
 
 Shapes: T trials, B rows of the batch, D inputs and H outputs of a layer, C and O channels.
 """
@@ -81,9 +83,12 @@ class _WideDropout(TensorDropout):
     """The same with a rate (T,) for each trial."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T*F, …); the same shape."""
+        """(T, F, B) or (B, T*F, …); the same shape."""
         if not self.training:
             return x
+        if x.ndim == 3:
+            rate = self.rate.view(-1, 1, 1)
+            return x * ((torch.rand_like(x) >= rate) / (1 - rate))
         rate = self.rate.unsqueeze(1)
         kept = torch.rand_like(x).view(len(x), len(rate), -1) >= rate
         return x * (kept / (1 - rate)).view_as(x)
@@ -110,7 +115,7 @@ class _WideConv2d(nn.Module):
 
 
 class _WideBatchNorm(nn.Module):
-    """(B, T*F, …) with statistics (T, F) -> the same shape: a feature of one trial is one of the wide net."""
+    """(T, F, B) or (B, T*F, …) with statistics (T, F) -> the same: a feature of one trial is one of the wide net."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -127,8 +132,8 @@ class _WideBatchNorm(nn.Module):
         """See the class."""
         if self.training:
             self.num_batches_tracked += 1
-        return F.batch_norm(
-            x,
+        normalised = F.batch_norm(
+            x.flatten(0, 1).unsqueeze(0) if x.ndim == 3 else x,
             self.running_mean.view(-1),
             self.running_var.view(-1),
             self.weight.view(-1),
@@ -137,10 +142,11 @@ class _WideBatchNorm(nn.Module):
             momentum=self._momentum or 0.0,
             eps=self._eps,
         )
+        return normalised.view_as(x)
 
 
 class _WideLinear(nn.Module):
-    """(B, D) or (B, T*D), weights (T, H, D) and biases (T, H) -> (B, T*H)."""
+    """(B, D), (B, T*D) or (T, D, B), weights (T, H, D) and biases (T, H) -> (T, H, B)."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -149,67 +155,69 @@ class _WideLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         size, _, depth = self.weight.shape
-        if x.shape[1] == depth:
-            flat = self.weight.flatten(0, 1)
-            return _SharedLinear.apply(x, flat, None if self.bias is None else self.bias.flatten())
-        return _OwnLinear.apply(x.view(len(x), size, depth), self.weight, self.bias).flatten(1)
+        if x.ndim == 2 and x.shape[1] == depth:
+            return _SharedLinear.apply(x, self.weight, self.bias)
+        if x.ndim == 2:
+            x = x.view(len(x), size, depth).transpose(0, 1).contiguous().transpose(1, 2)
+        return _OwnLinear.apply(x, self.weight, self.bias)
 
 
 class _SharedLinear(torch.autograd.Function):
-    """(B, D) times (T*H, D) transposed, plus (T*H,) -> (B, T*H): one product for all trials."""
+    """Rows (B, D), weights (T, H, D), biases (T, H) -> (T, H, B): one product for all trials."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        return _product(x, weight, bias) if _onednn(x, weight.numel() * len(x)) else F.linear(x, weight, bias)
+        flat = weight.flatten(0, 1)
+        outputs = _product(flat, x) if _onednn(x, flat.numel() * len(x)) else flat @ x.t()
+        outputs = outputs.view(*weight.shape[:2], len(x))
+        return outputs if bias is None else outputs.add_(bias.unsqueeze(2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        flat = grad.contiguous().view(-1, len(x))
+        grad_x = flat.t() @ weight.flatten(0, 1) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            quick = _onednn(x, weight.numel() * len(x))
-            grad_weight = _product(grad.contiguous().t(), x.t()) if quick else grad.t() @ x
-        return grad_x, grad_weight, grad.sum(0) if ctx.biased else None
+            grad_weight = _product(flat, x.t()) if _onednn(x, weight.numel() * len(x)) else flat @ x
+            grad_weight = grad_weight.view_as(weight)
+        return grad_x, grad_weight, grad.sum(2) if ctx.biased else None
 
 
 class _OwnLinear(torch.autograd.Function):
-    """(B, T, D), weights (T, H, D), biases (T, H) -> (B, T, H)."""
+    """(T, D, B), weights (T, H, D), biases (T, H) -> (T, H, B)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.transpose(0, 1).contiguous()
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        if _onednn(rows, weight[0].numel() * len(x)):
-            biases = [None] * len(weight) if bias is None else bias.unbind()
-            return torch.stack([_product(a, w, b) for a, w, b in zip(rows, weight, biases, strict=True)], dim=1)
-        if bias is None:
-            return torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).contiguous()
-        return torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2)).transpose(0, 1).contiguous()
+        if _onednn(x, weight[0].numel() * x.shape[2]):
+            outputs = torch.stack([_product(w, rows.t()) for w, rows in zip(weight, x, strict=True)])
+            return outputs if bias is None else outputs.add_(bias.unsqueeze(2))
+        return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, weight = ctx.saved_tensors  # (T, B, D)
-        quick = _onednn(rows, weight[0].numel() * rows.shape[1])
-        grads = grad.transpose(0, 1).contiguous()  # (T, B, H)
+        x, weight = ctx.saved_tensors
+        quick = _onednn(x, weight[0].numel() * x.shape[2])
+        grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             if quick:
-                grad_x = torch.stack([_product(g, w.t()) for g, w in zip(grads, weight, strict=True)], dim=1)
+                grad_x = torch.stack([_product(w.t(), g.t()) for w, g in zip(weight, grad, strict=True)])
             else:
-                grad_x = torch.bmm(grads, weight).transpose(0, 1).contiguous()
+                grad_x = torch.bmm(weight.transpose(1, 2), grad)
         if ctx.needs_input_grad[1]:
             if quick:
-                grad_weight = torch.stack([_product(g.t(), a.t()) for g, a in zip(grads, rows, strict=True)])
+                grad_weight = torch.stack([_product(g, rows) for g, rows in zip(grad, x, strict=True)])
             else:
-                grad_weight = torch.bmm(grads.transpose(1, 2), rows)
-        return grad_x, grad_weight, grad.sum(0) if ctx.biased else None
+                grad_weight = torch.bmm(grad, x.transpose(1, 2))
+        return grad_x, grad_weight, grad.sum(2) if ctx.biased else None
 
 
 def _onednn(x: Tensor, work: int) -> bool:
@@ -218,10 +226,10 @@ def _onednn(x: Tensor, work: int) -> bool:
     return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, D) times (H, D) transposed, plus (H,) -> (B, H), by oneDNN; torch.compile calls the same.
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(M, K) times (N, K) transposed -> (M, N), by oneDNN; torch.compile calls the same.
 
     Each matrix must be contiguous, or be so when it is transposed: with other strides oneDNN may take a thousand times
     as long.
     """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")

@@ -205,22 +205,24 @@ def test_dropout_differs_between_trials_and_trains_them(recipes, tmp_path):
     assert losses[0] < losses[1] < losses[2]
 
 
-@pytest.mark.parametrize("wide", [True, False], ids=["wide", "vmap"])
-def test_a_dropped_share_is_the_trials_own(wide):
+@pytest.mark.parametrize("how", ["features first", "rows first", "vmap"])
+def test_a_dropped_share_is_the_trials_own(how):
     members = [nn.Sequential(nn.Dropout(rate)) for rate in (0.0, 0.25, 0.75)]
     template = copy.deepcopy(members[0])
     fused_layers.free_dropout(template, members)
     _, buffers = torch.func.stack_module_state(members)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    if wide:
-        fused_layers.widen(template)
-        dropped = torch.func.functional_call(template, buffers, (torch.ones(200, 3 * 100),)).view(200, 3, 100)
-    else:
+    if how == "vmap":
 
         def drop(buffers: Any, x: torch.Tensor) -> torch.Tensor:
             return torch.func.functional_call(template, buffers, (x,))
 
         dropped = vmap(drop, in_dims=(0, None), out_dims=1, randomness="different")(buffers, torch.ones(200, 100))
+    else:
+        fused_layers.widen(template)
+        ones = torch.ones(3, 100, 200) if how == "features first" else torch.ones(200, 3 * 100)
+        dropped = torch.func.functional_call(template, buffers, (ones,))
+        dropped = dropped.permute(2, 0, 1) if how == "features first" else dropped.view(200, 3, 100)
     rates = buffers["0.rate"]
     shares = (dropped == 0).float().mean((0, 2))
     torch.testing.assert_close(shares, rates, atol=0.01, rtol=0)  # 20,000 draws: three deviations are 0.009
@@ -485,21 +487,21 @@ def test_the_batched_linear_layer_is_torchs(quick, shared, bias, monkeypatch):
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(fused_layers, "ONEDNN_WORK", 0 if quick else 10**12)
     generator = torch.Generator().manual_seed(0)
-    layers = [nn.Linear(5, 4, bias=bias) for _ in range(3)]
-    template = nn.Sequential(nn.Linear(5, 4, bias=bias))
+    layers = [nn.Sequential(nn.Linear(5, 4, bias=bias), nn.Linear(4, 6, bias=bias)) for _ in range(3)]
+    template = copy.deepcopy(layers[0])
     fused_layers.widen(template)
     weights, _ = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
     x = torch.randn(7, 5 if shared else 15, generator=generator, requires_grad=True)
-    y = torch.func.functional_call(template, {f"0.{name}": value for name, value in weights.items()}, (x,))
+    y = torch.func.functional_call(template, weights, (x,))
     own = [x] * 3 if shared else x.chunk(3, 1)
-    expected = torch.cat([layer(rows) for layer, rows in zip(layers, own, strict=True)], 1)
+    expected = torch.stack([layer(rows).t() for layer, rows in zip(layers, own, strict=True)])
     torch.testing.assert_close(y, expected)
     wanted = torch.randn(y.shape, generator=generator)
     inputs = [x, *(parameter for layer in layers for parameter in layer.parameters())]
     theirs = torch.autograd.grad((expected * wanted).sum(), inputs)
     ours = torch.autograd.grad((y * wanted).sum(), [x, *weights.values()])
     torch.testing.assert_close(ours[0], theirs[0])
-    stride = 2 if bias else 1
+    stride = len(weights)
     for number, gradient in enumerate(ours[1:]):
         torch.testing.assert_close(gradient, torch.stack(theirs[1 + number :: stride]))
 
@@ -507,7 +509,7 @@ def test_the_batched_linear_layer_is_torchs(quick, shared, bias, monkeypatch):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared rows", "own rows"])
 @pytest.mark.parametrize("data", ["images", "numbers"])
 def test_wide_layers_compute_what_vmap_does(data, shared, recipes):
-    model = {"kind": "mlp", "hidden": [8]}
+    model = {"kind": "mlp", "hidden": [8, 5], "batch_norm": True}
     if data == "images":
         model = {"kind": "cnn", "channels": [4, 6], "pooling": "average", "batch_norm": True}
     described = recipes(*[{"train.seed": seed} for seed in range(3)], data=data, model=model)

@@ -4,8 +4,10 @@ import copy
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 import torch
 from pyarrow import fs
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -29,6 +32,7 @@ from cluster.storage import Folder
 from cluster.training import loop
 from cluster.training.checkpoints import Checkpoints, read_model, restore_model
 from cluster.training.context import LocalContext, open_splits
+from cluster.training.events import Events
 from cluster.training.loop import fit
 from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, read_metrics
@@ -476,7 +480,39 @@ def test_a_model_with_shared_weights_that_are_not_contiguous(recipe, run):
 
 def test_events_for_tensorboard(recipe, run):
     _, path = run(recipe(train={"epochs": 1}))
-    assert [file for file in (path / "events").iterdir() if "tfevents" in file.name and file.stat().st_size > 500]
+    (file,) = (path / "events").iterdir()
+    assert "tfevents" in file.name  # by which TensorBoard finds it
+    told = {}
+    for event in events(file):
+        for value in event.summary.value:
+            told[value.tag, event.step] = value.simple_value
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert told == {
+        (f"{line['split']}/{name}", line["step"]): np.float32(value)
+        for line in lines
+        for name, value in line.items()
+        if isinstance(value, float) and name != "time_s"
+    }
+
+
+def test_events_of_a_run_that_goes_on_are_in_a_file_of_their_own(tmp_path):
+    for step in (5, 3):
+        written = Events(tmp_path, purge_step=step)
+        written.add(step, {"train/loss": float(step)})
+        written.close()
+    found = [list(events(file)) for file in tmp_path.iterdir()]
+    assert sorted(told[1].step for told in found) == [3, 5]
+    assert all(told[0].file_version == "brain.Event:2" for told in found)
+    assert all(told[1].session_log.status == SessionLog.START for told in found)
+
+
+def events(file: Path) -> Iterator[Event]:
+    """The records of an event file: a length, its checksum, the event, its checksum."""
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 # -- divergence ------------------------------------------------------------------------------------------------------
