@@ -76,11 +76,12 @@ def pays(recipe: Recipe, manifest: Manifest) -> bool:
 
     Measured by tests/benchmarks/fused.py and variations of it, on one thread, against the ordinary loop's steps:
 
-        16 MLPs 64-128-10, batches of 64        2.6 to 3.5 times as quick; 4 of them 1.7, 2 of them 1.1
-        16 MLPs 784-128-10, batches of 128      2.1 to 2.9, with different seeds 1.6 to 1.9
-        8 MLPs 784-512-512-10, batches of 128   1.9
-        16 CNNs 16-32 on 8x8 / 14x14 / 28x28, batches of 64     2.0 / 1.8 / 1.3 to 1.5
-        4 CNNs 32-64 on 28x28, batches of 64 / 128              1.0 / 0.9; 16 of them 0.7
+        16 MLPs 64-128-10, batches of 64        4.2 to 4.7 times as quick; 4 of them 2.1, 2 of them 1.2
+        16 MLPs 64-32-10 / 64-512-10            6.3 / 2.9
+        16 MLPs 784-128-10, batches of 128      2.0 to 2.6, with different seeds 1.6; 4 of them 2.1
+        8 MLPs 784-512-512-10, batches of 128   1.7
+        16 CNNs 16-32 on 8x8 / 14x14 / 28x28, batches of 64     2.0 / 1.5 / 1.4
+        4 CNNs 32-64 on 28x28, batches of 64 / 128              1.1 / 0.9; 16 of them 0.7
         4 small AlexNets on 32x32                               1.0
 
     What is saved is what a step costs beside its arithmetic (of an MLP 784-128-10 half a step is matrix products, and
