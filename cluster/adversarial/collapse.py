@@ -32,7 +32,8 @@ class CollapseWatch:
     """Judges the metrics of each look.
 
     A generator starts with rows that are all alike (a DCGAN on the 8 x 8 digits: a diversity of 0.005, and 0.2 only
-    after ten epochs). So a low diversity is not held against it while it grows to more than it has ever been.
+    after ten epochs). So a low diversity is not held against it while it grows to more than it has ever been. Nor is
+    anything held against one that has just become better than ever: there is nothing better to return to.
 
     What it has seen is no part of what both halves return to: a rollback must not make it forget the rollback. So its
     state is checkpointed to go on after an interruption, and left alone where a checkpoint is loaded to roll back.
@@ -42,12 +43,13 @@ class CollapseWatch:
         self._spec = spec
         self._seen = _Seen()
 
-    def look(self, metrics: Mapping[str, float], *, accuracy: float | None) -> Verdict:
+    def look(self, metrics: Mapping[str, float], *, accuracy: float | None, improved: bool = False) -> Verdict:
         """Whether to go on, with `metrics` of a look, of which one is `diversity`, and the discriminator's accuracy.
 
-        `accuracy` is the mean over the segment of the shares of real and of made rows that the discriminator took for
-        what they are; None for losses without a threshold between the two (wasserstein). A metric that is NaN or
-        infinite is bad at once, the others are when they have been so for `patience` looks in a row.
+        `improved`: whether the metric that decides on the best generator was never as good. `accuracy` is the mean over
+        the segment of the shares of real and of made rows that the discriminator took for what they are; None for
+        losses without a threshold between the two (wasserstein). A metric that is NaN or infinite is bad at once, the
+        others are when they have been so for `patience` looks in a row.
         """
         spec, seen = self._spec, self._seen
         values = {**metrics, "discriminator accuracy": 0.0 if accuracy is None else accuracy}
@@ -55,9 +57,10 @@ class CollapseWatch:
             return self._bad(f"{', '.join(broken)} became NaN or infinite")
         diversity = metrics["diversity"]
         alike = diversity < spec.min_diversity and diversity <= seen.diversity
-        seen.alike = seen.alike + 1 if alike else 0
+        apart = accuracy is not None and accuracy > spec.max_accuracy
+        seen.alike = seen.alike + 1 if alike and not improved else 0
+        seen.apart = seen.apart + 1 if apart and not improved else 0
         seen.diversity = max(seen.diversity, diversity)
-        seen.apart = seen.apart + 1 if accuracy is not None and accuracy > spec.max_accuracy else 0
         if seen.alike >= spec.patience:
             return self._bad(
                 f"made rows are {diversity:.2g} times as diverse as real ones, and were less than "

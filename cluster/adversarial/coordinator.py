@@ -228,10 +228,15 @@ class Coordinator:
             accuracy = None
             if self.tells_apart:
                 accuracy = (progress.train["real_accuracy"] + progress.train["fake_accuracy"]) / 2
-            verdict = self.watch.look(metrics, accuracy=accuracy)
+            verdict = self.watch.look(metrics, accuracy=accuracy, improved=self._improved(metrics))
         if self.quality.best_metric or verdict.action == "fine":  # the last one is the best, unless it has collapsed
             self._keep_best(players, metrics, epoch)
         self._heed(players, verdict)
+
+    def _improved(self, metrics: dict[str, float]) -> bool:
+        """Whether the metric to choose by was never as good; where there is none, nothing says so."""
+        name, best = self.quality.best_metric, self.progress.best
+        return bool(name) and (best is None or metrics[name] < best["value"])
 
     def _keep_best(self, players: Players, metrics: dict[str, float], epoch: int) -> None:
         name = self.quality.best_metric

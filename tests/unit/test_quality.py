@@ -475,6 +475,13 @@ def test_rows_may_be_alike_while_their_diversity_grows():
     assert actions(watch, *growing) == ["fine"] * 10  # from the checkpoint returned to
 
 
+def test_nothing_is_held_against_a_generator_that_is_better_than_ever():
+    watch = CollapseWatch(CollapseSpec(patience=2))
+    looks = [(ALIKE, 1.0, improved) for improved in (False, True, False, False)]
+    verdicts = [watch.look(metrics, accuracy=accuracy, improved=improved) for metrics, accuracy, improved in looks]
+    assert [verdict.action for verdict in verdicts] == ["fine"] * 3 + ["rollback"]
+
+
 def test_rows_that_never_differ_are_a_collapse():
     same = [{"diversity": 0.0}] * 3
     assert actions(CollapseWatch(CollapseSpec(patience=3)), *same) == ["fine", "fine", "rollback"]
