@@ -169,7 +169,7 @@ def test_only_invalid_trials(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"overrides": 3, "value": "x"}'])
 def test_damaged_records_are_named(tmp_path, content):
-    sweep = write_sweep(tmp_path / "sweep", records())
+    sweep = write_sweep(tmp_path / "sweep", records(6))
     (sweep / "trials" / "0002" / "trial.json").write_bytes(content)
     page = page_of(sweep)
     assert "Curves" in page.headings
@@ -179,7 +179,7 @@ def test_damaged_records_are_named(tmp_path, content):
 @pytest.mark.parametrize("name", ["recipe.yaml", "result.json", "environment.json", "best.yaml"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"\xff\xfe\x00", b"sweep: {space: 3}"])
 def test_damaged_files_are_named(tmp_path, name, content):
-    sweep = write_sweep(tmp_path / "sweep", records())
+    sweep = write_sweep(tmp_path / "sweep", records(6))
     (sweep / name).unlink()
     if content is not None:
         (sweep / name).write_bytes(content)
