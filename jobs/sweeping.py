@@ -5,14 +5,13 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.trainer import workers_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
 from cluster.tuning.resources import needs_of
-from cluster.tuning.sweep import SweepOutcome
+from cluster.tuning.sweep import SweepOutcome, new_place
 from cluster.tuning.sweep import sweep as run_sweep_of
 from jobs.show import print_outcome
 from jobs.sweep_progress import SweepProgress, counts, first_line
@@ -41,7 +40,7 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run a sweep and show how it goes. Raises UserError, and Interrupted with the line that resumes it."""
     resolved = load_recipe(recipe, overrides)
-    run = f"sweeps/{resolved.name}-{datetime.now():%Y%m%d-%H%M%S}" if run is None else run
+    run = run or new_place(resolved)
     if gpu and not address and resolved.sweep:
         _refuse_missing_gpus(resolved, workers)
     options: dict[str, Any] = {} if parse_fuse(fuse) == "auto" else {"fuse": parse_fuse(fuse)}

@@ -236,7 +236,7 @@ class Coordinator:
     def _improved(self, metrics: dict[str, float]) -> bool:
         """Whether the metric to choose by was never as good; where there is none, nothing says so."""
         name, best = self.quality.best_metric, self.progress.best
-        return bool(name) and (best is None or metrics[name] < best["value"])
+        return name is not None and (best is None or metrics[name] < best["value"])
 
     def _keep_best(self, players: Players, metrics: dict[str, float], epoch: int) -> None:
         name = self.quality.best_metric

@@ -10,7 +10,8 @@ from cluster.storage import Folder
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RESULT, RunDirectory
 from cluster.tuning.fused import FusedLoop
-from cluster.tuning.trials import EPOCH, Trial
+from cluster.tuning.state import EPOCH
+from cluster.tuning.trials import Trial
 
 MEMBERS, LEFT = "members", "left"  # in a result: metrics of each trial, and how trials ended, by their indices
 # what a member's result.json says, in the sweep's words

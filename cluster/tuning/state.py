@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from cluster.tuning.ledger import Status, TrialRecord
 from cluster.tuning.target import Target
 
+EPOCH = "epoch"  # in what a trial reports: epochs done, which is Tune's time
 SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
 
 

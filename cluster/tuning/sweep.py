@@ -12,22 +12,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
-
 from cluster.data.prepare import prepared
-from cluster.data.shards import DataSet
 from cluster.runtime import ray_session
-from cluster.training.context import Splits, open_splits
+from cluster.training.context import Splits
 from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
-from cluster.training.run_directory import RESULT, RunDirectory, environment, read_metrics
+from cluster.training.run_directory import environment
 from cluster.training.trainer import refuse_what_cannot_start, workers_of
 from cluster.tuning.budget import longest_trial, rungs
 from cluster.tuning.fusable import groups, pays, why_not
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
 from cluster.tuning.resources import needs_of, room_for
-from cluster.tuning.searchers import make_searcher
-from cluster.tuning.space import Overrides, Space
-from cluster.tuning.state import SweepListener, SweepState
+from cluster.tuning.roster import OpenData, Roster
+from cluster.tuning.space import Space
+from cluster.tuning.state import SweepListener
 from cluster.tuning.target import target
 from nn_models.errors import UserError
 
@@ -79,15 +76,15 @@ def sweep(
     recipe = load_recipe(recipe, overrides)
     if recipe.sweep is None:
         raise UserError(f"sweep: {recipe.name} has no section sweep, which says what to try; add one with a space")
-    run = run or f"sweeps/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    run = run or new_place(recipe)
     directory = SweepDirectory(run)
     if resume:
         _refuse_other(recipe, directory)
     most = _most_fused(fuse)
     running = _Sweep(recipe, directory, num_workers, use_gpu, address)
     if resume:
-        running.take_up(retry_failed)
-        if (done := directory.result()) and done["status"] == "finished" and not running.left:
+        running.roster.take_up(retry_failed)
+        if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
             return running.outcome(done)
     with ExitStack() as stack:
         cpus = max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in running.needs.all)))
@@ -101,6 +98,11 @@ def sweep(
             facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
             directory.begin(recipe, facts)
         return running.run(session, listener)
+
+
+def new_place(recipe: Recipe) -> str:
+    """Where a sweep goes that was given no directory: sweeps/NAME-DATE-TIME."""
+    return f"sweeps/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> None:
@@ -126,6 +128,8 @@ def _most_fused(fuse: str | int) -> int | None:
 
 
 class _Sweep:
+    """A sweep that can start: its trials' needs and data are known, and what cannot be has been refused."""
+
     def __init__(
         self, recipe: Recipe, directory: SweepDirectory, num_workers: int, use_gpu: bool, address: str | None
     ) -> None:
@@ -133,7 +137,6 @@ class _Sweep:
         self.began = time.time()
         self.recipe, self.spec, self.directory = recipe, recipe.sweep, directory
         self.base = recipe.model_copy(update={"sweep": None})
-        self.num_workers, self.use_gpu = num_workers, use_gpu
         self.space = Space(self.spec)
         data = prepared(recipe.data)
         self.space.check(recipe, data.manifest)
@@ -147,26 +150,17 @@ class _Sweep:
                 "asha"
             )
         self.needs = needs_of(recipe, self.workers)
-        self.data: dict[tuple[str, int | None], tuple[DataSet, Splits]] = {}  # by folder and shuffle window
-        refuse_what_cannot_start(self.base, self._open(self.base)[1], self.workers)
-        self.searcher = make_searcher(self.spec, self.space, self.target.mode)
-        self.state = SweepState(self.target, self.space.num_trials, 1)
-        self.waiting: list[TrialRecord] = []
-        self.past: dict[int, list[tuple[int, float]]] = {}
-        self.listener: SweepListener | None = None
+        self.data = OpenData()
+        refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
         self.most_fused, self.fuse_asked = 1, False
-        self.facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
-        self.embedded = True
-        self.started: dict[int, float] = {}
-        self.earlier: dict[int, int] = {}  # attempts before this process took over
-
-    def _open(self, recipe: Recipe) -> tuple[DataSet, Splits]:
-        """The data of a trial; trials that use the same rows share them."""
-        data = prepared(recipe.data)
-        where = data.folder.uri, recipe.data.shuffle_window
-        if where not in self.data:
-            self.data[where] = data, open_splits(data, window=recipe.data.shuffle_window)
-        return self.data[where]
+        common = {
+            "environment": environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=""),
+            "use_gpu": use_gpu,
+            "workers": self.workers,
+            "num_workers": num_workers,
+        }
+        self.roster = Roster(recipe, self.space, self.target, directory, self.data, common)
+        self.state = self.roster.state
 
     def refuse_what_never_fits(self, ray: Any, concurrency: int | None) -> None:
         """Settle how many trials run at once. Raises UserError where not even one will ever fit."""
@@ -197,34 +191,12 @@ class _Sweep:
         if reason and most is not None and most > 1:
             raise UserError(f"--fuse: {most}: these trials cannot train together ({reason}); leave it out")
         self.fuse_asked = most is not None
-        if reason is None and (most or MOST_FUSED) > 1 and (most or pays(self.base, self._open(self.base)[0].manifest)):
-            # all slots shall have a group
-            self.most_fused = most or min(MOST_FUSED, -(-self.space.num_trials // self.state.concurrency))
-
-    def take_up(self, retry_failed: bool) -> None:
-        """Go on with what is in the directory."""
-        again = ("waiting", "running", *(("failed",) if retry_failed else ()))
-        found = {record.index: record for record in self.directory.records()}
-        for index in range(max(found, default=-1) + 1):
-            # one whose folder somebody deleted is asked for again
-            record = found.get(index) or TrialRecord(index, dict(self.searcher.ask(index) or {}))
-            self.state.records.append(record)
-            if record.status in again:
-                if record.status == "failed":  # its result would say that it has ended
-                    self.directory.trial(index).delete(RESULT)
-                record.status = "waiting"
-                self.earlier[record.index] = record.attempts
-                self.waiting.append(record)
-            elif record.status != "invalid":
-                self.searcher.tell(record.index, record.overrides, record.value)
-                self.past[record.index] = self._history(record)
-
-    def _history(self, record: TrialRecord) -> list[tuple[int, float]]:
-        """(epochs done, value) of a trial, as its run directory has it."""
-        split, _, name = self.target.metric.partition("/")
-        lines = read_metrics(RunDirectory(self.directory.trial(record.index)))
-        ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
-        return [(line["epoch"] + 1, line[name]) for line in ended if isinstance(line.get(name), float)]
+        if most is None:
+            if reason is None and pays(self.base, self.data.of(self.base)[0].manifest):
+                # all slots shall have a group
+                self.most_fused = min(MOST_FUSED, -(-self.space.num_trials // self.state.concurrency))
+        elif reason is None:
+            self.most_fused = most
 
     def run(self, session: Any, listener: SweepListener | None) -> SweepOutcome:
         """All trials that are left."""
@@ -232,17 +204,18 @@ class _Sweep:
         from cluster.tuning.fused_trial import FusedTrial
         from cluster.tuning.trials import GroupTrial, OneWorkerTrial, World
 
-        self.listener, self.embedded = listener, session.embedded
+        roster = self.roster
+        roster.listener = listener
+        roster.common["embedded"] = session.embedded
         status = "stopped"
         stored = {
             where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
-            for where, (_, splits) in self.data.items()
+            for where, (_, splits) in self.data.opened.items()
         }
         world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
-        listening = tune.Listening(on_start=self._on_start, on_epoch=self._on_epoch, on_end=self._on_end)
-        left = self.left
+        listening = tune.Listening(on_start=roster.on_start, on_epoch=roster.on_epoch, on_end=roster.on_end)
         trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
-        next_trial, scheduler = self._next, None
+        next_trial, left, scheduler = roster.next, roster.left, None
         together = self._fused_groups() if self.most_fused > 1 else None
         if together:
             trainable = FusedTrial
@@ -253,8 +226,8 @@ class _Sweep:
                 longest_trial(self.recipe, self.space),
                 metric=self.target.metric,
                 mode=self.target.mode,
-                past=self.past,
-                mutate=self._mutated,
+                past=roster.past,
+                mutate=roster.mutated,
             )
         try:
             if left:
@@ -275,43 +248,6 @@ class _Sweep:
             result = self._conclude(status)
         return self.outcome(result)
 
-    def outcome(self, result: dict[str, Any]) -> SweepOutcome:
-        """What `sweep` returns."""
-        best = self.state.best()
-        recipe = self._best_recipe(best) if best else None
-        return SweepOutcome(result["status"], recipe, best, self.state.records, str(self.directory), result)
-
-    @property
-    def left(self) -> int:
-        """Trials that have not ended."""
-        return self.space.num_trials - len(self.state.records) + len(self.waiting)
-
-    # -- what Tune asks and tells ------------------------------------------------------------------------------------
-
-    def _next(self) -> dict[str, Any] | None:
-        """The next trial: one that was interrupted, or a new sample, which the recipe may refuse."""
-        if self.waiting:
-            record = self.waiting.pop(0)
-            return self._config(record, self.space.trial(self.base, record.overrides))
-        while len(self.state.records) < self.space.num_trials:
-            index = len(self.state.records)
-            overrides = self.searcher.ask(index)
-            if overrides is None:
-                return None
-            record = TrialRecord(index, dict(overrides))
-            self.state.records.append(record)
-            try:
-                recipe = self.space.trial(self.base, overrides)
-                recipe.check(self._open(recipe)[0].manifest)
-            except UserError as error:
-                record.status, record.error = "invalid", str(error)
-                self.searcher.tell(index, overrides, None)
-                self._changed(record)
-                continue
-            self._changed(record)
-            return self._config(record, recipe)
-        return None
-
     def _fused_groups(self) -> list[dict[str, Any]]:
         """All trials that are left, in groups that can train together; none where that was not asked for, nor pays.
 
@@ -319,14 +255,14 @@ class _Sweep:
         trial's recipe would not give the same figures again.
         """
         configs = []
-        while (config := self._next()) is not None:
+        while (config := self.roster.next()) is not None:
             configs.append(config)
         recipes = [Recipe.model_validate(config["recipe"]) for config in configs]
-        found_groups = groups(recipes, self.most_fused, manifest=self._open(self.base)[0].manifest)
+        found_groups = groups(recipes, self.most_fused, manifest=self.data.of(self.base)[0].manifest)
         drops = any(getattr(recipe.model, "dropout", 0) for recipe in recipes)
         if not self.fuse_asked and (drops or len(configs) < SMALLEST_GROUP * len(found_groups)):
             self.most_fused = 1
-            self.waiting = [self.state.records[config["index"]] for config in configs]  # for `_next`
+            self.roster.put_back(configs)
             return []
         budget_epochs = longest_trial(self.recipe, self.space)
         pruning = {
@@ -345,75 +281,13 @@ class _Sweep:
             found.append({"index": first["index"], "members": members, "pruning": pruning, **shared})
         return found
 
-    def _config(self, record: TrialRecord, recipe: Recipe) -> dict[str, Any]:
-        return {
-            "index": record.index,
-            "overrides": record.overrides,
-            "recipe": recipe.model_dump(mode="json"),
-            "run": self.directory.trial(record.index).uri,
-            "data": (self._open(recipe)[0].folder.uri, recipe.data.shuffle_window),
-            "validates": bool(self._open(recipe)[0].manifest.rows("validation")),
-            "environment": self.facts,
-            "use_gpu": self.use_gpu,
-            "workers": self.workers,
-            "num_workers": self.num_workers,
-            "embedded": self.embedded,
-        }
-
-    def _mutated(self, config: Mapping[str, Any], donor: Mapping[str, Any], draw: int) -> dict[str, Any]:
-        """The recipient's configuration with the donor's values, mutated."""
-        rng = np.random.default_rng([self.spec.seed, config["index"], draw])
-        overrides = self.space.perturb(donor["overrides"], rng)
-        record, theirs = self.state.records[config["index"]], self.state.records[donor["index"]]
-        record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
-        self._changed(record)
-        return {**config, "overrides": overrides, "recipe": self._dumped(overrides)}
-
-    def _dumped(self, overrides: Overrides) -> dict[str, Any]:
-        dumped: dict[str, Any] = self.space.trial(self.base, overrides).model_dump(mode="json")
-        return dumped
-
-    def _on_start(self, index: int, failures: int) -> None:
-        record = self.state.records[index]
-        if record.status in ENDED:  # it has left a group of fused trials that is started again
-            return
-        record.status, record.attempts = "running", self.earlier.get(index, 0) + failures + 1
-        self.started.setdefault(index, time.time())
-        self._changed(record)
-
-    def _on_epoch(self, index: int, result: Mapping[str, Any]) -> None:
-        from cluster.tuning.trials import EPOCH
-
-        record = self.state.records[index]
-        record.epochs = int(result.get(EPOCH, record.epochs))
-        record.metrics |= {
-            name: float(value) for name, value in result.items() if "/" in name and isinstance(value, (int, float))
-        }
-        value = result.get(self.target.metric)
-        if value is not None and math.isfinite(value):
-            better = max if self.target.mode == "max" else min
-            record.value = value if record.value is None else better(record.value, value)
-        self._changed(record, write=False)
-
-    def _on_end(self, index: int, status: Status, error: str | None) -> None:
-        record = self.state.records[index]
-        if record.status in ENDED:
-            return
-        record.status, record.error = status, error
-        record.time_s = round(record.time_s + time.time() - self.started.get(index, time.time()), 3)
-        run = self.directory.trial(index)
-        if run.exists("lineage.json"):
-            record.lineage = run.read_json("lineage.json")
-        self.searcher.tell(index, record.overrides, None if status == "failed" else record.value)
-        self._changed(record)
-
-    def _changed(self, record: TrialRecord, *, write: bool = True) -> None:
-        if write:
-            self.directory.write(record)
-        if self.listener:
-            self.listener(self.state)
-
     # -- the end -----------------------------------------------------------------------------------------------------
+
+    def outcome(self, result: dict[str, Any]) -> SweepOutcome:
+        """What `sweep` returns."""
+        best = self.state.best()
+        recipe = self._best_recipe(best) if best else None
+        return SweepOutcome(result["status"], recipe, best, self.state.records, str(self.directory), result)
 
     def _best_recipe(self, best: TrialRecord) -> Recipe:
         """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""

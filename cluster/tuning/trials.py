@@ -25,10 +25,10 @@ from cluster.training.loop import Loop
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RunDirectory
 from cluster.training.trainer import run_here
+from cluster.tuning.state import EPOCH
 from nn_models.errors import UserError
 
 WEIGHTS = "model/model.safetensors"
-EPOCH = "epoch"  # epochs done, which is Tune's time
 OUTCOME = "outcome"  # finished | failed: in the last result of a trial that ended by itself
 ERROR = "error"
 ABORT_TIMEOUT_S = 30

@@ -44,7 +44,8 @@ from ray.tune.schedulers import (  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 from cluster.tuning.fused_trial import LEFT, MEMBERS  # noqa: E402
-from cluster.tuning.trials import EPOCH, ERROR, OUTCOME  # noqa: E402
+from cluster.tuning.state import EPOCH  # noqa: E402
+from cluster.tuning.trials import ERROR, OUTCOME  # noqa: E402
 
 # (recipient's configuration, donor's, a number that differs each time) -> the recipient's new one
 Mutate = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]

@@ -1,0 +1,184 @@
+"""Roster: the trials of a sweep, which comes next, and how each goes; every change is in its record at once."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.data.prepare import prepared
+from cluster.data.shards import DataSet
+from cluster.training.context import Splits, open_splits
+from cluster.training.recipe import Recipe
+from cluster.training.run_directory import RESULT, RunDirectory, read_metrics
+from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
+from cluster.tuning.searchers import make_searcher
+from cluster.tuning.space import Space
+from cluster.tuning.state import EPOCH, SweepListener, SweepState
+from cluster.tuning.target import Target
+from nn_models.errors import UserError
+
+
+class OpenData:
+    """The data of a sweep's trials. Those that use the same rows share them."""
+
+    def __init__(self) -> None:
+        self.opened: dict[tuple[str, int | None], tuple[DataSet, Splits]] = {}  # by folder and shuffle window
+
+    def of(self, recipe: Recipe) -> tuple[DataSet, Splits]:
+        """The data of a trial. Raises UserError where it cannot be had."""
+        data = prepared(recipe.data)
+        where = data.folder.uri, recipe.data.shuffle_window
+        if where not in self.opened:
+            self.opened[where] = data, open_splits(data, window=recipe.data.shuffle_window)
+        return self.opened[where]
+
+
+class Roster:
+    """What Tune asks for trials, and tells how they went."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: Space,
+        target: Target,
+        directory: SweepDirectory,
+        data: OpenData,
+        common: dict[str, Any],
+    ) -> None:
+        """`common` is in the configuration of every trial, beside what is its own."""
+        assert recipe.sweep is not None
+        self._base, self._spec = recipe.model_copy(update={"sweep": None}), recipe.sweep
+        self._space, self._target, self._directory, self._data = space, target, directory, data
+        self.common = common
+        self._searcher = make_searcher(self._spec, space, target.mode)
+        self.state = SweepState(target, space.num_trials, 1)
+        self.past: dict[int, list[tuple[int, float]]] = {}  # (epoch, value) of trials that ended before a resumption
+        self.listener: SweepListener | None = None
+        self._waiting: list[TrialRecord] = []
+        self._started: dict[int, float] = {}
+        self._earlier: dict[int, int] = {}  # attempts before this process took over
+
+    def take_up(self, retry_failed: bool) -> None:
+        """Go on with what is in the directory."""
+        again = ("waiting", "running", *(("failed",) if retry_failed else ()))
+        found = {record.index: record for record in self._directory.records()}
+        for index in range(max(found, default=-1) + 1):
+            # one whose folder somebody deleted is asked for again
+            record = found.get(index) or TrialRecord(index, dict(self._searcher.ask(index) or {}))
+            self.state.records.append(record)
+            if record.status in again:
+                if record.status == "failed":  # its result would say that it has ended
+                    self._directory.trial(index).delete(RESULT)
+                record.status = "waiting"
+                self._earlier[record.index] = record.attempts
+                self._waiting.append(record)
+            elif record.status != "invalid":
+                self._searcher.tell(record.index, record.overrides, record.value)
+                self.past[record.index] = self._history(record)
+
+    def _history(self, record: TrialRecord) -> list[tuple[int, float]]:
+        """(epochs done, value) of a trial, as its run directory has it."""
+        split, _, name = self._target.metric.partition("/")
+        lines = read_metrics(RunDirectory(self._directory.trial(record.index)))
+        ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
+        return [(line["epoch"] + 1, line[name]) for line in ended if isinstance(line.get(name), float)]
+
+    @property
+    def left(self) -> int:
+        """Trials that have not ended."""
+        return self._space.num_trials - len(self.state.records) + len(self._waiting)
+
+    def put_back(self, configs: Sequence[Mapping[str, Any]]) -> None:
+        """Have trials that were asked for asked for again."""
+        self._waiting = [self.state.records[config["index"]] for config in configs]
+
+    # -- what Tune asks and tells ------------------------------------------------------------------------------------
+
+    def next(self) -> dict[str, Any] | None:
+        """The next trial: one that was interrupted, or a new sample, which the recipe may refuse."""
+        if self._waiting:
+            record = self._waiting.pop(0)
+            return self._config(record, self._space.trial(self._base, record.overrides))
+        while len(self.state.records) < self._space.num_trials:
+            index = len(self.state.records)
+            overrides = self._searcher.ask(index)
+            if overrides is None:
+                return None
+            record = TrialRecord(index, dict(overrides))
+            self.state.records.append(record)
+            try:
+                recipe = self._space.trial(self._base, overrides)
+                recipe.check(self._data.of(recipe)[0].manifest)
+            except UserError as error:
+                record.status, record.error = "invalid", str(error)
+                self._searcher.tell(index, overrides, None)
+                self._changed(record)
+                continue
+            self._changed(record)
+            return self._config(record, recipe)
+        return None
+
+    def _config(self, record: TrialRecord, recipe: Recipe) -> dict[str, Any]:
+        data, _ = self._data.of(recipe)
+        return {
+            **self.common,
+            "index": record.index,
+            "overrides": record.overrides,
+            "recipe": recipe.model_dump(mode="json"),
+            "run": self._directory.trial(record.index).uri,
+            "data": (data.folder.uri, recipe.data.shuffle_window),
+            "validates": bool(data.manifest.rows("validation")),
+        }
+
+    def mutated(self, config: Mapping[str, Any], donor: Mapping[str, Any], draw: int) -> dict[str, Any]:
+        """The recipient's configuration with the donor's values, mutated."""
+        rng = np.random.default_rng([self._spec.seed, config["index"], draw])
+        overrides = self._space.perturb(donor["overrides"], rng)
+        record, theirs = self.state.records[config["index"]], self.state.records[donor["index"]]
+        record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
+        self._changed(record)
+        recipe = self._space.trial(self._base, overrides)
+        return {**config, "overrides": overrides, "recipe": recipe.model_dump(mode="json")}
+
+    def on_start(self, index: int, failures: int) -> None:
+        """A trial begins, or begins again after so many failures."""
+        record = self.state.records[index]
+        if record.status in ENDED:  # it has left a group of fused trials that is started again
+            return
+        record.status, record.attempts = "running", self._earlier.get(index, 0) + failures + 1
+        self._started.setdefault(index, time.time())
+        self._changed(record)
+
+    def on_epoch(self, index: int, result: Mapping[str, Any]) -> None:
+        """A trial has these metrics after one more epoch."""
+        record = self.state.records[index]
+        record.epochs = int(result.get(EPOCH, record.epochs))
+        record.metrics |= {
+            name: float(value) for name, value in result.items() if "/" in name and isinstance(value, (int, float))
+        }
+        value = result.get(self._target.metric)
+        if value is not None and math.isfinite(value):
+            better = max if self._target.mode == "max" else min
+            record.value = value if record.value is None else better(record.value, value)
+        self._changed(record, write=False)
+
+    def on_end(self, index: int, status: Status, error: str | None) -> None:
+        """A trial has ended. The first word counts: one that has left a group is not told of again."""
+        record = self.state.records[index]
+        if record.status in ENDED:
+            return
+        record.status, record.error = status, error
+        record.time_s = round(record.time_s + time.time() - self._started.get(index, time.time()), 3)
+        run = self._directory.trial(index)
+        if run.exists("lineage.json"):
+            record.lineage = run.read_json("lineage.json")
+        self._searcher.tell(index, record.overrides, None if status == "failed" else record.value)
+        self._changed(record)
+
+    def _changed(self, record: TrialRecord, *, write: bool = True) -> None:
+        if write:
+            self._directory.write(record)
+        if self.listener:
+            self.listener(self.state)
