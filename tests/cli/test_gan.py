@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import logging
 import shutil
 from pathlib import Path
@@ -93,11 +94,11 @@ def pixels(path: Path) -> np.ndarray:
 def test_training_tells_what_matters(manta, tmp_path):
     pairs = [f"--set={name}={value}" for name, value in SMALL.items()]
     pairs += ["--set=adversarial.quality.every_epochs=1", "--set=adversarial.collapse={patience: 1, max_accuracy: 0}"]
-    code, out, err = manta("train", "digits-dcgan", "--run", tmp_path / "run", *pairs, "--set=train.epochs=5")
+    code, out, err = manta("train", "digits-dcgan", "--run", tmp_path / "run", *pairs, "--set=train.epochs=12")
     assert code == 0
     lines = err.splitlines()
     assert any(line.startswith("untrained    validation Frechet ") for line in lines)
-    told = next(line for line in lines if line.startswith("epoch 1/5    train "))
+    told = next(line for line in lines if re.match(r"epoch +1/12 +train ", line))
     assert [word for word in told.split() if word.isalpha()] == [
         "epoch", "train", "generator", "discriminator", "right", "on", "real", "on", "made",
     ]  # fmt: skip
@@ -109,7 +110,7 @@ def test_training_tells_what_matters(manta, tmp_path):
     assert "training ends here" in warnings[3]
     figures = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert float(figures["test/frechet_distance"]) > float(figures["test/frechet_floor"])
-    assert figures["rollbacks"] == "3, the last at step 60"
+    assert re.fullmatch(r"3, the last at step \d+0", figures["rollbacks"])
     assert "ended early" in out
     assert "after 3 of 3 rollbacks" in out
     starts = {len(line) - len(line.partition("  ")[2].lstrip()) for line in out.splitlines()}
