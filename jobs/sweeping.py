@@ -43,7 +43,6 @@ def run_sweep(
     run = run or new_place(resolved)
     if gpu and not address and resolved.sweep:
         _refuse_missing_gpus(resolved, workers)
-    options: dict[str, Any] = {} if parse_fuse(fuse) == "auto" else {"fuse": parse_fuse(fuse)}
     try:
         with SweepProgress(resolved.name) as progress:
             return run_sweep_of(
@@ -56,8 +55,8 @@ def run_sweep(
                 retry_failed=retry_failed,
                 concurrency=concurrency,
                 listener=progress,
+                fuse=fuse,
                 verbose=verbose,
-                **options,
             )
     except KeyboardInterrupt:
         if not SweepDirectory(run).exists():
@@ -68,15 +67,6 @@ def run_sweep(
         again |= {"--fuse": fuse if fuse != "auto" else None}
         line += "".join(f" {name} {shlex.quote(str(value))}" for name, value in again.items() if value is not None)
         raise Interrupted(f"interrupted; to go on: {line}{' --gpu' * gpu}") from None
-
-
-def parse_fuse(text: str) -> str | int:
-    """`auto`, `off`, or how many trials at most are trained as one. Raises UserError."""
-    if text in ("auto", "off"):
-        return text
-    if text.isdecimal() and int(text) >= 2:
-        return int(text)
-    raise UserError(f"--fuse: {text!r} is not auto, off or a number of trials of at least 2")
 
 
 def _refuse_missing_gpus(recipe: Recipe, workers: int) -> None:

@@ -77,10 +77,10 @@ def sweep(
     if recipe.sweep is None:
         raise UserError(f"sweep: {recipe.name} has no section sweep, which says what to try; add one with a space")
     run = run or new_place(recipe)
+    most = _most_fused(fuse)
     directory = SweepDirectory(run)
     if resume:
         _refuse_other(recipe, directory)
-    most = _most_fused(fuse)
     running = _Sweep(recipe, directory, num_workers, use_gpu, address)
     if resume:
         running.roster.take_up(retry_failed)
@@ -122,9 +122,9 @@ def _most_fused(fuse: str | int) -> int | None:
         return None
     if fuse == "off":
         return 1
-    if str(fuse).isdecimal() and int(fuse) >= 1:
+    if str(fuse).isdecimal() and int(fuse) >= 2:
         return int(fuse)
-    raise UserError(f"--fuse: {fuse!r} is neither auto nor off nor a number of trials that train together; give one")
+    raise UserError(f"--fuse: {fuse!r} is not auto, off or a number of trials of at least 2 that train together")
 
 
 class _Sweep:
