@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
+def name_at(step: int) -> str:
+    """The file of a step's checkpoint."""
+    return f"step-{step:010d}.pt"
+
+
 class Checkpoints:
     """RUN/checkpoints: one file a checkpoint, the newest `keep` of them."""
 
@@ -33,11 +38,15 @@ class Checkpoints:
 
     def save(self, step: int, state: State) -> str:
         """Write the state at `step`, then drop the oldest files. Returns the file's name."""
-        name = f"step-{step:010d}.pt"
+        name = name_at(step)
         self.save_as(name, state)
+        self.drop_oldest()
+        return name
+
+    def drop_oldest(self) -> None:
+        """Delete all but the newest `keep`."""
         for old in self.names()[: -self._keep]:
             self.folder.delete(old)
-        return name
 
     def save_as(self, name: str, state: State) -> None:
         """Write a state under a name of its own; it is kept."""

@@ -86,7 +86,7 @@ def train(
     splits = open_splits(data, window=recipe.data.shuffle_window)
     refuse_what_cannot_start(recipe, splits, workers)
 
-    facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=_device_name(use_gpu))
+    facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=device_name(use_gpu))
     with ExitStack() as stack:
         session = None
         if workers.most:
@@ -133,7 +133,7 @@ def run_here(
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            result = _result(status, directory, began)
+            result = result_of(status, directory, began)
             result["num_workers"] = num_workers
             directory.write_result(result)
     return result
@@ -199,8 +199,8 @@ def new_run_name(recipe: Recipe) -> str:
     return next(candidate for candidate in taken if not Path(candidate).exists())
 
 
-def _result(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
-    """result.json; of a run that did not finish it holds the last metrics that were written."""
+def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
+    """What result.json says of a run; of one that did not finish, the last metrics that were written."""
     first = status.pop("first_step_at", None)
     if status["status"] != "finished":
         lines = read_metrics(directory)
@@ -290,7 +290,8 @@ def local_device(use_gpu: bool) -> Any:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def _device_name(use_gpu: bool) -> str:
+def device_name(use_gpu: bool) -> str:
+    """The device that this machine's processes train on, as environment.json has it."""
     import torch
 
     return torch.cuda.get_device_name() if use_gpu and torch.cuda.is_available() else "cpu"

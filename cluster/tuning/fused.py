@@ -18,7 +18,7 @@ import torch
 from cluster.data.order import digest_part, digest_text
 from cluster.errors import Diverged
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, name_at, save_model, to_cpu
 from cluster.training.context import LocalContext, Splits
 from cluster.training.evaluation import EVALUATION_ROWS, evaluate_best, prefixed
 from cluster.training.loop import Progress, generator_state, seed_rank, set_generator_state
@@ -160,7 +160,7 @@ class FusedLoop:
         place = self.live.index(number)
         member = self._live[place]
         names = member.checkpoints.names()
-        if not names or names[-1] != f"step-{member.progress.step:010d}.pt":
+        if not names or names[-1] != name_at(member.progress.step):
             self._save([place])
         self._background.wait()
         self.results[number] = self._concluded(member)
@@ -376,7 +376,9 @@ class FusedLoop:
             for member, state, best in jobs:
                 if best is not None:  # first: a checkpoint that knows of it may be the last thing that is written
                     save_model(member.run, best, best=state["progress"]["best"], manifest=manifest)
-                member.checkpoints.save(state["progress"]["step"], state)
+                member.checkpoints.save_as(name_at(state["progress"]["step"]), state)
+            for member, _, _ in jobs:  # not before all are there: they must go on from a step that all have
+                member.checkpoints.drop_oldest()
 
         self._background.submit(write)
         for member, _, _ in jobs:

@@ -1,16 +1,19 @@
 """A group of fused trials as one trial of Ray Tune's: it decides itself which of them fall behind, and leave."""
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from cluster.storage import Folder
 from cluster.training.recipe import Recipe
-from cluster.training.run_directory import RESULT, RunDirectory
+from cluster.training.run_directory import RESULT, RunDirectory, read_metrics
+from cluster.training.trainer import result_of
 from cluster.tuning.fused import FusedLoop
 from cluster.tuning.state import EPOCH
+from cluster.tuning.target import history
 from cluster.tuning.trials import Trial
 
 MEMBERS, LEFT = "members", "left"  # in a result: metrics of each trial, and how trials ended, by their indices
@@ -30,15 +33,18 @@ class FusedTrial(Trial):
         self.before = {
             m["index"]: RunDirectory(Folder(m["run"])).result() or {} for m in members if m not in self.members
         }
+        self.started = time.time()
         recipes = [Recipe.model_validate(member["recipe"]) for member in self.members]
         self.runs = [RunDirectory(Folder(member["run"])) for member in self.members]
         for run, recipe in zip(self.runs, recipes, strict=True):
             if not run.exists():
-                run.write_start(recipe, self.config["environment"])
+                run.write_start(recipe, self.facts())
         device = torch.device("cuda" if self.config["use_gpu"] else "cpu")
         folders = [run.folder for run in self.runs]
         self.loop = FusedLoop(recipes, splits=self.splits(), runs=folders, device=device) if recipes else None
         self.pruning = Pruning(**self.config["pruning"])
+        for number, run in enumerate(self.runs):  # as the loop has cut it to the step that it goes on from
+            self.pruning.remember(number, history(read_metrics(run), self.config["pruning"]["metric"]))
         self.done = 0
         self.told: set[int] = set()
 
@@ -63,12 +69,12 @@ class FusedTrial(Trial):
         for number, result in self.loop.results.items():
             if number not in self.told:
                 status = "stopped" if number in pruned else "finished"
-                self.runs[number].write_result({"status": status, **result, "restarts": 0, "num_workers": 0})
+                self._write_result(number, {"status": status, **result, "restarts": 0, "num_workers": 0})
                 left[number] = ("pruned" if number in pruned else "finished", None)
                 metrics[number] = {**metrics.get(number, {}), **result["metrics"]}
         for number, error in self.loop.failures.items():
             if number not in self.told:
-                self.runs[number].write_result({"status": "failed", "error": str(error), "metrics": {}})
+                self._write_result(number, {"status": "failed", "error": str(error)})
                 left[number] = ("failed", str(error))
         self.told |= left.keys()
         over = not self.loop.live
@@ -82,6 +88,9 @@ class FusedTrial(Trial):
         if over:
             self.end()
         return result
+
+    def _write_result(self, number: int, status: dict[str, Any]) -> None:
+        self.runs[number].write_result(result_of(status, self.runs[number], self.started))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """See Trainable: the members' run directories have it all."""
@@ -120,6 +129,10 @@ class Pruning:
         self._scheduler, self._metric, self._sign = scheduler, metric, 1 if mode == "max" else -1
         self._rungs, self._factor, self._grace = tuple(rungs), reduction_factor, grace_epochs
         self._history: dict[int, list[float]] = {}
+
+    def remember(self, number: int, past: Iterable[tuple[int, float]]) -> None:
+        """What a member had reached before an interruption: (epochs done, value)."""
+        self._history[number] = [self._sign * value for _, value in past]
 
     def losers(self, epoch: int, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
         """The members that leave after so many epochs, given the metrics of all that are there."""

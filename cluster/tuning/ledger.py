@@ -27,6 +27,7 @@ from nn_models.errors import UserError
 from nn_models.spec import validate
 
 RECORD = "trial.json"
+LINEAGE = "lineage.json"  # written by the trial, where it is one of a population
 
 # invalid: a sample that the recipe refuses; pruned: stopped by the scheduler
 Status = Literal["waiting", "running", "finished", "pruned", "failed", "invalid"]
@@ -67,15 +68,19 @@ class SweepDirectory:
         """Whether a sweep has begun here."""
         return self.folder.exists(RECIPE)
 
-    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
-        """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
-        self.folder.create()
+    def refuse_taken(self) -> None:
+        """Raise UserError where the directory holds something."""
         if self.exists():
             raise UserError(
                 f"{self}: a sweep or run is here already; continue a sweep with --resume, or choose another --run"
             )
         if self.folder.names():
             raise UserError(f"{self}: not an empty directory; choose another one with --run")
+
+    def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
+        self.folder.create()
+        self.refuse_taken()
         self.folder.write_json(ENVIRONMENT, environment)
         self.folder.write_text(RECIPE, dump_recipe(recipe))
 
@@ -93,6 +98,11 @@ class SweepDirectory:
     def trial(self, index: int) -> Folder:
         """The run directory of a trial."""
         return self.folder / "trials" / f"{index:04d}"
+
+    def lineage(self, index: int) -> list[dict[str, Any]]:
+        """Whose weights and values a trial took over and when, its own beginning first; empty where it takes none."""
+        found: list[dict[str, Any]] = self.trial(index).read_json(LINEAGE) if self.trial(index).exists(LINEAGE) else []
+        return found
 
     def write(self, record: TrialRecord) -> None:
         """Write a trial's record."""

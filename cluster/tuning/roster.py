@@ -12,11 +12,12 @@ from cluster.data.shards import DataSet
 from cluster.training.context import Splits, open_splits
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RESULT, RunDirectory, read_metrics
+from cluster.training.trainer import result_of
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Space
 from cluster.tuning.state import EPOCH, SweepListener, SweepState
-from cluster.tuning.target import Target
+from cluster.tuning.target import Target, history
 from nn_models.errors import UserError
 
 
@@ -55,6 +56,7 @@ class Roster:
         self._searcher = make_searcher(self._spec, space, target.mode)
         self.state = SweepState(target, space.num_trials, 1)
         self.past: dict[int, list[tuple[int, float]]] = {}  # (epoch, value) of trials that ended before a resumption
+        self.num_ended = 0  # since this process took over
         self.listener: SweepListener | None = None
         self._waiting: list[TrialRecord] = []
         self._started: dict[int, float] = {}
@@ -72,18 +74,28 @@ class Roster:
                 if record.status == "failed":  # its result would say that it has ended
                     self._directory.trial(index).delete(RESULT)
                 record.status = "waiting"
-                self._earlier[record.index] = record.attempts
+                self._earlier[index] = record.attempts
+                self._remember(record)
                 self._waiting.append(record)
             elif record.status != "invalid":
-                self._searcher.tell(record.index, record.overrides, record.value)
-                self.past[record.index] = self._history(record)
+                self._searcher.tell(index, record.overrides, None if record.status == "failed" else record.value)
+                self.past[index] = self._history(index)
 
-    def _history(self, record: TrialRecord) -> list[tuple[int, float]]:
+    def _remember(self, record: TrialRecord) -> None:
+        """Its best value so far: an epoch changes no record, and the best may lie behind the newest checkpoint."""
+        lineage = self._directory.lineage(record.index)
+        own = lineage[-1][EPOCH] if lineage else 0  # what came before was left behind for another's state
+        for epoch, value in self._history(record.index):
+            if epoch > own:
+                self._valued(record, value)
+
+    def _history(self, index: int) -> list[tuple[int, float]]:
         """(epochs done, value) of a trial, as its run directory has it."""
-        split, _, name = self._target.metric.partition("/")
-        lines = read_metrics(RunDirectory(self._directory.trial(record.index)))
-        ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
-        return [(line["epoch"] + 1, line[name]) for line in ended if isinstance(line.get(name), float)]
+        return history(read_metrics(RunDirectory(self._directory.trial(index))), self._target.metric)
+
+    def _valued(self, record: TrialRecord, value: float) -> None:
+        better = max if self._target.mode == "max" else min
+        record.value = value if record.value is None else better(record.value, value)
 
     @property
     def left(self) -> int:
@@ -160,8 +172,7 @@ class Roster:
         }
         value = result.get(self._target.metric)
         if value is not None and math.isfinite(value):
-            better = max if self._target.mode == "max" else min
-            record.value = value if record.value is None else better(record.value, value)
+            self._valued(record, value)
         self._changed(record, write=False)
 
     def on_end(self, index: int, status: Status, error: str | None) -> None:
@@ -170,10 +181,13 @@ class Roster:
         if record.status in ENDED:
             return
         record.status, record.error = status, error
-        record.time_s = round(record.time_s + time.time() - self._started.get(index, time.time()), 3)
-        run = self._directory.trial(index)
-        if run.exists("lineage.json"):
-            record.lineage = run.read_json("lineage.json")
+        began, run = self._started.get(index, time.time()), RunDirectory(self._directory.trial(index))
+        record.time_s = round(record.time_s + time.time() - began, 3)
+        record.lineage = self._directory.lineage(index)
+        self.num_ended += status != "failed"
+        if run.exists() and run.result() is None:  # it was stopped from outside, or failed before it could write one
+            how = {"status": "failed", "error": error} if status == "failed" else {"status": "stopped"}
+            run.write_result(result_of(how, run, began))
         self._searcher.tell(index, record.overrides, None if status == "failed" else record.value)
         self._changed(record)
 

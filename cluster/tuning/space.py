@@ -3,13 +3,13 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cluster.data.manifest import Manifest
-from cluster.training.recipe import Recipe
+from cluster.training.recipe import ChangeSpec, Recipe
 from cluster.tuning.distributions import (
     Choice,
     Distribution,
@@ -198,6 +198,14 @@ class Space:
     def describe(self) -> list[tuple[str, str]]:
         """Each path with what it is drawn from, in words."""
         return [(path, text(tree)) for path, tree in self.trees.items()]
+
+
+def followed(recipe: Recipe, lineage: Sequence[Mapping[str, Any]]) -> Recipe:
+    """The recipe of a whole lineage (see TrialRecord), which `manta train` repeats as one run."""
+    if not lineage:
+        return recipe
+    changes = tuple(ChangeSpec(epoch=entry["epoch"], set=entry["set"]) for entry in lineage[1:])
+    return override(recipe, lineage[0]["set"]).model_copy(update={"changes": changes})
 
 
 def columns(overrides: Mapping[str, Any]) -> dict[str, Any]:

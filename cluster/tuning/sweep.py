@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
-from cluster.runtime import ray_session
+from cluster.runtime import RaySession, ray_session
+from cluster.storage import Folder
+from cluster.training.checkpoints import Checkpoints
 from cluster.training.context import Splits
-from cluster.training.recipe import ChangeSpec, Recipe, dump_recipe, load_recipe
+from cluster.training.recipe import Recipe, dump_recipe, load_recipe
 from cluster.training.run_directory import environment
 from cluster.training.trainer import refuse_what_cannot_start, workers_of
 from cluster.tuning.budget import longest_trial, rungs
@@ -23,7 +26,7 @@ from cluster.tuning.fusable import groups, pays, why_not
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
 from cluster.tuning.resources import needs_of, room_for
 from cluster.tuning.roster import OpenData, Roster
-from cluster.tuning.space import Space
+from cluster.tuning.space import Space, followed
 from cluster.tuning.state import SweepListener
 from cluster.tuning.target import target
 from nn_models.errors import UserError
@@ -81,18 +84,20 @@ def sweep(
     directory = SweepDirectory(run)
     if resume:
         _refuse_other(recipe, directory)
+    else:
+        directory.refuse_taken()
     running = _Sweep(recipe, directory, num_workers, use_gpu, address)
     if resume:
         running.roster.take_up(retry_failed)
         if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
             return running.outcome(done)
     with ExitStack() as stack:
-        cpus = max(os.cpu_count() or 1, math.ceil(sum(bundle["CPU"] for bundle in running.needs.all)))
+        cpus = running.embedded_cpus(concurrency)
         from cluster.tuning.tune import configure_tune
 
         configure_tune()
         session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
-        running.refuse_what_never_fits(session.ray, concurrency)
+        running.refuse_what_never_fits(session, concurrency)
         running.fuse(most)
         if not resume:
             facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
@@ -138,10 +143,10 @@ class _Sweep:
         self.recipe, self.spec, self.directory = recipe, recipe.sweep, directory
         self.base = recipe.model_copy(update={"sweep": None})
         self.space = Space(self.spec)
-        data = prepared(recipe.data)
-        self.space.check(recipe, data.manifest)
-        self.base.check(data.manifest)
-        self.target = target(recipe, data.manifest)
+        self.manifest = prepared(recipe.data).manifest
+        self.space.check(recipe, self.manifest)
+        self.base.check(self.manifest)
+        self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, address or "trials share the machine")
         self.grouped = self.workers.halves or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
@@ -162,8 +167,21 @@ class _Sweep:
         self.roster = Roster(recipe, self.space, self.target, directory, self.data, common)
         self.state = self.roster.state
 
-    def refuse_what_never_fits(self, ray: Any, concurrency: int | None) -> None:
+    def embedded_cpus(self, concurrency: int | None) -> int:
+        """The logical CPUs of a Ray of our own: nothing else limits how much of a population runs at once."""
+        needed = math.ceil(sum(bundle["CPU"] for bundle in self.needs.all))
+        if self.spec.scheduler == "pbt" and concurrency:
+            return needed * concurrency
+        return max(os.cpu_count() or 1, needed)
+
+    def refuse_what_never_fits(self, session: RaySession, concurrency: int | None) -> None:
         """Settle how many trials run at once. Raises UserError where not even one will ever fit."""
+        ray = session.ray
+        if self.spec.scheduler == "pbt" and concurrency and not session.embedded:
+            raise UserError(
+                "--concurrency: the trials of a population run at once as far as the cluster has room for them; leave "
+                "it out, or leave out --address"
+            )
         from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
 
         limits = state.get_max_resources_from_cluster_config()
@@ -192,7 +210,7 @@ class _Sweep:
             raise UserError(f"--fuse: {most}: these trials cannot train together ({reason}); leave it out")
         self.fuse_asked = most is not None
         if most is None:
-            if reason is None and pays(self.base, self.data.of(self.base)[0].manifest):
+            if reason is None and pays(self.base, self.manifest):
                 # all slots shall have a group
                 self.most_fused = min(MOST_FUSED, -(-self.space.num_trials // self.state.concurrency))
         elif reason is None:
@@ -258,7 +276,10 @@ class _Sweep:
         while (config := self.roster.next()) is not None:
             configs.append(config)
         recipes = [Recipe.model_validate(config["recipe"]) for config in configs]
-        found_groups = groups(recipes, self.most_fused, manifest=self.data.of(self.base)[0].manifest)
+        found_groups = []
+        for places in _side_by_side(configs):
+            together = groups([recipes[place] for place in places], self.most_fused, manifest=self.manifest)
+            found_groups += [[places[number] for number in group] for group in together]
         drops = any(getattr(recipe.model, "dropout", 0) for recipe in recipes)
         if not self.fuse_asked and (drops or len(configs) < SMALLEST_GROUP * len(found_groups)):
             self.most_fused = 1
@@ -298,10 +319,10 @@ class _Sweep:
         records = self.state.records
         for record in records:
             if record.status not in ENDED:
+                record.lineage = self.directory.lineage(record.index)
                 self.directory.write(record)
         self.directory.write_tables(records)
         wall_s = time.time() - self.began
-        ended = sum(record.status in ("finished", "pruned") for record in records)
         result: dict[str, Any] = {
             "status": status,
             "metric": self.target.metric,
@@ -313,7 +334,7 @@ class _Sweep:
             "concurrency": self.state.concurrency,
             "fused": self.most_fused,
             "wall_s": round(wall_s, 3),
-            "trials_per_hour": round(3600 * ended / wall_s, 1),
+            "trials_per_hour": round(3600 * self.roster.num_ended / wall_s, 1),
         }
         if best:
             result["best"] = {"trial": best.index, "value": best.value, "overrides": best.overrides}
@@ -321,6 +342,15 @@ class _Sweep:
             _copy_model(self.directory, best.index)
         self.directory.write_result(result)
         return result
+
+
+def _side_by_side(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Places of the trials that stand at the same step: only these can train together."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for place, config in enumerate(configs):
+        names = Checkpoints(Folder(config["run"]) / "checkpoints", keep=1).names()
+        found[names[-1] if names else ""].append(place)
+    return list(found.values())
 
 
 def _copy_model(directory: SweepDirectory, index: int) -> None:
@@ -342,12 +372,11 @@ def replayed(run: str, trial: int) -> Recipe:
     found = [record for record in directory.records() if record.index == trial]
     if not found:
         raise UserError(f"{directory}: no trial {trial}; give the number of one in trials.csv")
+    found[0].lineage = directory.lineage(trial)  # the record of one that is still running has none
     return _trial_recipe(recipe, found[0], name=f"{recipe.name}-{found[0].name}")
 
 
 def _trial_recipe(recipe: Recipe, record: TrialRecord, *, name: str) -> Recipe:
     assert recipe.sweep is not None
-    base = recipe.model_copy(update={"sweep": None})
-    first = record.lineage[0]["set"] if record.lineage else record.overrides
-    changes = tuple(ChangeSpec(epoch=entry["epoch"], set=entry["set"]) for entry in record.lineage[1:])
-    return Space(recipe.sweep).trial(base, first).model_copy(update={"name": name, "changes": changes})
+    base = recipe.model_copy(update={"sweep": None, "name": name})
+    return followed(Space(recipe.sweep).trial(base, record.overrides), record.lineage)

@@ -1,6 +1,7 @@
 """Target: the metric that trials are compared by, whether less of it is better, and what else a recipe reports."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from cluster.data.manifest import Manifest
 from cluster.training.recipe import Recipe
@@ -29,6 +30,13 @@ class Target(NamedTuple):
 
     metric: str
     mode: Mode
+
+
+def history(lines: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """(epochs done, value) at each epoch's end, from a run's lines of metrics; not of an untrained net."""
+    split, _, name = metric.partition("/")
+    ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
+    return [(line["epoch"] + 1, line[name]) for line in ended if line["step"] and isinstance(line.get(name), float)]
 
 
 def target(recipe: Recipe, manifest: Manifest | None = None) -> Target:

@@ -24,7 +24,9 @@ from cluster.training.context import LocalContext, Splits, open_splits
 from cluster.training.loop import Loop
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RunDirectory
-from cluster.training.trainer import run_here
+from cluster.training.trainer import device_name, result_of, run_here
+from cluster.tuning.ledger import LINEAGE
+from cluster.tuning.space import followed
 from cluster.tuning.state import EPOCH
 from nn_models.errors import UserError
 
@@ -120,8 +122,13 @@ class Trial(tune.Trainable):
         """Begin the trial's run directory, where that has not been done."""
         self.recipe = Recipe.model_validate(self.config["recipe"])
         self.directory = RunDirectory(Folder(self.config["run"]))
+        self.started = time.time()
         if not self.directory.exists():
-            self.directory.write_start(self.recipe, self.config["environment"])
+            self.directory.write_start(self.recipe, self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """environment.json of a trial in this process."""
+        return {**self.config["environment"], "device": device_name(self.config["use_gpu"])}
 
     # -- what population-based training exchanges --------------------------------------------------------------------
 
@@ -135,8 +142,8 @@ class Trial(tune.Trainable):
             Path(checkpoint_dir, name).write_bytes((run / "checkpoints").read_bytes(name))
         if run.exists(WEIGHTS):  # the best so far belong to the state
             Path(checkpoint_dir, "model.safetensors").write_bytes(run.read_bytes(WEIGHTS))
-        lineage = run.read_json("lineage.json") if run.exists("lineage.json") else []
-        Folder(checkpoint_dir).write_json("lineage.json", lineage or [self._own(0)])
+        lineage = run.read_json(LINEAGE) if run.exists(LINEAGE) else []
+        Folder(checkpoint_dir).write_json(LINEAGE, lineage or [self._own(0)])
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See Trainable: the run goes on from another's state, or from an earlier one of its own."""
@@ -150,11 +157,13 @@ class Trial(tune.Trainable):
                 (run / "checkpoints").write_bytes(name, given.read_bytes(name))
             elif name == "model.safetensors":
                 run.write_bytes(WEIGHTS, given.read_bytes(name))
-        lineage = given.read_json("lineage.json")
+        lineage = given.read_json(LINEAGE)
         own = self._own(self._epochs_in(given))
         if {**lineage[-1], EPOCH: 0} != {**own, EPOCH: 0}:
             lineage.append(own)
-        run.write_json("lineage.json", lineage)
+        run.write_json(LINEAGE, lineage)
+        recipe = followed(Recipe.model_validate(self.config["recipe"]), lineage)
+        RunDirectory(run).write_start(recipe, self.facts())  # what trains this run again
 
     def _own(self, epoch: int) -> dict[str, Any]:
         return {EPOCH: epoch, "trial": self.config["index"], "set": self.config["overrides"]}
@@ -191,7 +200,8 @@ class OneWorkerTrial(Trial):
         if not last:
             return {EPOCH: self.epochs_done(), **metrics}  # type: ignore[dict-item]  # there are some
         result = self.loop.conclude()
-        self.directory.write_result({"status": "finished", **result, "restarts": 0, "num_workers": 0})
+        ended = {"status": "finished", **result, "restarts": 0, "num_workers": 0}
+        self.directory.write_result(result_of(ended, self.directory, self.started))
         self.end()
         return {EPOCH: result["epochs"], **result["metrics"], OUTCOME: "finished", "done": True}
 
@@ -286,6 +296,8 @@ class GroupTrial(Trial):
 
             abort_runs()
             thread.join(ABORT_TIMEOUT_S)
+            if (self.directory.result() or {}).get("status") == "failed":  # as it looks from inside
+                self.directory.write_result(result_of({"status": "stopped"}, self.directory, self.started))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Trainable: a process whose run still goes on takes no other."""

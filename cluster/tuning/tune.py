@@ -177,7 +177,10 @@ def scheduler_of(
                 asha._brackets[0].on_result(SimpleNamespace(trial_id=f"past-{index}"), epoch, sign * value)
         return asha
     if sweep.scheduler == "median":
-        return MedianStoppingRule(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
+        median = MedianStoppingRule(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
+        for index, results in past.items():
+            median._results[f"past-{index}"] = [{EPOCH: epoch, metric: value} for epoch, value in results]
+        return median
     if sweep.scheduler == "pbt":
         return _Population(
             mutate,

@@ -4,12 +4,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors.torch import load_file
+
+MARK = "MANTA_TEST"  # in the environment of a driver and all that it starts
 
 
 def steps_done(run: Path) -> int:
@@ -38,12 +40,16 @@ def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
 
 
 def processes(*titles: str) -> list[psutil.Process]:
-    """Those with one of the titles in theirs. Ray writes an actor's title anew for each call: one can be missed."""
+    """Those of this session's Ray with one of the titles in theirs, never another's.
+
+    Ray writes an actor's title anew for each call: one can be missed.
+    """
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if any(title in line for title in titles):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            line = " ".join(process.cmdline())
+            if any(title in line for title in titles):
+                found.append(process)
     return found
 
 
@@ -69,3 +75,9 @@ def killing(title: str, *, when: Callable[[], object] = lambda: True, number: in
         over.set()
         killer.join()
     assert killed, f"no process of {title!r} was met"
+
+
+def left_over(mark: dict[str, str]) -> list[psutil.Process]:
+    """Processes that inherited the mark: whatever Ray starts inherits its driver's environment."""
+    ((name, value),) = mark.items()
+    return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(name) == value]

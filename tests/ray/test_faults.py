@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 
-import psutil
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ import cluster
 from cluster.errors import Diverged, RunFailed
 from nn_models import UserError
 from tests.ray.conftest import EXACT
-from tests.ray.faults import digests, killing, steps_done, wait_for, weights
+from tests.ray.faults import MARK, digests, killing, left_over, steps_done, wait_for, weights
 
 # Dropout, momentum and the moving average carry state; checkpoints fall in mid-epoch. Slow enough to be hit.
 SLOW = {
@@ -25,9 +24,6 @@ SLOW = {
     "train.checkpoint_every_steps": 5,
     "data.augment": [{"kind": "random_crop", "padding": 1}],
 }
-
-
-MARK = "MANTA_TEST"  # in the environment of a driver and all that it starts
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +100,6 @@ def test_a_killed_driver_leaves_nothing_behind_and_can_be_continued(undisturbed,
     ours, theirs = weights(run), weights(undisturbed.run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     wait_for(lambda: not left_over(mark), seconds=60)
-
-
-def left_over(mark: dict[str, str]) -> list[psutil.Process]:
-    """Processes that inherited the mark: whatever Ray starts inherits its driver's environment."""
-    ((name, value),) = mark.items()
-    return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(name) == value]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

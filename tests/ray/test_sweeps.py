@@ -16,11 +16,12 @@ import torch
 from ray.util import placement_group_table
 
 import cluster
+from cluster.training.run_directory import RunDirectory
 from cluster.tuning.ledger import SweepDirectory
 from cluster.tuning.sweep import SweepOutcome, replayed
 from cluster.tuning.sweep import sweep as sweep_at_will
 from nn_models import UserError
-from tests.ray.faults import killing, wait_for
+from tests.ray.faults import MARK, killing, left_over, wait_for
 
 # Ray believes in more CPUs than there are; as many processes would only wait for each other
 sweep = partial(sweep_at_will, concurrency=2)
@@ -130,12 +131,43 @@ def test_asha_with_optuna_and_invalid_samples(ray, tmp_path):
 
 
 def test_a_population_exchanges_and_is_replayed(ray, tmp_path):
-    outcome = sweep(POPULATION, run=str(tmp_path / "sweep"))
+    outcome = sweep_at_will(POPULATION, run=str(tmp_path / "sweep"))
     moved = [trial for trial in outcome.trials if len(trial.lineage) > 1]
     assert moved, "no exploit happened"
     for trial in moved[:2]:
-        again = cluster.train(replayed(outcome.run, trial.index), run=str(tmp_path / f"replay{trial.index}"))
+        recipe = replayed(outcome.run, trial.index)
+        again = cluster.train(recipe, run=str(tmp_path / f"replay{trial.index}"))
         assert again.metrics == pytest.approx(trial.metrics, rel=1e-6)
+        own = RunDirectory(str(tmp_path / "sweep" / "trials" / trial.name))
+        for name in ("recipe.yaml", "model/recipe.yaml"):  # what trains and evaluates this run again
+            assert own.recipe(name).model_copy(update={"name": recipe.name}) == recipe
+    with pytest.raises(UserError, match="--concurrency: the trials of a population run at once as far as"):
+        sweep(POPULATION, run=str(tmp_path / "few"))
+
+
+def test_an_interrupted_sweep_says_how_to_go_on_and_does(tmp_path):
+    """From the command line, with an embedded Ray of its own and a real SIGINT."""
+    recipe = tmp_path / "grid.yaml"
+    recipe.write_text(json.dumps({**GRID, "train": {**GRID["train"], "log_every_steps": 1, "global_batch_size": 8}}))
+    run = tmp_path / "sweep"
+    command = [sys.executable, "-m", "jobs", "sweep", str(recipe), f"--run={run}", "--fuse=off", "--concurrency=1"]
+    mark = {MARK: str(tmp_path)}
+    told: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, **mark, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, **told, env=environment, start_new_session=True)
+    wait_for(lambda: any((run / "trials").glob("*/result.json")))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "interrupted; to go on: manta sweep " in errors.strip().splitlines()[-1]
+    wait_for(lambda: not left_over(mark), seconds=60)
+    kept = {path: path.stat().st_mtime_ns for path in (run / "trials").glob("*/result.json")}
+    assert 1 <= len(kept) < 6
+    done = subprocess.run([*command, "--resume", "--json"], **told, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trials"]["finished"] == 6
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    wait_for(lambda: not left_over(mark), seconds=60)
 
 
 def test_ray_train_inside_trials_gives_everything_back(ray, tmp_path):

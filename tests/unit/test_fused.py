@@ -233,6 +233,40 @@ def test_a_dropped_share_is_the_trials_own(how):
     assert torch.equal(template(torch.ones(3)), torch.ones(3))
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_while_checkpoints_are_written_leaves_a_step_that_all_have(keep, recipes, tmp_path, monkeypatch):
+    described = recipes(*[{"train.seed": seed} for seed in range(3)], train={"epochs": 4, "keep_checkpoints": keep})
+    undisturbed = together(described, runs(tmp_path, "whole", 3))
+    where = runs(tmp_path, "killed", 3)
+    written = []
+    save_as = Checkpoints.save_as
+
+    def killed(self, name, state):
+        written.append(name)
+        if len(written) == 3 * 2 + 2:  # in the third epoch, one of three is written
+            raise KeyboardInterrupt
+        save_as(self, name, state)
+
+    monkeypatch.setattr(Checkpoints, "save_as", killed)
+    with fused(described, where) as loop:
+
+        def train() -> None:
+            while not loop.ended:
+                loop.epoch()
+                loop._background.wait()
+
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    monkeypatch.undo()
+    with fused(described, where) as loop:
+        assert loop.epochs_done == 2
+        while not loop.ended:
+            loop.epoch()
+        resumed = loop.conclude()
+    for number, result in undisturbed.items():
+        close(resumed[number]["metrics"], result["metrics"])
+
+
 # -- leaving the batch -----------------------------------------------------------------------------------------------
 
 
