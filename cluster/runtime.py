@@ -96,6 +96,27 @@ class RaySession:
             return dict(self.stored)
         return {split: self.ray.put(table) for split, table in tables.items()}
 
+    def remove_orphaned_groups(self) -> int:
+        """Remove this job's placement groups that a process made which has died; Ray keeps them to the job's end.
+
+        Returns how many there still are of processes that live.
+        """
+        from ray._private.state import state  # the public table does not say who made a group
+        from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+        from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+
+        job, nobody, left = self.ray.get_runtime_context().get_job_id(), self.ray.ActorID.nil().binary(), 0
+        for serialised in state._connect_and_get_accessor().get_placement_group_table():
+            group = PlacementGroupTableData.FromString(serialised)
+            ours = group.creator_job_id.hex() == job and group.creator_actor_id != nobody and not group.is_detached
+            if not ours or group.state == PlacementGroupTableData.REMOVED:
+                continue
+            if group.creator_actor_dead:
+                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+            else:
+                left += 1
+        return left
+
 
 @contextmanager
 def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[RaySession]:

@@ -19,6 +19,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api import data_parallel_trainer as internals
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -174,6 +175,7 @@ def train_on_ray(
         else:
             raise RunFailed(_explain(error)) from None
     finally:
+        session.remove_orphaned_groups()
         starts = run.read_json(STARTS) if run.exists(STARTS) else 1
         for name in (STARTS, FAILURE, ".ray"):
             run.delete(name)
@@ -188,6 +190,12 @@ class _Trainer(TorchTrainer):
     """Keeps its controller at hand: to end it for certain, and to end a run from another thread."""
 
     controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray's own removal of a dead controller's placement group is a process for each run, asks the dashboard, and
+        # goes on for ever where there is none. See RaySession.remove_orphaned_groups.
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         # Ray shows its controller only where it may set a signal handler, so never in a trial's thread.

@@ -34,6 +34,7 @@ from nn_models.errors import UserError
 logger = logging.getLogger(__name__)
 
 MOST_FUSED = 32  # more gain little, and end later
+TIDY_UP_S = 5
 SMALLEST_GROUP = 4  # on average, below which training together gains next to nothing
 
 
@@ -231,7 +232,14 @@ class _Sweep:
             for where, (_, splits) in self.data.opened.items()
         }
         world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
-        listening = tune.Listening(on_start=roster.on_start, on_epoch=roster.on_epoch, on_end=roster.on_end)
+        # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
+        nested = self.grouped and not self.workers.halves
+        listening = tune.Listening(
+            on_start=roster.on_start,
+            on_epoch=roster.on_epoch,
+            on_end=roster.on_end,
+            tidy=session.remove_orphaned_groups if nested else None,
+        )
         trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
         next_trial, left, scheduler = roster.next, roster.left, None
         together = self._fused_groups() if self.most_fused > 1 else None
@@ -263,6 +271,8 @@ class _Sweep:
                 )
             status = "finished"
         finally:
+            if nested:
+                _tidy_up(session)
             result = self._conclude(status)
         return self.outcome(result)
 
@@ -342,6 +352,13 @@ class _Sweep:
             _copy_model(self.directory, best.index)
         self.directory.write_result(result)
         return result
+
+
+def _tidy_up(session: RaySession) -> None:
+    """Remove what killed trials have left, once Ray knows that they are dead."""
+    until = time.monotonic() + TIDY_UP_S
+    while session.remove_orphaned_groups() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _side_by_side(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:

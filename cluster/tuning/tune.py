@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # KeyboardInterrupt must reach the caller
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+
+TIDY_S = 5
 
 
 def configure_tune() -> None:
@@ -90,8 +93,17 @@ class Listening(_Unsaved, tune.Callback):
         on_start: Callable[[int, int], None],
         on_epoch: Callable[[int, Mapping[str, Any]], None],
         on_end: Callable[[int, Status, str | None], None],
+        tidy: Callable[[], object] | None = None,
     ) -> None:
+        """`tidy` is called every few seconds."""
         self._on_start, self._on_epoch, self._on_end = on_start, on_epoch, on_end
+        self._tidy, self._tidy_at = tidy, 0.0
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """See Callback."""
+        if self._tidy and time.monotonic() >= self._tidy_at:
+            self._tidy()
+            self._tidy_at = time.monotonic() + TIDY_S
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""

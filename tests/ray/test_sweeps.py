@@ -181,6 +181,19 @@ def test_ray_train_inside_trials_gives_everything_back(ray, tmp_path):
     wait_for(lambda: all_is_free(ray))
 
 
+def test_a_killed_trial_with_ray_train_inside_leaves_nothing(ray, tmp_path):
+    recipe = {
+        **GRID,
+        "train": {**GRID["train"], "epochs": 4, "log_every_steps": 1, "global_batch_size": 8},
+        "sweep": {"space": {"train.seed": {"grid": [0]}}, "searcher": "grid", "scheduler": "none"},
+    }
+    run = tmp_path / "sweep"
+    with killing(TRIAL, when=lambda: any((run / "trials" / "0000" / "checkpoints").glob("step-*.pt"))):
+        outcome = sweep(recipe, num_workers=2, run=str(run))
+    assert [(trial.status, trial.attempts) for trial in outcome.trials] == [("finished", 2)]
+    wait_for(lambda: all_is_free(ray))
+
+
 def test_a_gan_in_the_trials_placement_group(ray, tmp_path):
     outcome = sweep(GAN, run=str(tmp_path / "actors"))
     local = sweep(GAN, run=str(tmp_path / "local"), num_workers=0)
