@@ -70,6 +70,8 @@ class Roster:
             # one whose folder somebody deleted is asked for again
             record = found.get(index) or TrialRecord(index, dict(self._searcher.ask(index) or {}))
             self.state.records.append(record)
+            if record.status in ("waiting", "running"):
+                self._look_for_its_end(record)
             if record.status in again:
                 if record.status == "failed":  # its result would say that it has ended
                     self._directory.trial(index).delete(RESULT)
@@ -80,6 +82,20 @@ class Roster:
             elif record.status != "invalid":
                 self._searcher.tell(index, record.overrides, None if record.status == "failed" else record.value)
                 self.past[index] = self._history(index)
+
+    def _look_for_its_end(self, record: TrialRecord) -> None:
+        """The driver may have died between a trial's end and its record."""
+        result = RunDirectory(self._directory.trial(record.index)).result()
+        if result is None or result["status"] != "finished":
+            return
+        self._remember(record)
+        record.status, record.epochs, record.lineage = (
+            "finished",
+            result["epochs"],
+            self._directory.lineage(record.index),
+        )
+        record.metrics = {name: value for name, value in result["metrics"].items() if value is not None}
+        self._changed(record)
 
     def _remember(self, record: TrialRecord) -> None:
         """Its best value so far: an epoch changes no record, and the best may lie behind the newest checkpoint."""

@@ -85,6 +85,18 @@ def test_an_interrupted_trial_keeps_its_best_value(directory):
     assert (record.value, record.epochs, record.attempts) == (0.2, 4, 2)
 
 
+def test_a_trial_that_ended_with_the_driver_is_not_run_again(directory):
+    place = begun(directory, 0, [0.5, 0.2, 0.9], status="running", attempts=1)
+    ended = {"status": "finished", "epochs": 3, "metrics": {"train/loss": 0.9, "test/loss": None}}
+    (place / "result.json").write_text(json.dumps(ended))
+    roster, heard = roster_of(directory)
+    roster.take_up(retry_failed=False)
+    (record,) = directory.records()
+    assert (record.status, record.value, record.epochs, record.metrics) == ("finished", 0.2, 3, {"train/loss": 0.9})
+    assert roster.left == 2
+    assert heard.told == {0: 0.2}
+
+
 def test_what_a_member_of_a_population_left_behind_is_not_its_value(directory):
     begun(directory, 0, [0.1, 0.6, 0.5], status="running", value=0.7)
     taken = [{"epoch": 0, "trial": 1, "set": {}}, {"epoch": 1, "trial": 0, "set": {}}]
