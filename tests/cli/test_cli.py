@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 
@@ -246,6 +247,17 @@ def test_a_custom_model_from_the_users_folder(manta, tmp_path, monkeypatch):
     code, _, _ = manta("train", "digits-mlp", "--set", model, "--set", "train.epochs=2", "--run", "run")
     assert code == 0
     assert manta("evaluate", "run")[0] == 0
+
+
+def test_a_runs_files_run_no_commands(manta, refused, tmp_path):
+    run = tmp_path / "run"
+    assert manta("train", "digits-mlp", "--set", "train.epochs=1", "--run", run)[0] == 0
+    recipe = yaml.safe_load((run / "model" / "recipe.yaml").read_text())
+    arguments = {"args": f"touch {tmp_path / 'here'}", "shell": True}
+    recipe["model"] = {"kind": "custom", "target": "subprocess:run", "arguments": arguments}
+    (run / "model" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "model.target: subprocess:run is a function not annotated" in refused("evaluate", run)
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(
