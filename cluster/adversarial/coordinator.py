@@ -170,11 +170,10 @@ class Coordinator:
             last = progress.step == self.num_steps
             if finite and (last or (progress.epoch + 1) % self.section.quality.every_epochs == 0):
                 self._look(players, epoch=progress.epoch)
+                if not last and not progress.ended:
+                    progress.ended = self._out_of_patience()
             progress.epoch += 1
             progress.epoch_sums, progress.digest = [0.0] * len(SUMS), [0, 0]
-            patience, best = self.train.patience, progress.best
-            if patience and best and progress.epoch - 1 - best["epoch"] >= patience and not progress.ended:
-                progress.ended = f"no better for {patience} epochs"
         within = self.train.checkpoint_every_steps
         due = progress.epoch % self.train.checkpoint_every_epochs == 0 if ended_epoch else bool(within)
         if due or progress.ended or progress.step == self.num_steps:
@@ -232,6 +231,19 @@ class Coordinator:
         if self.quality.best_metric or verdict.action == "fine":  # the last one is the best, unless it has collapsed
             self._keep_best(players, metrics, epoch)
         self._heed(players, verdict)
+
+    def _out_of_patience(self) -> str | None:
+        """Why to end after this epoch's look, where train.patience epochs have gone by without a better generator.
+
+        Epochs count from the look that found the best, but not from that at the untrained generator: what the first
+        epochs make may well be worse.
+        """
+        patience, best = self.train.patience, self.progress.best
+        if not patience or not best:
+            return None
+        first_look = self.section.quality.every_epochs - 1
+        without = self.progress.epoch - max(best["epoch"], first_look)
+        return f"no better for {without} epochs" if without >= patience else None
 
     def _improved(self, metrics: dict[str, float]) -> bool:
         """Whether the metric to choose by was never as good; where there is none, nothing says so."""

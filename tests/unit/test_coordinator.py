@@ -16,6 +16,7 @@ import cluster
 from cluster.adversarial.coordinator import Coordinator
 from cluster.adversarial.features import open_features
 from cluster.adversarial.players import LocalPlayers, PlayersLost
+from cluster.adversarial.quality import Quality
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.storage import Folder
@@ -168,6 +169,28 @@ def test_patience_ends_a_run(tmp_path):
     assert outcome.result["stopped_early"]
     assert "no better for 2 epochs" in outcome.result["ended"]
     assert outcome.result["epochs"] < 30
+
+
+@pytest.mark.parametrize(
+    ("patience", "every", "epochs", "ended"),
+    [
+        (3, 5, 10, "no better for 5 epochs"),  # looks after epochs 5 and 10: the first of them starts the count
+        (6, 5, 15, "no better for 10 epochs"),
+        (3, 12, 12, None),  # one look, at the end: nothing is ended early
+    ],
+)
+def test_patience_is_asked_at_looks_only(patience, every, epochs, ended, tmp_path, monkeypatch):
+    monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": 50.0})
+    changes = {
+        "train.patience": patience,
+        "train.epochs": 20 if ended else epochs,
+        "train.global_batch_size": 600,
+        "adversarial.quality.every_epochs": every,
+    }
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides=changes)
+    assert outcome.result["epochs"] == epochs
+    assert outcome.result["ended"] == ended
+    assert outcome.result["stopped_early"] == (ended is not None)
 
 
 def test_a_loss_that_is_not_finite_is_rolled_back_and_ends_the_run(tmp_path, caplog):
