@@ -166,6 +166,13 @@ def test_a_run_is_never_overwritten(manta, refused, tmp_path):
     assert "not an empty directory" in refused("train", "digits-mlp", "--run", tmp_path / "mine")
 
 
+def test_an_occupied_directory_is_found_before_any_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.training.trainer.prepared", lambda *_: pytest.fail("the data is converted"))
+    (tmp_path / "thesis.tex").write_text("")
+    message = refused("train", "digits-mlp", "--run", tmp_path, "--workers", "1")
+    assert message == f"{tmp_path}: not an empty directory; choose another one with --run"
+
+
 def test_a_directory_that_cannot_be_written(refused, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

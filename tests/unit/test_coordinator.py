@@ -17,6 +17,7 @@ from cluster.adversarial.coordinator import Coordinator
 from cluster.adversarial.features import open_features
 from cluster.adversarial.players import LocalPlayers, PlayersLost
 from cluster.adversarial.quality import Quality
+from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.storage import Folder
@@ -241,8 +242,30 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             cluster.train(TINY, run=run, overrides=changes)
+    assert not Path(run).exists()
     with pytest.raises(UserError, match="leave this section out"):
         cluster.train({"model": {"kind": "mlp"}, "data": {"kind": "digits"}, "adversarial": {}}, run=run)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"validation": 0},
+            "validation has 0 and train 1258; add rows, or hold out more with data.validation_fraction",
+        ),
+        ({"validation": 1}, "validation has 1 and train 1258"),
+        ({"test": 1}, "test has 1 and train 1258"),
+    ],
+)
+def test_too_few_rows_to_compare_with_are_refused_before_anything_is_written(rows, message, tmp_path, monkeypatch):
+    counts = Manifest.rows
+    monkeypatch.setattr(Manifest, "rows", lambda manifest, split: rows.get(split, counts(manifest, split)))
+    monkeypatch.setattr("cluster.adversarial.features._trained", lambda *_: pytest.fail("a classifier is trained"))
+    monkeypatch.setattr("cluster.adversarial.features._place", lambda *_: pytest.fail("a classifier is placed"))
+    with pytest.raises(UserError, match=message):
+        cluster.train(TINY, run=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # A generator that leaps: it makes the same row whatever the noise, and the discriminator always knows it.
