@@ -21,6 +21,7 @@ from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.storage import Folder
+from cluster.training.checkpoints import read_model
 from cluster.training.context import open_splits
 from cluster.training.recipe import load_recipe
 from cluster.training.run_directory import RunDirectory
@@ -153,6 +154,22 @@ def test_an_interrupted_run_is_resumed_to_the_same_end(whole, tmp_path):
     outcome = cluster.train(TINY, run=str(tmp_path / "run"), resume=True)
     assert outcome.metrics == whole.metrics
     assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
+
+
+def test_a_best_generator_newer_than_the_checkpoint_is_no_longer_the_runs(tmp_path, monkeypatch):
+    distances = iter([50.0, 40.0, 30.0, 20.0, 60.0, 70.0, 80.0])  # the last before the interruption is the best
+    monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": next(distances)})
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 4, "checkpoint_every_epochs": 2, "global_batch_size": 600}}
+    Interrupted.count = -2
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(recipe, tmp_path / "run", Interrupted)
+    run = Folder(tmp_path / "run")
+    assert read_model(run).best["value"] == 20
+    result = cluster.train(recipe, run=run.uri, resume=True).result
+    assert result["best"]["value"] == 30
+    assert read_model(run).best == result["best"]
+    steps = result["best"]["step"]
+    assert [name for name in (run / "checkpoints").names() if name.startswith("best")] == [f"best-{steps:010d}.pt"]
 
 
 def test_segments_do_not_change_the_result(whole, tmp_path):

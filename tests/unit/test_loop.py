@@ -630,6 +630,18 @@ def test_more_epochs_go_on_where_fewer_ended(recipe, run):
     assert step_losses(path) == step_losses(straight)
 
 
+def test_the_best_weights_may_be_newer_than_the_checkpoint(recipe, run):
+    _, path = run(recipe(train={"epochs": 4, "keep_checkpoints": 10}))
+    saved = read_model(Folder(path))
+    for file in sorted((path / "checkpoints").iterdir())[1:]:
+        file.unlink()
+    assert newest(path)["progress"]["best"]["step"] < saved.best["step"]
+    # the epochs that follow come to worse figures than they came to before
+    result, _ = run(recipe(train={"epochs": 4}, optimizer=SGD | {"lr": 1e-12, "momentum": 0}))
+    assert result["best"] == saved.best
+    assert same(read_model(Folder(path))._asdict(), saved._asdict())
+
+
 def test_a_line_that_a_kill_cut_short_is_dropped(recipe, run, monkeypatch, tmp_path):
     described = recipe(train={"checkpoint_every_steps": 3})
     interrupt(monkeypatch, 12)
