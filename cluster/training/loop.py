@@ -372,11 +372,11 @@ class Loop:
 
     def _resume(self) -> None:
         # Rank 0 looks: ranks that list an object store on their own might see different files.
-        names = self.checkpoints.names() if self.context.rank == 0 else []
-        if not self.context.agree(len(names)):
+        newest = self.checkpoints.newest_step() if self.context.rank == 0 else None
+        step = self.context.agree(-1 if newest is None else newest)
+        if step < 0:
             return
-        state = self.checkpoints.newest()
-        assert state is not None  # rank 0 has seen it, and nobody deletes it now
+        state = self.checkpoints.at(step)
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.context.splits.manifest))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -713,6 +713,28 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(damage, unfinished, tmp_path
     assert result["steps"] == 24
 
 
+class SeesOther(LocalContext):
+    """A rank that lists other files than rank 0, whose newest checkpoint is of step `newest`."""
+
+    newest = 8
+
+    def agree(self, number: int) -> int:
+        return number if number > 9 else self.newest
+
+
+def test_all_ranks_resume_from_the_step_that_rank_0_sees(unfinished, monkeypatch):
+    described, path = unfinished
+    assert Checkpoints(Folder(path / "checkpoints"), keep=1).newest_step() == 9
+    there = context(described, path)
+    where = SeesOther(run=there.run, splits=there.splits, device=CPU)
+    resumed = loop.Loop(described, where)
+    resumed.close()
+    assert resumed.progress.step == 8
+    monkeypatch.setattr(SeesOther, "newest", 7)
+    with pytest.raises(UserError, match=r"step-0000000007.pt: no such checkpoint here; .* that all nodes share"):
+        loop.Loop(described, where)
+
+
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(unfinished):
     described, path = unfinished
     file = path / "checkpoints" / "step-0000000009.pt"
