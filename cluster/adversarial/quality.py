@@ -111,7 +111,7 @@ class Quality:
             strict=False,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # pix2pix has dropout for its noise
+            torch.default_generator.manual_seed(SEED)  # not the GPU's stream; pix2pix has dropout for its noise
             return torch.cat([make(source, condition) for source, condition in batches])
 
     def _metrics(self, made: Tensor) -> dict[str, float]:
@@ -186,7 +186,7 @@ class _Distances:
             distance.reset()
             distance.update(made, real=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # of the subsets
+            torch.default_generator.manual_seed(SEED)  # of the subsets; not the GPU's stream
             kernel, _ = self._kernel.compute()
         # rounding takes a distance of nothing below it
         return max(0.0, float(self._frechet.compute())), float(kernel)
