@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from cluster.training.run_directory import RunDirectory
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
@@ -164,6 +167,26 @@ def test_a_run_is_never_overwritten(manta, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     assert "not an empty directory" in refused("train", "digits-mlp", "--run", tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [[], ["--workers", "2"], ["--workers", "1-2", "--address", "head:6379", "--gpu"], ["--gpu"]],
+    ids=lambda placed: " ".join(placed) or "in process",
+)
+def test_an_interrupted_run_says_how_to_go_on_as_it_began(manta, tmp_path, monkeypatch, placed):
+    run = tmp_path / "my run"
+
+    def interrupted(recipe, *, run, **_):
+        RunDirectory(run).begin(recipe, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.training.trainer.train", interrupted)
+    code, _, err = manta("train", "digits-mlp", "--run", run, *placed)
+    assert code == 130
+    (line,) = [line for line in err.splitlines() if "to go on" in line]
+    words = shlex.split(line.partition("to go on: ")[2])
+    assert words == ["manta", "train", f"{run}/recipe.yaml", "--run", str(run), "--resume", *placed]
 
 
 def test_an_occupied_directory_is_found_before_any_work(refused, tmp_path, monkeypatch):
