@@ -189,7 +189,10 @@ def train(
         message = "interrupted before the run began"
         if RunDirectory(run).exists():
             path = shlex.quote(run)
-            message = f"interrupted; to go on: manta train {path}/recipe.yaml --run {path} --resume"
+            line = f"manta train {path}/recipe.yaml --run {path} --resume"
+            again = {"--workers": workers if most else None, "--address": address}
+            line += "".join(f" {name} {shlex.quote(value)}" for name, value in again.items() if value is not None)
+            message = f"interrupted; to go on: {line}{' --gpu' * gpu}"
         raise typer.Exit(_complain(message, INTERRUPTED)) from None
     written = None
     if report:

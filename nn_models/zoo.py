@@ -5,7 +5,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from pydantic import AfterValidator, Field
 from torch import nn
@@ -25,11 +26,15 @@ def _module_and_name(target: str) -> str:
 
 
 class CustomSpec(ModelSpec):
-    """Your own torch.nn.Module, named by its module and class."""
+    """Your own torch.nn.Module, named by its module and class.
+
+    A recipe may come from somebody else, with a run's files. So the module that it names is imported, but nothing in
+    there is called unless it is made to give a torch.nn.Module: `subprocess:run` is not.
+    """
 
     kind: Literal["custom"] = "custom"
     target: Annotated[str, AfterValidator(_module_and_name)] = Field(
-        description="such as my_package.nets:MyNet: a torch.nn.Module class, or a function that returns a module"
+        description="such as my_package.nets:MyNet: a torch.nn.Module class, or a function annotated to return one"
     )
     arguments: dict[str, Any] = Field(
         {},
@@ -71,10 +76,15 @@ class CustomSpec(ModelSpec):
             callables = [known for known, value in vars(module).items() if _makes_modules(value)]
             raise UserError(f"model.target: {path} has no {name}; {did_you_mean(name, callables)}")
         target = getattr(module, name)
+        if inspect.isfunction(target) and not _makes_modules(target):
+            raise UserError(
+                f"model.target: {self.target} is a function not annotated to return a torch.nn.Module, so it is not "
+                f"called; write `def {name}(…) -> nn.Module:`"
+            )
         if not _makes_modules(target):
             raise UserError(
                 f"model.target: {self.target} is {target!r}; "
-                "name a class derived from torch.nn.Module, or a function that returns a module"
+                "name a class derived from torch.nn.Module, or a function annotated to return one"
             )
         return target
 
@@ -87,7 +97,20 @@ class CustomSpec(ModelSpec):
 
 
 def _makes_modules(target: Any) -> bool:
-    return inspect.isfunction(target) or (inspect.isclass(target) and issubclass(target, nn.Module))
+    """Whether it is a class of modules, or a function that says that it returns one."""
+    made = _returned(target) if inspect.isfunction(target) else target
+    return inspect.isclass(made) and issubclass(made, nn.Module)
+
+
+def _returned(function: Callable[..., Any]) -> Any:
+    """The annotation of what a function returns, resolved where it is text; None where there is none."""
+    defined = inspect.unwrap(function)
+    try:
+        # alone: the other annotations may name what is imported for type checkers only
+        alone = SimpleNamespace(__annotations__={"return": defined.__annotations__.get("return")})
+        return get_type_hints(alone, globalns=defined.__globals__)["return"]
+    except Exception:  # text may be anything
+        return None
 
 
 AnyModelSpec = Annotated[

@@ -39,14 +39,14 @@ from cluster.data.order import digest_text
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, described_rows, save_model
+from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
 from cluster.training.evaluation import prefixed
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
 
 logger = logging.getLogger(__name__)
 
-BEST = "best.pt"  # beside the newest checkpoints: where a rollback returns to
+BEST = "best-{:010d}.pt"  # beside the newest checkpoints, by its step: where a rollback returns to
 
 
 @dataclass
@@ -170,11 +170,10 @@ class Coordinator:
             last = progress.step == self.num_steps
             if finite and (last or (progress.epoch + 1) % self.section.quality.every_epochs == 0):
                 self._look(players, epoch=progress.epoch)
+                if not last and not progress.ended:
+                    progress.ended = self._out_of_patience()
             progress.epoch += 1
             progress.epoch_sums, progress.digest = [0.0] * len(SUMS), [0, 0]
-            patience, best = self.train.patience, progress.best
-            if patience and best and progress.epoch - 1 - best["epoch"] >= patience and not progress.ended:
-                progress.ended = f"no better for {patience} epochs"
         within = self.train.checkpoint_every_steps
         due = progress.epoch % self.train.checkpoint_every_epochs == 0 if ended_epoch else bool(within)
         if due or progress.ended or progress.step == self.num_steps:
@@ -233,6 +232,19 @@ class Coordinator:
             self._keep_best(players, metrics, epoch)
         self._heed(players, verdict)
 
+    def _out_of_patience(self) -> str | None:
+        """Why to end after this epoch's look, where train.patience epochs have gone by without a better generator.
+
+        Epochs count from the look that found the best, but not from that at the untrained generator: what the first
+        epochs make may well be worse.
+        """
+        patience, best = self.train.patience, self.progress.best
+        if not patience or not best:
+            return None
+        first_look = self.section.quality.every_epochs - 1
+        without = self.progress.epoch - max(best["epoch"], first_look)
+        return f"no better for {without} epochs" if without >= patience else None
+
     def _improved(self, metrics: dict[str, float]) -> bool:
         """Whether the metric to choose by was never as good; where there is none, nothing says so."""
         name, best = self.quality.best_metric, self.progress.best
@@ -250,10 +262,10 @@ class Coordinator:
             "epoch": epoch,
             "step": self.progress.step,
         }
-        found, weights, state = dict(self.progress.best), players.kept(), {"halves": players.state(), "progress": {}}
-        manifest = self.data.manifest
+        found, weights, manifest = dict(self.progress.best), players.kept(), self.data.manifest
+        state = {"halves": players.state(), "kept": weights, "progress": {}}
+        self.background.submit(lambda: self.checkpoints.save_as(BEST.format(found["step"]), state))
         self.background.submit(lambda: save_model(self.run_folder, weights, best=found, manifest=manifest))
-        self.background.submit(lambda: self.checkpoints.save_as(BEST, state))
 
     def _heed(self, players: Players, verdict: Verdict) -> None:
         """Return both halves to the best checkpoint with lower learning rates, or end, where the verdict says so.
@@ -269,7 +281,7 @@ class Coordinator:
             logger.warning("step %d: %s; training ends here", progress.step, verdict.reason)
             return
         self.background.wait()  # the best may still be on its way
-        players.load(self.checkpoints.read(BEST)["halves"])
+        players.load(self.checkpoints.read(BEST.format(progress.best["step"]))["halves"])
         entry = {"step": progress.step, "to_step": progress.best["step"], "reason": verdict.reason}
         progress.rollbacks.append({**entry, "learning_rate_factor": self.watch.learning_rate_factor})
         logger.warning(
@@ -292,8 +304,17 @@ class Coordinator:
             "progress": asdict(self.progress),
             "halves": players.state(),
         }
-        step = self.progress.step
-        self.background.submit(lambda: self.checkpoints.save(step, state))
+        step, best = self.progress.step, self.progress.best
+        kept = BEST.format(best["step"]) if best else None
+
+        def write() -> None:
+            self.checkpoints.save(step, state)
+            # not before: where this checkpoint is not written, the one before it needs its own best
+            for name in self.checkpoints.folder.names():
+                if name.startswith("best-") and name != kept:
+                    self.checkpoints.folder.delete(name)
+
+        self.background.submit(write)
         if self.recorder:
             self.recorder.flush()
 
@@ -309,7 +330,21 @@ class Coordinator:
         self.progress = Progress(**state["progress"])
         if self.progress.watch:
             self.watch.load(self.progress.watch)
+        self._restore_best()
         return True
+
+    def _restore_best(self) -> None:
+        """Make RUN/model what the checkpoint knows as the best.
+
+        A better one may have been found after the checkpoint. The game that now goes on need not find it again, and
+        `best` would speak of other weights than those in RUN/model.
+        """
+        best, run = self.progress.best, self.run_folder
+        if best is None or ((run / "model").exists("model.safetensors") and read_model(run).best == best):
+            return
+        name = BEST.format(best["step"])
+        if self.checkpoints.folder.exists(name):  # a trial that was moved has only the weights
+            save_model(run, self.checkpoints.read(name)["kept"], best=best, manifest=self.data.manifest)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

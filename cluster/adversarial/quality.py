@@ -30,7 +30,6 @@ from cluster.data.loader import Normalise, symmetric
 from cluster.data.manifest import Manifest
 from cluster.data.shards import Array, DataSet
 from nn_models.adversarial import AdversarialSpec
-from nn_models.errors import UserError
 
 # (source (B, noise_size), condition or None) -> rows (B, *input_shape), images in [-1, 1]; all on the CPU.
 Make = Callable[[Tensor, Tensor | None], Tensor]
@@ -63,12 +62,7 @@ class Quality:
         Raises UserError where the split has too few rows.
         """
         manifest = data.manifest
-        self.num_rows = min(quality.num_images, manifest.rows(split), manifest.rows("train"))
-        if self.num_rows < 2:
-            raise UserError(
-                f"adversarial.quality: needs 2 rows at least, but {split} has {manifest.rows(split)} and train "
-                f"{manifest.rows('train')}; add rows, or hold out more with data.validation_fraction"
-            )
+        self.num_rows = quality.num_rows(manifest, split)
         self._features = features
         rows = some_rows(data, split, self.num_rows)
         self._real = _as_made(rows.inputs, manifest)
@@ -117,7 +111,7 @@ class Quality:
             strict=False,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # pix2pix has dropout for its noise
+            torch.default_generator.manual_seed(SEED)  # not the GPU's stream; pix2pix has dropout for its noise
             return torch.cat([make(source, condition) for source, condition in batches])
 
     def _metrics(self, made: Tensor) -> dict[str, float]:
@@ -192,7 +186,7 @@ class _Distances:
             distance.reset()
             distance.update(made, real=False)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)  # of the subsets
+            torch.default_generator.manual_seed(SEED)  # of the subsets; not the GPU's stream
             kernel, _ = self._kernel.compute()
         # rounding takes a distance of nothing below it
         return max(0.0, float(self._frechet.compute())), float(kernel)

@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from cluster.data.manifest import Manifest
 from cluster.training.optimizers import AnyOptimizerSpec
+from nn_models.errors import UserError
 from nn_models.spec import Spec
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -17,6 +19,20 @@ class QualitySpec(Spec):
         2000, description="most rows that are made, and as many held-out ones that they are compared with"
     )
     every_epochs: PositiveInt = Field(1, description="epochs between two looks")
+
+    def num_rows(self, manifest: Manifest, split: str) -> int:
+        """Rows of a split that as many made ones, and training rows, are compared with.
+
+        Raises UserError where there are too few to compare.
+        """
+        rows = min(self.num_images, manifest.rows(split), manifest.rows("train"))
+        if rows < 2:
+            raise UserError(
+                f"adversarial.quality: needs 2 rows at least, but {split} has {manifest.rows(split)} and train "
+                f"{manifest.rows('train')}; add rows, or hold out more with data.validation_fraction or "
+                "data.test_fraction"
+            )
+        return rows
 
 
 class CollapseSpec(Spec):

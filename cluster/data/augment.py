@@ -122,7 +122,7 @@ class Augmentation:
         with torch.random.fork_rng(devices=[]):
             changed = []
             for image, row in zip(images, ids.tolist(), strict=True):
-                # the hash of a tuple of integers is the same in every process
-                torch.manual_seed(hash((self._seed, epoch, row)) & 0x7FFFFFFFFFFFFFFF)
+                # the hash of a tuple of integers is the same in every process; torch.manual_seed would seed the GPU too
+                torch.default_generator.manual_seed(hash((self._seed, epoch, row)) & 0x7FFFFFFFFFFFFFFF)
                 changed.append(self._transform(image))
         return torch.stack(changed)

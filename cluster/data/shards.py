@@ -163,7 +163,7 @@ class DataSet:
         return pa.concat_tables(tables).combine_chunks() if tables else pa.table({})
 
     def _verified(self, shard: Shard) -> pa.Table:
-        content = self.folder.read_bytes(shard.file)
+        content = self.folder.read_buffer(shard.file)
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             raise self._damaged(shard, "does not have the checksum of the manifest: it is corrupt")
         return pq.read_table(pa.BufferReader(content))

@@ -58,13 +58,28 @@ class Checkpoints:
         """The checkpoints' files, oldest first."""
         return [name for name in self.folder.names() if name.startswith("step-") and name.endswith(".pt")]
 
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint; None where there is none."""
+        names = self.names()
+        return int(names[-1].removeprefix("step-").removesuffix(".pt")) if names else None
+
     def newest(self) -> State | None:
         """The newest state, on the CPU; None where there is none. Raises UserError for a bad or unreadable file."""
-        names = self.names()
-        if not names:
-            return None
-        before = f"the one before, {names[-2]}" if len(names) > 1 else "the beginning"
-        return self.read(names[-1], fix=f"delete it to resume from {before}")
+        step = self.newest_step()
+        return None if step is None else self.at(step)
+
+    def at(self, step: int) -> State:
+        """The state at `step`, on the CPU. Raises UserError where there is none, and for a bad or unreadable file."""
+        name = name_at(step)
+        older = [other for other in self.names() if other < name]
+        before = f"the one before, {older[-1]}" if older else "the beginning"
+        try:
+            return self.read(name, fix=f"delete it to resume from {before}")
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder}/{name}: no such checkpoint here; on several nodes --run must be a URI, or a directory "
+                "that all nodes share"
+            ) from None
 
     def read(self, name: str, *, fix: str = "restore it, or start a new run") -> State:
         """The state in a file, on the CPU. Raises UserError where it is damaged."""

@@ -1,5 +1,6 @@
 """The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cluster.data.loader import Batch
 from cluster.data.order import digest_text
 from cluster.errors import Diverged
-from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best, prefixed
 from cluster.training.memory import keep_freed_memory
@@ -44,17 +45,21 @@ class Progress:
         """Whether the epoch that has just been evaluated is the best so far; equal metrics are decided by the loss."""
         split, metrics = ("validation", self.validation) if self.validation else ("train", self.train)
         name = objective.best_metric.removeprefix("validation/")
-        sign = -1 if objective.mode == "max" else 1
-        best = self.best
-        if best and (sign * metrics[name], metrics["loss"]) >= (sign * best["value"], best["loss"]):
-            return False
-        self.best = {
+        found = {
             "metric": f"{split}/{name}",
             "value": metrics[name],
             "loss": metrics["loss"],
             "epoch": self.epoch,
             "step": self.step,
         }
+        return self.take_best(found, objective)
+
+    def take_best(self, found: dict[str, Any], objective: Objective) -> bool:
+        """Make `found` the best where it is better than what there was; whether it is."""
+        sign, best = -1 if objective.mode == "max" else 1, self.best
+        if best and (sign * found["value"], found["loss"]) >= (sign * best["value"], best["loss"]):
+            return False
+        self.best = found
         return True
 
     def next_epoch(self) -> None:
@@ -367,11 +372,11 @@ class Loop:
 
     def _resume(self) -> None:
         # Rank 0 looks: ranks that list an object store on their own might see different files.
-        names = self.checkpoints.names() if self.context.rank == 0 else []
-        if not self.context.agree(len(names)):
+        newest = self.checkpoints.newest_step() if self.context.rank == 0 else None
+        step = self.context.agree(-1 if newest is None else newest)
+        if step < 0:
             return
-        state = self.checkpoints.newest()
-        assert state is not None  # rank 0 has seen it, and nobody deletes it now
+        state = self.checkpoints.at(step)
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.context.splits.manifest))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -382,6 +387,21 @@ class Loop:
             set_generator_state(state["generators"][self.context.rank], self.context.device)
         else:
             seed_rank(self.train.seed, self.context.rank, self.progress.step)
+        self._take_saved_best()
+
+    def _take_saved_best(self) -> None:
+        """Know of the weights in RUN/model what the checkpoint, which may be older, does not.
+
+        With another number of workers, or on a GPU, the epochs that follow need not come to the same figures again; the
+        weights would then stay, and `best` would speak of others. Where they do, nothing is different at the end.
+        """
+        context = self.context
+        text = ""
+        if context.rank == 0 and (context.run / "model").exists("model.safetensors"):
+            text = json.dumps(read_model(context.run).best)
+        if size := context.agree(len(text)):
+            own = torch.tensor(list(text.encode()) or [0] * size, dtype=torch.uint8, device=context.device)
+            self.progress.take_best(json.loads(bytes(context.gather(own)[0].tolist())), self.objective)
 
     def close(self) -> None:
         """Finish what is being written."""

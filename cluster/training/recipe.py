@@ -101,6 +101,9 @@ class Recipe(Spec):
         self._check_changes()
         if not manifest.rows("train"):
             raise UserError(f"data: {self.data.kind} has no training rows; add some")
+        if self.adversarial is not None:
+            for split in ("validation", "test") if manifest.rows("test") else ("validation",):
+                self.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
             raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
         if manifest.condition_shape and (odd := [a.kind for a in self.data.augment if not isinstance(a, MOVING)]):

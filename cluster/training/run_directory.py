@@ -41,13 +41,17 @@ class RunDirectory:
     def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
         self.folder.create()
+        self.refuse_occupied()
+        self.write_start(recipe, environment)
+
+    def refuse_occupied(self) -> None:
+        """Raise UserError where the directory holds something."""
         if self.exists():
             raise UserError(
                 f"{self}: a run is here already; continue it with --resume, or choose another directory with --run"
             )
         if self.folder.names():
             raise UserError(f"{self}: not an empty directory; choose another one with --run")
-        self.write_start(recipe, environment)
 
     def write_start(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Write what is known before training."""

@@ -363,10 +363,9 @@ def _tidy_up(session: RaySession) -> None:
 
 def _side_by_side(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Places of the trials that stand at the same step: only these can train together."""
-    found: dict[str, list[int]] = defaultdict(list)
+    found: dict[int | None, list[int]] = defaultdict(list)
     for place, config in enumerate(configs):
-        names = Checkpoints(Folder(config["run"]) / "checkpoints", keep=1).names()
-        found[names[-1] if names else ""].append(place)
+        found[Checkpoints(Folder(config["run"]) / "checkpoints", keep=1).newest_step()].append(place)
     return list(found.values())
 
 

@@ -152,6 +152,7 @@ class Trial(tune.Trainable):
         given, run = Folder(str(checkpoint)), Folder(self.config["run"])
         for old in (run / "checkpoints").names() if run.exists("checkpoints") else []:
             (run / "checkpoints").delete(old)
+        run.delete(WEIGHTS)  # the best of a past that is left behind
         for name in given.names():
             if name.startswith("step-"):
                 (run / "checkpoints").write_bytes(name, given.read_bytes(name))

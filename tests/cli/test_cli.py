@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from cluster.training.run_directory import RunDirectory
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
@@ -165,6 +169,33 @@ def test_a_run_is_never_overwritten(manta, refused, tmp_path):
     assert "not an empty directory" in refused("train", "digits-mlp", "--run", tmp_path / "mine")
 
 
+@pytest.mark.parametrize(
+    "placed",
+    [[], ["--workers", "2"], ["--workers", "1-2", "--address", "head:6379", "--gpu"], ["--gpu"]],
+    ids=lambda placed: " ".join(placed) or "in process",
+)
+def test_an_interrupted_run_says_how_to_go_on_as_it_began(manta, tmp_path, monkeypatch, placed):
+    run = tmp_path / "my run"
+
+    def interrupted(recipe, *, run, **_):
+        RunDirectory(run).begin(recipe, {})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.training.trainer.train", interrupted)
+    code, _, err = manta("train", "digits-mlp", "--run", run, *placed)
+    assert code == 130
+    (line,) = [line for line in err.splitlines() if "to go on" in line]
+    words = shlex.split(line.partition("to go on: ")[2])
+    assert words == ["manta", "train", f"{run}/recipe.yaml", "--run", str(run), "--resume", *placed]
+
+
+def test_an_occupied_directory_is_found_before_any_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.training.trainer.prepared", lambda *_: pytest.fail("the data is converted"))
+    (tmp_path / "thesis.tex").write_text("")
+    message = refused("train", "digits-mlp", "--run", tmp_path, "--workers", "1")
+    assert message == f"{tmp_path}: not an empty directory; choose another one with --run"
+
+
 def test_a_directory_that_cannot_be_written(refused, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
@@ -246,6 +277,17 @@ def test_a_custom_model_from_the_users_folder(manta, tmp_path, monkeypatch):
     code, _, _ = manta("train", "digits-mlp", "--set", model, "--set", "train.epochs=2", "--run", "run")
     assert code == 0
     assert manta("evaluate", "run")[0] == 0
+
+
+def test_a_runs_files_run_no_commands(manta, refused, tmp_path):
+    run = tmp_path / "run"
+    assert manta("train", "digits-mlp", "--set", "train.epochs=1", "--run", run)[0] == 0
+    recipe = yaml.safe_load((run / "model" / "recipe.yaml").read_text())
+    arguments = {"args": f"touch {tmp_path / 'here'}", "shell": True}
+    recipe["model"] = {"kind": "custom", "target": "subprocess:run", "arguments": arguments}
+    (run / "model" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "model.target: subprocess:run is a function not annotated" in refused("evaluate", run)
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,12 @@ import cluster
 from cluster.adversarial.coordinator import Coordinator
 from cluster.adversarial.features import open_features
 from cluster.adversarial.players import LocalPlayers, PlayersLost
+from cluster.adversarial.quality import Quality
+from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.storage import Folder
+from cluster.training.checkpoints import read_model
 from cluster.training.context import open_splits
 from cluster.training.recipe import load_recipe
 from cluster.training.run_directory import RunDirectory
@@ -153,6 +156,22 @@ def test_an_interrupted_run_is_resumed_to_the_same_end(whole, tmp_path):
     assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
 
 
+def test_a_best_generator_newer_than_the_checkpoint_is_no_longer_the_runs(tmp_path, monkeypatch):
+    distances = iter([50.0, 40.0, 30.0, 20.0, 60.0, 70.0, 80.0])  # the last before the interruption is the best
+    monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": next(distances)})
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 4, "checkpoint_every_epochs": 2, "global_batch_size": 600}}
+    Interrupted.count = -2
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(recipe, tmp_path / "run", Interrupted)
+    run = Folder(tmp_path / "run")
+    assert read_model(run).best["value"] == 20
+    result = cluster.train(recipe, run=run.uri, resume=True).result
+    assert result["best"]["value"] == 30
+    assert read_model(run).best == result["best"]
+    steps = result["best"]["step"]
+    assert [name for name in (run / "checkpoints").names() if name.startswith("best")] == [f"best-{steps:010d}.pt"]
+
+
 def test_segments_do_not_change_the_result(whole, tmp_path):
     outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides={"train.checkpoint_every_steps": 5})
     assert outcome.metrics == whole.metrics
@@ -168,6 +187,28 @@ def test_patience_ends_a_run(tmp_path):
     assert outcome.result["stopped_early"]
     assert "no better for 2 epochs" in outcome.result["ended"]
     assert outcome.result["epochs"] < 30
+
+
+@pytest.mark.parametrize(
+    ("patience", "every", "epochs", "ended"),
+    [
+        (3, 5, 10, "no better for 5 epochs"),  # looks after epochs 5 and 10: the first of them starts the count
+        (6, 5, 15, "no better for 10 epochs"),
+        (3, 12, 12, None),  # one look, at the end: nothing is ended early
+    ],
+)
+def test_patience_is_asked_at_looks_only(patience, every, epochs, ended, tmp_path, monkeypatch):
+    monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": 50.0})
+    changes = {
+        "train.patience": patience,
+        "train.epochs": 20 if ended else epochs,
+        "train.global_batch_size": 600,
+        "adversarial.quality.every_epochs": every,
+    }
+    outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides=changes)
+    assert outcome.result["epochs"] == epochs
+    assert outcome.result["ended"] == ended
+    assert outcome.result["stopped_early"] == (ended is not None)
 
 
 def test_a_loss_that_is_not_finite_is_rolled_back_and_ends_the_run(tmp_path, caplog):
@@ -218,8 +259,30 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             cluster.train(TINY, run=run, overrides=changes)
+    assert not Path(run).exists()
     with pytest.raises(UserError, match="leave this section out"):
         cluster.train({"model": {"kind": "mlp"}, "data": {"kind": "digits"}, "adversarial": {}}, run=run)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"validation": 0},
+            "validation has 0 and train 1258; add rows, or hold out more with data.validation_fraction",
+        ),
+        ({"validation": 1}, "validation has 1 and train 1258"),
+        ({"test": 1}, "test has 1 and train 1258"),
+    ],
+)
+def test_too_few_rows_to_compare_with_are_refused_before_anything_is_written(rows, message, tmp_path, monkeypatch):
+    counts = Manifest.rows
+    monkeypatch.setattr(Manifest, "rows", lambda manifest, split: rows.get(split, counts(manifest, split)))
+    monkeypatch.setattr("cluster.adversarial.features._trained", lambda *_: pytest.fail("a classifier is trained"))
+    monkeypatch.setattr("cluster.adversarial.features._place", lambda *_: pytest.fail("a classifier is placed"))
+    with pytest.raises(UserError, match=message):
+        cluster.train(TINY, run=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 # A generator that leaps: it makes the same row whatever the noise, and the discriminator always knows it.

@@ -255,6 +255,12 @@ def augmentation(seed: int = 0, shape=(3, 6, 5)) -> Augmentation:
     return Augmentation(recipe.data.augment, shape=shape, seed=seed)
 
 
+def test_augmentation_leaves_the_gpus_stream_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the GPU is seeded"))
+    images = torch.zeros(2, 3, 6, 5, dtype=torch.uint8)
+    augmentation()(images, np.arange(2), epoch=0)
+
+
 def by_row(data: DataSet, **where) -> dict[int, torch.Tensor]:
     """Row id -> what became of it in epoch 3."""
     changed = {}

@@ -630,6 +630,18 @@ def test_more_epochs_go_on_where_fewer_ended(recipe, run):
     assert step_losses(path) == step_losses(straight)
 
 
+def test_the_best_weights_may_be_newer_than_the_checkpoint(recipe, run):
+    _, path = run(recipe(train={"epochs": 4, "keep_checkpoints": 10}))
+    saved = read_model(Folder(path))
+    for file in sorted((path / "checkpoints").iterdir())[1:]:
+        file.unlink()
+    assert newest(path)["progress"]["best"]["step"] < saved.best["step"]
+    # the epochs that follow come to worse figures than they came to before
+    result, _ = run(recipe(train={"epochs": 4}, optimizer=SGD | {"lr": 1e-12, "momentum": 0}))
+    assert result["best"] == saved.best
+    assert same(read_model(Folder(path))._asdict(), saved._asdict())
+
+
 def test_a_line_that_a_kill_cut_short_is_dropped(recipe, run, monkeypatch, tmp_path):
     described = recipe(train={"checkpoint_every_steps": 3})
     interrupt(monkeypatch, 12)
@@ -699,6 +711,28 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(damage, unfinished, tmp_path
     file.unlink()
     result = fit(described, context=context(described, path))
     assert result["steps"] == 24
+
+
+class SeesOther(LocalContext):
+    """A rank that lists other files than rank 0, whose newest checkpoint is of step `newest`."""
+
+    newest = 8
+
+    def agree(self, number: int) -> int:
+        return number if number > 9 else self.newest
+
+
+def test_all_ranks_resume_from_the_step_that_rank_0_sees(unfinished, monkeypatch):
+    described, path = unfinished
+    assert Checkpoints(Folder(path / "checkpoints"), keep=1).newest_step() == 9
+    there = context(described, path)
+    where = SeesOther(run=there.run, splits=there.splits, device=CPU)
+    resumed = loop.Loop(described, where)
+    resumed.close()
+    assert resumed.progress.step == 8
+    monkeypatch.setattr(SeesOther, "newest", 7)
+    with pytest.raises(UserError, match=r"step-0000000007.pt: no such checkpoint here; .* that all nodes share"):
+        loop.Loop(described, where)
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(unfinished):

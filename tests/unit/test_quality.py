@@ -368,6 +368,12 @@ def test_each_look_sees_the_same_noise(seen, digits):
     assert dropped[0] == dropped[1]
 
 
+def test_a_look_leaves_the_gpus_stream_alone(seen, digits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("the GPU is seeded"))
+    metrics = digits_quality(seen, digits).measure(lambda source, _: torch.rand(len(source), 1, 8, 8) * 2 - 1)
+    assert metrics["frechet_distance"] > 0
+
+
 def test_labels_agree_where_real_rows_of_the_requested_labels_are_made(seen, digits):
     images, labels = all_rows(digits)
     pools = {label: images[labels == label] for label in range(10)}

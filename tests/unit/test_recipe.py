@@ -58,7 +58,7 @@ def manifest(shape=(4,), *, target_kind="label", num_outputs=3, dtype="float32",
             "class_names": [str(name) for name in range(num_outputs)] if target_kind == "label" else [],
             "mean": [0.0] * shape[0],
             "std": [1.0] * shape[0],
-            "splits": {"train": [shard]} if rows > 0 else {},
+            "splits": {"train": [shard], "validation": [shard]} if rows > 0 else {},
         },
     )
 

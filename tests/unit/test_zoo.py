@@ -36,12 +36,33 @@ class BrokenNet(nn.Module):
         raise TypeError("broken inside")
 
 
-def make_plain(num_inputs, num_outputs):
+def make_plain(num_inputs, num_outputs) -> nn.Linear:
     return nn.Linear(num_inputs, num_outputs)
 
 
-def make_nothing():
+def make_later(signature: "OnlyForTypeCheckers") -> "nn.Module":  # noqa: F821
+    return nn.Linear(signature.input_size, signature.num_outputs)
+
+
+def make_nothing() -> nn.Module:
     return None
+
+
+CALLED = []
+
+
+def not_annotated(*arguments, **named):
+    CALLED.append("not_annotated")
+
+
+def of_no_module() -> int:
+    CALLED.append("of_no_module")
+    return 0
+
+
+def of_nobody_knows_what() -> "NoSuchClass":  # noqa: F821
+    CALLED.append("of_nobody_knows_what")
+    return nn.Identity()
 
 
 not_a_net = 3
@@ -120,6 +141,7 @@ FITTING = {
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
         ({"target": f"{__name__}:make_plain", "arguments": {"num_inputs": 12, "num_outputs": 3}}, features),
+        ({"target": f"{__name__}:make_later"}, features),
         ({"target": "torch.nn:Linear", "arguments": {"in_features": 12, "out_features": 3}}, features),
     ],
 }
@@ -273,7 +295,7 @@ def test_input_of_no_known_kind_is_refused(kind):
         (
             {"kind": "custom", "target": f"{__name__}:not_a_net"},
             f"model.target: {__name__}:not_a_net is 3; "
-            "name a class derived from torch.nn.Module, or a function that returns a module",
+            "name a class derived from torch.nn.Module, or a function annotated to return one",
         ),
         (
             {"kind": "custom", "target": f"{__name__}:make_nothing"},
@@ -301,6 +323,22 @@ def test_custom_finds_a_module_of_the_users(tmp_path, monkeypatch):
     arguments = {"in_features": 12, "out_features": 3}
     module = zoo.build({"kind": "custom", "target": "users_nets:MyNet", "arguments": arguments}, features)
     assert type(module).__name__ == "MyNet"
+
+
+@pytest.mark.parametrize("name", ["not_annotated", "of_no_module", "of_nobody_knows_what"])
+def test_custom_calls_no_function_that_does_not_say_it_returns_a_module(name):
+    message = rf"{name} is a function not annotated .* write `def {name}\(…\) -> nn.Module:`"
+    with pytest.raises(UserError, match=message):
+        zoo.CustomSpec(target=f"{__name__}:{name}").build(features)  # as a run's model is loaded, without check()
+    assert not CALLED
+
+
+def test_custom_runs_no_commands(tmp_path):
+    arguments = {"args": f"touch {tmp_path / 'here'}", "shell": True}
+    for target in ("subprocess:run", "subprocess:Popen", "os:system", "builtins:eval"):
+        with pytest.raises(UserError, match=rf"model\.target: {target} is "):
+            zoo.CustomSpec(target=target, arguments=arguments).build(features)
+    assert not list(tmp_path.iterdir())
 
 
 def test_custom_arguments_are_checked_before_anything_is_built():
