@@ -81,15 +81,15 @@ class AdversarialObjective:
 
     def discriminator_real(self, logits: Tensor) -> Tensor:
         """The discriminator's loss on real rows: logits -> (), summed over rows, at least float32."""
-        return _sum_of_rows(GAMES[self.loss].real(_at_least_float32(logits), self.label_smoothing))
+        return _sum_of_rows(GAMES[self.loss].real(at_least_float32(logits), self.label_smoothing))
 
     def discriminator_fake(self, logits: Tensor) -> Tensor:
         """The discriminator's loss on the generator's rows: logits -> (), summed over rows, at least float32."""
-        return _sum_of_rows(GAMES[self.loss].fake(_at_least_float32(logits)))
+        return _sum_of_rows(GAMES[self.loss].fake(at_least_float32(logits)))
 
     def generator(self, logits_fake: Tensor) -> Tensor:
         """The generator's loss on its own rows: logits -> (), summed over rows, at least float32."""
-        return _sum_of_rows(GAMES[self.loss].generator(_at_least_float32(logits_fake)))
+        return _sum_of_rows(GAMES[self.loss].generator(at_least_float32(logits_fake)))
 
     def penalty(
         self,
@@ -109,14 +109,14 @@ class AdversarialObjective:
         share = share.reshape(-1, *[1] * (real.dim() - 1))
         between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
         # One row's logit must not depend on another row, or this sum mixes their gradients: see the Spec's check.
-        logits_sum = _sum_of_rows(_at_least_float32(discriminator(between, condition)))
+        logits_sum = _sum_of_rows(at_least_float32(discriminator(between, condition)))
         (gradient,) = torch.autograd.grad(logits_sum, between, create_graph=True)
-        norm_B = torch.linalg.vector_norm(_at_least_float32(gradient).flatten(1), dim=1)
+        norm_B = torch.linalg.vector_norm(at_least_float32(gradient).flatten(1), dim=1)
         return (norm_B - 1).square().sum()
 
     def reconstruction(self, fake: Tensor, real: Tensor) -> Tensor:
         """|fake - real|, the mean over a row's numbers, summed over rows, without weight (Isola et al. 2016, eq. 3)."""
-        return _sum_of_rows((_at_least_float32(fake) - _at_least_float32(real)).abs())
+        return _sum_of_rows((at_least_float32(fake) - at_least_float32(real)).abs())
 
 
 def _sum_of_rows(values: Tensor) -> Tensor:
@@ -124,7 +124,8 @@ def _sum_of_rows(values: Tensor) -> Tensor:
     return values.sum() / math.prod(values.shape[1:])
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nn_models.adversarial import AdversarialSpec
-from nn_models.adversarial_losses import AdversarialObjectiveSpec
+from nn_models.adversarial_losses import AdversarialObjectiveSpec, at_least_float32
 from nn_models.errors import UserError
 from nn_models.spec import ModelSpec, Spec
 
@@ -64,7 +64,7 @@ class Classification(Objective):
         """Outputs (B, C) against targets (B,), int64."""
         outputs = model(inputs)
         loss = F.cross_entropy(
-            _at_least_float32(outputs), targets, reduction="sum", label_smoothing=self.label_smoothing
+            at_least_float32(outputs), targets, reduction="sum", label_smoothing=self.label_smoothing
         )
         return Measured(loss, outputs.detach())
 
@@ -79,7 +79,7 @@ class Classification(Objective):
 
     def confidence(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's predicted class (B,) and the probability (B,) the model gives it."""
-        probabilities, predictions = _at_least_float32(outputs).softmax(1).max(1)
+        probabilities, predictions = at_least_float32(outputs).softmax(1).max(1)
         return predictions, probabilities
 
 
@@ -99,19 +99,15 @@ class Regression(Objective):
     def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Measured:
         """Outputs (B, K) against targets (B, K), or (B,) where K is 1."""
         outputs = model(inputs)
-        predictions = _at_least_float32(outputs)
+        predictions = at_least_float32(outputs)
         loss = F.mse_loss(predictions, _like(targets, predictions), reduction="sum") / self.num_outputs
         return Measured(loss, outputs.detach())
 
     def sums(self, measured: Measured, targets: Tensor) -> Tensor:
         """(2,): squared and absolute errors, averaged over a row's numbers and summed over the rows."""
-        predictions = _at_least_float32(measured.outputs)
+        predictions = at_least_float32(measured.outputs)
         absolute = F.l1_loss(predictions, _like(targets, predictions), reduction="sum") / self.num_outputs
         return torch.stack((measured.loss.detach(), absolute)).double()
-
-
-def _at_least_float32(outputs: Tensor) -> Tensor:
-    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def _like(targets: Tensor, predictions: Tensor) -> Tensor:

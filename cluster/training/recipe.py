@@ -15,13 +15,11 @@ from cluster.data.manifest import Manifest
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.storage import Folder
 from cluster.training.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
-from cluster.tuning.spec import SweepSpec
+from cluster.tuning.spec import CHANGEABLE, SweepSpec
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec, ObjectiveSpec
 from nn_models.spec import Spec, override, validate
 from nn_models.zoo import AnyModelSpec
-
-CHANGEABLE = ("optimizer", "schedule", "objective")  # sections whose fields may change in mid-training
 
 
 class TrainSpec(Spec):

@@ -80,7 +80,7 @@ def train(
         raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
     else:
         directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
-    workers = workers_of(recipe, num_workers, use_gpu, address)
+    workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
     if address and not workers.most:
         raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
     data = prepared(recipe.data)
@@ -221,8 +221,11 @@ def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> 
     return {**status, **times}
 
 
-def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> Workers:
-    """The Ray workers, or GAN halves, of a run. Raises UserError where there cannot be so many."""
+def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, *, alone: bool) -> Workers:
+    """The Ray workers, or GAN halves, of a run. Raises UserError where there cannot be so many.
+
+    Those of a run that has this machine to itself, `alone`, share all its cores, unless the recipe says otherwise.
+    """
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
     halves = recipe.adversarial is not None
     if halves:
@@ -230,7 +233,7 @@ def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool
             raise UserError(f"--workers: {least}-{most}: the pairs of a GAN's halves cannot change in number; give one")
         least = most = 2 * most
     cores = os.cpu_count() or 1
-    share = max(1, cores // most) if most and address is None else 1
+    share = max(1, cores // most) if most and alone else 1
     return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu, halves)
 
 

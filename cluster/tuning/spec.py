@@ -8,9 +8,9 @@ from pydantic_core import PydanticCustomError
 from cluster.tuning.distributions import BadDistribution, Choice, parse, walk
 from nn_models.spec import Spec
 
-# Sections whose fields, but for the kind, population-based training may change: they shape no weights, nothing that
-# places in the order of rows refer to. The same as a recipe's `changes` can say, so that a lineage can be replayed.
-MUTABLE = ("optimizer", "schedule", "objective")
+# Sections whose fields, but for the kind, may change in mid-training: they shape no weights, nothing that
+# places in the order of rows refer to. What population-based training mutates, a recipe's `changes` can replay.
+CHANGEABLE = ("optimizer", "schedule", "objective")
 
 
 def _distribution(raw: Any) -> Any:
@@ -111,7 +111,7 @@ class SweepSpec(Spec):
                 raise _problem(
                     f"space.{path}",
                     "pbt changes values in mid-training, and this one cannot change there; leave it out or choose "
-                    f"another scheduler (pbt takes the fields of {', '.join(MUTABLE)})",
+                    f"another scheduler (pbt takes the fields of {', '.join(CHANGEABLE)})",
                 )
         return self
 
@@ -123,4 +123,4 @@ class SweepSpec(Spec):
 
 def _is_mutable(path: str) -> bool:
     section, *fields = path.split(".")
-    return section in MUTABLE and bool(fields) and fields[-1] != "kind"
+    return section in CHANGEABLE and bool(fields) and fields[-1] != "kind"

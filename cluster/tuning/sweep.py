@@ -87,7 +87,7 @@ def sweep(
         _refuse_other(recipe, directory)
     else:
         directory.refuse_taken()
-    running = _Sweep(recipe, directory, num_workers, use_gpu, address)
+    running = _Sweep(recipe, directory, num_workers, use_gpu)
     if resume:
         running.roster.take_up(retry_failed)
         if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
@@ -136,9 +136,7 @@ def _most_fused(fuse: str | int) -> int | None:
 class _Sweep:
     """A sweep that can start: its trials' needs and data are known, and what cannot be has been refused."""
 
-    def __init__(
-        self, recipe: Recipe, directory: SweepDirectory, num_workers: int, use_gpu: bool, address: str | None
-    ) -> None:
+    def __init__(self, recipe: Recipe, directory: SweepDirectory, num_workers: int, use_gpu: bool) -> None:
         assert recipe.sweep is not None
         self.began = time.time()
         self.recipe, self.spec, self.directory = recipe, recipe.sweep, directory
@@ -148,7 +146,7 @@ class _Sweep:
         self.space.check(recipe, self.manifest)
         self.base.check(self.manifest)
         self.target = target(recipe, self.manifest)
-        self.workers = workers_of(self.base, num_workers, use_gpu, address or "trials share the machine")
+        self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
         self.grouped = self.workers.halves or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
             raise UserError(
