@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.manifest import Manifest
-from cluster.training.recipe import CHANGEABLE, Recipe, dump_recipe, load_recipe, parse_yaml
+from cluster.training.recipe import Recipe, dump_recipe, load_recipe, parse_yaml
 from cluster.tuning.budget import budget, promoted_epochs, rungs
 from cluster.tuning.distributions import parse
 from cluster.tuning.space import Space, columns
-from cluster.tuning.spec import CHANGEABLE, SweepSpec
+from cluster.tuning.spec import SweepSpec
 from cluster.tuning.target import Target, reported, target
 from nn_models.errors import UserError
 from nn_models.spec import validate
@@ -224,10 +224,6 @@ def test_pbt_takes_nothing_else(path):
 def test_pbt_over_a_grid_of_one_point():
     with pytest.raises(UserError, match=r"sweep.space: pbt needs 2 trials at least, but the grid has 1 point"):
         space({"optimizer.lr": {"grid": [1]}}, scheduler="pbt", searcher="grid")
-
-
-def test_pbt_takes_what_a_recipe_can_change():
-    assert set(CHANGEABLE) == set(CHANGEABLE)
 
 
 # -- beside a recipe -------------------------------------------------------------------------------------------------
