@@ -340,11 +340,14 @@ class Coordinator:
         `best` would speak of other weights than those in RUN/model.
         """
         best, run = self.progress.best, self.run_folder
-        if best is None or ((run / "model").exists("model.safetensors") and read_model(run).best == best):
+        saved = read_model(run).best if (run / "model").exists("model.safetensors") else None
+        if best is None or saved == best:
             return
         name = BEST.format(best["step"])
-        if self.checkpoints.folder.exists(name):  # a trial that was moved has only the weights
+        if self.checkpoints.folder.exists(name):
             save_model(run, self.checkpoints.read(name)["kept"], best=best, manifest=self.data.manifest)
+        elif saved:  # of a newer checkpoint, which was damaged and has been deleted: its best halves are what is left
+            self.progress.best = saved
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

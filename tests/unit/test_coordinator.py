@@ -172,6 +172,23 @@ def test_a_best_generator_newer_than_the_checkpoint_is_no_longer_the_runs(tmp_pa
     assert [name for name in (run / "checkpoints").names() if name.startswith("best")] == [f"best-{steps:010d}.pt"]
 
 
+def test_a_run_goes_on_without_its_newest_checkpoint(tmp_path, monkeypatch):
+    # the last look, of rows that are not finite, asks for a rollback
+    distances = iter([50.0, 40.0, 30.0, 60.0, float("nan"), 80.0])
+    monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": next(distances)})
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 3, "global_batch_size": 600}}
+    Interrupted.count = -1
+    with pytest.raises(KeyboardInterrupt):
+        coordinate(recipe, tmp_path / "run", Interrupted)
+    folder = Folder(tmp_path / "run") / "checkpoints"
+    _, newer = [name for name in folder.names() if name.startswith("step-")]
+    folder.delete(newer)
+    result = cluster.train(recipe, run=str(tmp_path / "run"), resume=True).result
+    assert result["best"]["value"] == 30
+    assert read_model(Folder(tmp_path / "run")).best == result["best"]
+    assert [rollback["to_step"] for rollback in result["rollbacks"]] == [result["best"]["step"]]
+
+
 def test_segments_do_not_change_the_result(whole, tmp_path):
     outcome = cluster.train(TINY, run=str(tmp_path / "run"), overrides={"train.checkpoint_every_steps": 5})
     assert outcome.metrics == whole.metrics
