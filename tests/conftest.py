@@ -1,6 +1,10 @@
 """What all tests share: a cache of prepared data that is theirs alone."""
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,7 +35,7 @@ def walk(order, epoch, world_size):
     return rows, digest_text(digest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(orders(), st.integers(0, 3), st.integers(1, 24))
 def test_any_world_size_sees_the_same_rows_once(case, epoch, world_size):
     order, most = case
@@ -44,7 +44,7 @@ def test_any_world_size_sees_the_same_rows_once(case, epoch, world_size):
     assert walk(order, epoch, min(world_size, most)) == (alone, digest)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(groups, st.integers(1, 100), st.integers(1, 500))
 def test_a_lane_is_read_block_after_block(row_groups, batch, window):
     order = LaneOrder(row_groups, global_batch_size=batch, seed=0, window=window)

@@ -80,7 +80,7 @@ def test_edges_are_those_of_the_luminance():
     assert step((10, 10, 10), (60, 60, 60)) == step((10,), (60,)) == 50
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9))))
 def test_edges_are_scipys_of_pillows_grey(images):
     found = edges(images)

@@ -297,7 +297,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(texts, values, max_size=4), st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,8}\Z"))
 def test_any_arguments_survive_writing_and_reading(arguments, name):
     model = {"kind": "custom", "target": "some.where:Net", "arguments": arguments}

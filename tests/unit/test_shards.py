@@ -459,7 +459,7 @@ class _Numbers:
         self.pools = {pool: [Part(rows, None) for rows in parts] for pool, parts in pools.items()}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=10),
     st.none() | st.lists(st.integers(1, 50), min_size=1, max_size=4),
