@@ -1,9 +1,11 @@
 """Folder: one directory, local or at a URI (s3://, gs://, …), through pyarrow.fs; files appear whole or not at all."""
 
+import fcntl
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -58,6 +60,27 @@ class Folder:
         except (OSError, ArrowInvalid) as error:
             raise UserError(f"{self.uri}: cannot be written ({error}); choose another directory") from None
         return self
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other processes that ask for it out of this directory while the block runs, or this process lives.
+
+        Raises UserError where another has it. Object stores know no locks, nor do some shared disks.
+        """
+        if self.local is None:
+            yield
+            return
+        handle = os.open(self.local, os.O_RDONLY)  # not inherited by what is started meanwhile
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.uri}: another process is at work here; wait for it, or stop it first") from None
+            except OSError:  # no locks on this disk
+                pass
+            yield
+        finally:
+            os.close(handle)
 
     def size(self, name: str) -> int | None:
         """Bytes of the file; None where there is no such file."""
@@ -125,7 +148,7 @@ class Folder:
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise UserError(f"{self.uri}/{name}: not valid JSON ({error})") from None
+            raise UserError(f"{self.uri}/{name}: not valid JSON ({error}); restore it, or delete it") from None
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Write the file so that a reader, or a kill, never sees half of it."""

@@ -1,6 +1,7 @@
 """The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from cluster.training.pending import Pending
 from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
 from nn_models.objectives import Objective
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -402,6 +405,9 @@ class Loop:
         if size := context.agree(len(text)):
             own = torch.tensor(list(text.encode()) or [0] * size, dtype=torch.uint8, device=context.device)
             self.progress.take_best(json.loads(bytes(context.gather(own)[0].tolist())), self.objective)
+        elif self.progress.best is not None:
+            logger.warning("%s/model: the best weights are gone; the best from here on count", context.run)
+            self.progress.best = None
 
     def close(self) -> None:
         """Finish what is being written."""

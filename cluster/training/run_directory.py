@@ -72,11 +72,21 @@ class RunDirectory:
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the run has not ended."""
-        return self.folder.read_json(RESULT) if self.folder.exists(RESULT) else None
+        return read_result(self.folder)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json."""
         self.folder.write_json(RESULT, jsonable(result))
+
+
+def read_result(folder: Folder) -> dict[str, Any] | None:
+    """What result.json says; None where there is none. Raises UserError for a damaged one."""
+    if not folder.exists(RESULT):
+        return None
+    result = folder.read_json(RESULT)
+    if not isinstance(result, dict) or not {"status", "metrics"} <= result.keys():
+        raise UserError(f"{folder}/{RESULT}: damaged (it lacks status and metrics); restore it, or delete it")
+    return result
 
 
 class Recorder:

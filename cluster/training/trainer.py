@@ -71,25 +71,27 @@ def train(
     began = time.time()
     recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
     directory = RunDirectory(new_run_name(recipe) if run is None else run)
-    if resume and directory.exists():
-        _refuse_other_recipe(recipe, directory)
-        done = directory.result()
-        if done and done["status"] == "finished":
-            return Outcome("finished", done["metrics"], str(directory), done)
-    elif resume:
-        raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
-    else:
-        directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
-    workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
-    if address and not workers.most:
-        raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
-    data = prepared(recipe.data)
-    recipe.check(data.manifest)
-    splits = open_splits(data, window=recipe.data.shuffle_window)
-    refuse_what_cannot_start(recipe, splits, workers)
-
-    facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=device_name(use_gpu))
     with ExitStack() as stack:
+        if resume and directory.exists():
+            stack.enter_context(directory.folder.claimed())
+            _refuse_other_recipe(recipe, directory)
+            done = directory.result()
+            if done and done["status"] == "finished":
+                return Outcome("finished", done["metrics"], str(directory), done)
+        elif resume:
+            raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
+        else:
+            directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
+        workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
+        if address and not workers.most:
+            raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
+        data = prepared(recipe.data)
+        recipe.check(data.manifest)
+        splits = open_splits(data, window=recipe.data.shuffle_window)
+        refuse_what_cannot_start(recipe, splits, workers)
+
+        device = device_name(use_gpu)
+        facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=device)
         session = None
         if workers.most:
             cpus = workers.most * workers.cpus
@@ -101,6 +103,7 @@ def train(
             directory.write_start(recipe, facts)
         else:
             directory.begin(recipe, facts)
+            stack.enter_context(directory.folder.claimed())
         result = run_here(
             recipe, data, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
         )
@@ -240,6 +243,8 @@ def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool
 def _refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
     """A run goes on with the recipe that it began with."""
     began_with = directory.recipe()
+    if began_with.sweep is not None:
+        raise UserError(f"--resume: {directory} is a sweep, not a run; continue it with manta sweep … --resume")
     if recipe != began_with:
         old, new = began_with.model_dump(), recipe.model_dump()
         changed = [f"{a}.{b}" for a in new for b in _differences(old[a], new[a])]

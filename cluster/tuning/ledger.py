@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cluster.storage import Folder
 from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
-from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable
+from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable, read_result
 from cluster.tuning.space import columns
 from nn_models.errors import UserError
 from nn_models.spec import validate
@@ -117,13 +117,13 @@ class SweepDirectory:
             if place.exists(RECORD):
                 try:
                     found.append(TrialRecord(**place.read_json(RECORD)))
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, UserError) as error:
                     raise UserError(f"{place}/{RECORD}: damaged ({error}); delete {place} to run it again") from None
         return found
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the sweep has not ended."""
-        return self.folder.read_json(RESULT) if self.folder.exists(RESULT) else None
+        return read_result(self.folder)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json."""

@@ -88,11 +88,12 @@ def sweep(
     else:
         directory.refuse_taken()
     running = _Sweep(recipe, directory, num_workers, use_gpu)
-    if resume:
-        running.roster.take_up(retry_failed)
-        if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
-            return running.outcome(done)
     with ExitStack() as stack:
+        if resume:
+            stack.enter_context(directory.folder.claimed())
+            running.roster.take_up(retry_failed)
+            if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
+                return running.outcome(done)
         cpus = running.embedded_cpus(concurrency)
         from cluster.tuning.tune import configure_tune
 
@@ -103,6 +104,7 @@ def sweep(
         if not resume:
             facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
             directory.begin(recipe, facts)
+            stack.enter_context(directory.folder.claimed())
         return running.run(session, listener)
 
 

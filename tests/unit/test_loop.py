@@ -23,6 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import nn
 from torch.optim import lr_scheduler
 
+import cluster
 from cluster.data.loader import Normalise, training_order
 from cluster.data.order import digest_part, digest_text
 from cluster.data.prepare import prepare, prepared
@@ -513,6 +514,55 @@ def events(file: Path) -> Iterator[Event]:
         (length,) = struct.unpack("<Q", content[:8])
         yield Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
+
+
+# -- what others do to a run -------------------------------------------------------------------------------------------
+
+
+def interrupted(described: Recipe, path: Path) -> None:
+    """A run of which checkpoints and the best weights are there, and no result."""
+    cluster.train(described, run=str(path))
+    (path / "result.json").unlink()
+
+
+def test_two_drivers_do_not_write_one_run(recipe, tmp_path):
+    described, path = recipe(train={"epochs": 2}), tmp_path / "run"
+    interrupted(described, path)
+    with (
+        Folder(path).claimed(),
+        pytest.raises(UserError, match="another process is at work here; wait for it, or stop"),
+    ):
+        cluster.train(described, run=str(path), resume=True)
+    assert cluster.train(described, run=str(path), resume=True).status == "finished"
+
+
+def test_a_run_whose_model_was_deleted_goes_on(recipe, tmp_path, caplog):
+    described, path = recipe(train={"epochs": 3}), tmp_path / "run"
+    interrupted(described, path)
+    (path / "model" / "model.safetensors").unlink()
+    checkpoints = Checkpoints(Folder(path / "checkpoints"), keep=1)
+    checkpoints.folder.delete(checkpoints.names()[-1])
+    outcome = cluster.train(described, run=str(path), resume=True)
+    assert outcome.result["best"]["epoch"] == 2  # the only one since
+    assert "the best weights are gone" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{}", '{"status": '])
+def test_a_damaged_result_is_named(content, recipe, tmp_path):
+    described, path = recipe(train={"epochs": 1}), tmp_path / "run"
+    interrupted(described, path)
+    (path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result.json: .*restore it, or delete it"):
+        cluster.train(described, run=str(path), resume=True)
+
+
+def test_a_sweep_is_not_resumed_as_a_run(recipe, tmp_path):
+    described, path = recipe(train={"epochs": 1}), tmp_path / "run"
+    space = {"space": {"optimizer.lr": {"grid": [0.1, 0.2]}}, "searcher": "grid"}
+    content = described.model_dump(mode="json") | {"sweep": space}
+    RunDirectory(str(path)).begin(load_recipe(content), {})
+    with pytest.raises(UserError, match="is a sweep, not a run; continue it with manta sweep"):
+        cluster.train(described, run=str(path), resume=True)
 
 
 # -- divergence ------------------------------------------------------------------------------------------------------

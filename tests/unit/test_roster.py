@@ -16,6 +16,7 @@ from cluster.tuning.roster import OpenData, Roster
 from cluster.tuning.space import Space
 from cluster.tuning.sweep import _side_by_side
 from cluster.tuning.target import target
+from nn_models.errors import UserError
 from tests.unit import made
 
 
@@ -141,3 +142,11 @@ def test_only_trials_at_the_same_step_train_together(tmp_path):
             checkpoints.folder.write_bytes(name_at(step), b"")
         configs.append({"run": str(tmp_path / str(number))})
     assert _side_by_side(configs) == [[0, 4], [1, 3], [2]]
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_record_is_named(content, directory):
+    place = begun(directory, 0, [0.5], status="running")
+    (place / "trial.json").write_text(content)
+    with pytest.raises(UserError, match=r"trials/0000/trial.json: damaged .*; delete .*trials/0000 to run it again"):
+        directory.records()
