@@ -175,12 +175,12 @@ def train_on_ray(
         else:
             raise RunFailed(_explain(error)) from None
     finally:
-        session.remove_orphaned_groups()
         starts = run.read_json(STARTS) if run.exists(STARTS) else 1
         for name in (STARTS, FAILURE, ".ray"):
             run.delete(name)
         if session.embedded:
             shutil.rmtree(notes, ignore_errors=True)
+        session.remove_orphaned_groups()  # last: it fails where Ray has gone
     if "failure" in returned:
         _raise(returned["failure"])
     return {**returned["result"], "restarts": starts - 1}

@@ -68,7 +68,7 @@ class SweepDirectory:
         """Whether a sweep has begun here."""
         return self.folder.exists(RECIPE)
 
-    def refuse_taken(self) -> None:
+    def refuse_occupied(self) -> None:
         """Raise UserError where the directory holds something."""
         if self.exists():
             raise UserError(
@@ -80,7 +80,7 @@ class SweepDirectory:
     def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
         self.folder.create()
-        self.refuse_taken()
+        self.refuse_occupied()
         self.folder.write_json(ENVIRONMENT, environment)
         self.folder.write_text(RECIPE, dump_recipe(recipe))
 
@@ -116,8 +116,8 @@ class SweepDirectory:
             place = trials / name
             if place.exists(RECORD):
                 try:
-                    found.append(TrialRecord(**place.read_json(RECORD)))
-                except (TypeError, ValueError, UserError) as error:
+                    found.append(TrialRecord(**json.loads(place.read_bytes(RECORD))))
+                except (TypeError, ValueError) as error:
                     raise UserError(f"{place}/{RECORD}: damaged ({error}); delete {place} to run it again") from None
         return found
 

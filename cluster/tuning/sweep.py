@@ -86,7 +86,7 @@ def sweep(
     if resume:
         _refuse_other(recipe, directory)
     else:
-        directory.refuse_taken()
+        directory.refuse_occupied()
     running = _Sweep(recipe, directory, num_workers, use_gpu)
     with ExitStack() as stack:
         if resume:
@@ -271,9 +271,9 @@ class _Sweep:
                 )
             status = "finished"
         finally:
+            result = self._conclude(status)
             if nested:
                 _tidy_up(session)
-            result = self._conclude(status)
         return self.outcome(result)
 
     def _fused_groups(self) -> list[dict[str, Any]]:
