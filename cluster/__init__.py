@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.training.evaluate_run import evaluate_run as evaluate
-    from cluster.training.recipe import load_recipe
-    from cluster.training.trainer import Outcome, train
+    from cluster.inference.evaluate import evaluate_run as evaluate
+    from cluster.recipe.loading import load_recipe
+    from cluster.runs.train import Outcome, train
     from cluster.tuning.sweep import SweepOutcome, replayed, sweep
 
 __all__ = ["Outcome", "SweepOutcome", "evaluate", "load_recipe", "replayed", "sweep", "train"]
 
 _HOMES = {
-    "train": ("cluster.training.trainer", "train"),
-    "Outcome": ("cluster.training.trainer", "Outcome"),
-    "load_recipe": ("cluster.training.recipe", "load_recipe"),
-    "evaluate": ("cluster.training.evaluate_run", "evaluate_run"),
+    "train": ("cluster.runs.train", "train"),
+    "Outcome": ("cluster.runs.train", "Outcome"),
+    "load_recipe": ("cluster.recipe.loading", "load_recipe"),
+    "evaluate": ("cluster.inference.evaluate", "evaluate_run"),
     "sweep": ("cluster.tuning.sweep", "sweep"),
     "SweepOutcome": ("cluster.tuning.sweep", "SweepOutcome"),
     "replayed": ("cluster.tuning.sweep", "replayed"),

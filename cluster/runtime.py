@@ -205,3 +205,19 @@ def warn_about_cores(workers: Workers) -> None:
     cores = os.cpu_count() or 1
     if workers.most * workers.cpus > cores:
         logger.warning("%d workers of %d CPU share the %d cores of this machine", workers.most, workers.cpus, cores)
+
+
+def local_device(use_gpu: bool) -> Any:
+    """The torch device of a run in this process. Raises UserError where a GPU is asked for and there is none."""
+    import torch
+
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("--gpu: torch finds no GPU on this machine; leave it out, or check the driver with nvidia-smi")
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def device_name(use_gpu: bool) -> str:
+    """The device that this machine's processes train on, as environment.json has it."""
+    import torch
+
+    return torch.cuda.get_device_name() if use_gpu and torch.cuda.is_available() else "cpu"

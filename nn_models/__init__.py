@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nn_models.errors import UserError
-    from nn_models.spec import ModelSpec, Signature, Spec, override, validate
+    from nn_models.model import ModelSpec
+    from nn_models.signature import Signature
+    from nn_models.spec import Spec, override, validate
     from nn_models.zoo import MODELS, AnyModelSpec, build
 
 __all__ = ["MODELS", "AnyModelSpec", "ModelSpec", "Signature", "Spec", "UserError", "build", "override", "validate"]
@@ -16,8 +18,8 @@ __all__ = ["MODELS", "AnyModelSpec", "ModelSpec", "Signature", "Spec", "UserErro
 _HOMES = {
     "MODELS": "zoo",
     "AnyModelSpec": "zoo",
-    "ModelSpec": "spec",
-    "Signature": "spec",
+    "ModelSpec": "model",
+    "Signature": "signature",
     "Spec": "spec",
     "UserError": "errors",
     "build": "zoo",

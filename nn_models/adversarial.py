@@ -26,7 +26,8 @@ from torch.nn.utils import parametrizations
 from nn_models.activations import initialise
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
-from nn_models.spec import ModelSpec, Signature
+from nn_models.model import ModelSpec
+from nn_models.signature import Signature
 
 SLOPE = 0.2  # of LeakyReLU below zero; Radford et al. 2015, section 4
 MAX_WIDENING = 8  # a layer has at most so many times the channels of the one next to the image

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from nn_models.adversarial import AdversarialSpec
 from nn_models.errors import UserError
-from nn_models.spec import ModelSpec, Spec
+from nn_models.model import ModelSpec
+from nn_models.objectives import at_least_float32
+from nn_models.spec import Spec
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein"]
 UNSMOOTHED = frozenset({"hinge", "wasserstein"})  # their discriminators predict no label that could be smoothed
@@ -122,11 +124,6 @@ class AdversarialObjective:
 def _sum_of_rows(values: Tensor) -> Tensor:
     """(B,) or (B, ...) -> (): the mean over each row, summed over rows."""
     return values.sum() / math.prod(values.shape[1:])
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """The values in float32, or in float64 where they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
 
 
 class AdversarialObjectiveSpec(Spec):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nn_models.activations import ACTIVATIONS, ActivationName, initialise
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
-from nn_models.spec import ModelSpec, Signature
+from nn_models.model import ModelSpec
+from nn_models.signature import Signature
 
 POOLINGS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 

@@ -11,7 +11,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import ACTIVATIONS, ActivationName, initialise
-from nn_models.spec import ModelSpec, Signature
+from nn_models.model import ModelSpec
+from nn_models.signature import Signature
 
 
 class MLP(nn.Module):

@@ -7,7 +7,7 @@ Shapes: B rows of the batch, C classes, K predicted numbers.
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nn_models.adversarial import AdversarialSpec
-from nn_models.adversarial_losses import AdversarialObjectiveSpec, at_least_float32
 from nn_models.errors import UserError
-from nn_models.spec import ModelSpec, Spec
+from nn_models.model import ModelSpec
+from nn_models.spec import Spec
 
 
 class Measured(NamedTuple):
@@ -162,6 +162,6 @@ class RegressionSpec(ObjectiveSpec):
         return Regression(num_outputs)
 
 
-AnyObjectiveSpec = Annotated[
-    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
-]
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nn_models.adversarial import MAX_WIDENING, SLOPE, AdversarialSpec, initialise_like_dcgan, normalise_spectrum
 from nn_models.errors import UserError
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 Norm = Literal["instance", "batch"]
 NORMS: dict[Norm, type[nn.BatchNorm2d] | type[nn.InstanceNorm2d]] = {

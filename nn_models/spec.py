@@ -1,17 +1,16 @@
 """Spec: a frozen, validated description; Signature: what a data set feeds a model and wants back."""
 
 import copy
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from nn_models.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
-    from torch import nn
+    pass
 
 T = TypeVar("T")
 SpecT = TypeVar("SpecT", bound="Spec")
@@ -52,48 +51,6 @@ class Spec(BaseModel):
 
 def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(_takes_bool(inner) for inner in get_args(annotation))
-
-
-class Signature(Spec):
-    """What one row of a data set looks like to a model.
-
-    `input_shape` is (channels, height, width) for images and (features,) for feature vectors;
-    `num_outputs` is the number of classes, or of regression targets. Where rows are pairs of images,
-    `input_shape` is the image to be made and `condition_shape` the one it is made from, both (channels, height, width).
-    """
-
-    input_shape: tuple[PositiveInt, ...]
-    num_outputs: PositiveInt
-    condition_shape: tuple[PositiveInt, ...] | None = None
-
-    @property
-    def input_kind(self) -> str:
-        """`"features"` or `"image"`, from the number of dimensions."""
-        return {1: "features", 3: "image"}.get(len(self.input_shape), f"{len(self.input_shape)}-dimensional")
-
-    @property
-    def input_size(self) -> int:
-        """Numbers in one row's input."""
-        return math.prod(self.input_shape)
-
-
-class ModelSpec(Spec):
-    """Base of every model's description. `accepts` names the input kinds that the model can read."""
-
-    accepts: ClassVar[frozenset[str]] = frozenset({"features", "image"})
-    kind: str
-
-    def check(self, signature: Signature) -> None:
-        """Raise UserError where the model cannot read such rows."""
-        if signature.input_kind not in self.accepts:
-            raise UserError(
-                f"model.kind: {self.kind} reads {' or '.join(sorted(self.accepts))} input, but the data has "
-                f"{signature.input_kind} input of shape {signature.input_shape}; choose another model or data set"
-            )
-
-    def build(self, signature: Signature) -> "nn.Module":
-        """The module, freshly initialised from torch's global generator."""
-        raise NotImplementedError
 
 
 def validate(kind: type[T] | Any, data: Any, *, prefix: str = "") -> T:

@@ -1,117 +1,21 @@
 """The zoo: the explicit union of all model Specs, and the way from a Spec to a module."""
 
-import importlib
-import inspect
-import json
-import re
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from torch import nn
 
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
+from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
-from nn_models.errors import UserError, did_you_mean
+from nn_models.custom import CustomSpec
 from nn_models.feedforward import MLPSpec
+from nn_models.model import ModelSpec
+from nn_models.objectives import ClassificationSpec, RegressionSpec
 from nn_models.pix2pix import Pix2PixSpec
-from nn_models.spec import ModelSpec, Signature, validate
-
-
-def _module_and_name(target: str) -> str:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", target):
-        raise ValueError(f"must name a module and a class in it, like my_package.nets:MyNet, not {target!r}")
-    return target
-
-
-class CustomSpec(ModelSpec):
-    """Your own torch.nn.Module, named by its module and class.
-
-    A recipe may come from somebody else, with a run's files. So the module that it names is imported, but nothing in
-    there is called unless it is made to give a torch.nn.Module: `subprocess:run` is not.
-    """
-
-    kind: Literal["custom"] = "custom"
-    target: Annotated[str, AfterValidator(_module_and_name)] = Field(
-        description="such as my_package.nets:MyNet: a torch.nn.Module class, or a function annotated to return one"
-    )
-    arguments: dict[str, Any] = Field(
-        {},
-        description="what it is called with; a parameter named signature also gets the data's Signature",
-    )
-
-    def check(self, signature: Signature) -> None:
-        """Raise UserError where there is no such target or it does not take the arguments; any input will do."""
-        target = self._find_target()
-        try:
-            inspect.signature(target).bind(**self._all_arguments(target, signature))
-        except TypeError as error:
-            raise self._refusal(error) from error
-
-    def build(self, signature: Signature) -> nn.Module:
-        """What the target makes of the arguments."""
-        target = self._find_target()
-        try:
-            model = target(**self._all_arguments(target, signature))
-        except TypeError as error:
-            raise self._refusal(error) from error
-        if not isinstance(model, nn.Module):
-            raise UserError(f"model.target: {self.target} returned {model!r}; it must return a torch.nn.Module")
-        return model
-
-    def _find_target(self) -> Callable[..., Any]:
-        path, name = self.target.split(":")
-        try:
-            module = importlib.import_module(path)
-        except ImportError as error:
-            raise UserError(
-                f"model.target: cannot import {path}: {error}; install it, or put its folder on PYTHONPATH"
-            ) from error
-        except (Exception, SystemExit) as error:  # the module may do anything
-            raise UserError(
-                f"model.target: importing {path} failed ({type(error).__name__}: {error}); mend that module"
-            ) from error
-        if not hasattr(module, name):
-            callables = [known for known, value in vars(module).items() if _makes_modules(value)]
-            raise UserError(f"model.target: {path} has no {name}; {did_you_mean(name, callables)}")
-        target = getattr(module, name)
-        if inspect.isfunction(target) and not _makes_modules(target):
-            raise UserError(
-                f"model.target: {self.target} is a function not annotated to return a torch.nn.Module, so it is not "
-                f"called; write `def {name}(…) -> nn.Module:`"
-            )
-        if not _makes_modules(target):
-            raise UserError(
-                f"model.target: {self.target} is {target!r}; "
-                "name a class derived from torch.nn.Module, or a function annotated to return one"
-            )
-        return target
-
-    def _all_arguments(self, target: Callable[..., Any], signature: Signature) -> dict[str, Any]:
-        wants_signature = "signature" in inspect.signature(target).parameters
-        return ({"signature": signature} if wants_signature else {}) | self.arguments
-
-    def _refusal(self, error: TypeError) -> UserError:
-        return UserError(f"model.arguments: {self.target} does not take {self.arguments}: {error}")
-
-
-def _makes_modules(target: Any) -> bool:
-    """Whether it is a class of modules, or a function that says that it returns one."""
-    made = _returned(target) if inspect.isfunction(target) else target
-    return inspect.isclass(made) and issubclass(made, nn.Module)
-
-
-def _returned(function: Callable[..., Any]) -> Any:
-    """The annotation of what a function returns, resolved where it is text; None where there is none."""
-    defined = inspect.unwrap(function)
-    try:
-        # alone: the other annotations may name what is imported for type checkers only
-        alone = SimpleNamespace(__annotations__={"return": defined.__annotations__.get("return")})
-        return get_type_hints(alone, globalns=defined.__globals__)["return"]
-    except Exception:  # text may be anything
-        return None
-
+from nn_models.signature import Signature
+from nn_models.spec import validate
 
 AnyModelSpec = Annotated[
     MLPSpec | CNNSpec | AlexNetSpec | GANSpec | DCGANSpec | ConditionalGANSpec | Pix2PixSpec | CustomSpec,
@@ -134,59 +38,6 @@ def build(model: Mapping[str, Any] | ModelSpec, signature: Signature) -> nn.Modu
     return spec.build(signature)
 
 
-def summaries() -> dict[str, str]:
-    """One line on each kind of model."""
-    return {kind: (spec.__doc__ or "").splitlines()[0] for kind, spec in MODELS.items()}
-
-
-class FieldRow(NamedTuple):
-    """One field of a Spec as text for people; `default` is as YAML writes it, or "required"."""
-
-    name: str
-    type: str
-    default: str
-    description: str
-
-
-def field_table(kind: str) -> list[FieldRow]:
-    """The fields that a model of this kind takes, but `kind` itself.
-
-    Raises UserError where there is no such kind.
-    """
-    if kind not in MODELS:
-        raise UserError(f"{kind}: unknown kind of model; {did_you_mean(kind, MODELS)}")
-    schema = MODELS[kind].model_json_schema()
-    return [
-        FieldRow(
-            name,
-            _type_text(field),
-            json.dumps(field["default"]).strip('"') if "default" in field else "required",
-            field.get("description", ""),
-        )
-        for name, field in schema["properties"].items()
-        if name != "kind"
-    ]
-
-
-TYPE_WORDS = {
-    "integer": "int",
-    "number": "float",
-    "boolean": "true | false",
-    "string": "text",
-    "object": "section",
-    "null": "none",
-}
-BOUND_SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-
-
-def _type_text(schema: Mapping[str, Any]) -> str:
-    """A JSON schema's type in words, such as `list of int > 0` or `max | average`."""
-    if "enum" in schema:
-        return " | ".join(map(str, schema["enum"]))
-    if "anyOf" in schema:
-        return " | ".join(map(_type_text, schema["anyOf"]))
-    if schema.get("type") == "array":
-        return f"list of {_type_text(schema['items'])}"
-    bounds = ", ".join(f"{sign} {schema[bound]}" for bound, sign in BOUND_SIGNS.items() if bound in schema)
-    word = TYPE_WORDS.get(schema.get("type", "anything"), "anything")
-    return f"{word} {bounds}".strip()
+AnyObjectiveSpec = Annotated[
+    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
+]

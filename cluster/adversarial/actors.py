@@ -5,7 +5,6 @@ batch; the replicas of a half add up their gradients. The coordinator calls them
 """
 
 import logging
-import os
 import shutil
 import socket
 import sys
@@ -42,11 +41,12 @@ from cluster.adversarial.players import (
     take_turn,
 )
 from cluster.errors import RunFailed
+from cluster.group import join, lost_peer
+from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession
 from cluster.training.checkpoints import to_cpu
-from cluster.training.context import Splits
 from cluster.training.memory import keep_freed_memory
-from cluster.training.recipe import Recipe
+from cluster.training.splits import Splits
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -93,16 +93,9 @@ class _Actor:
 
     def join(self, meeting: str) -> None:
         """Become one of the peers that meet there."""
-        if meeting.startswith("file:"):
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         replicas = self.seat.replicas
-        distributed.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            init_method=meeting,
-            rank=self.peer,
-            world_size=2 * replicas,
-            timeout=timedelta(seconds=MEETING_TIMEOUT_S),
-        )
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        join(meeting, rank=self.peer, world_size=2 * replicas, backend=backend, timeout_s=MEETING_TIMEOUT_S)
         patience = timedelta(seconds=EXCHANGE_TIMEOUT_S)
         halves = [distributed.new_group(range(first, first + replicas), timeout=patience) for first in (0, replicas)]
         self.group = halves[self.peer // replicas]
@@ -386,8 +379,6 @@ def _worst(errors: Sequence[Exception]) -> Exception:
     if dead:
         return PlayersLost("the process of a half has died")
     for error, cause in zip(errors, causes, strict=True):
-        text = str(cause).lower()
-        lost = isinstance(cause, distributed.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
-        if not lost:
+        if not lost_peer(cause):
             return RunFailed(str(error))
     return PlayersLost("a half has lost its peer")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from cluster.adversarial.spec import CollapseSpec
+from cluster.recipe.adversarial import CollapseSpec
 
 Action = Literal["fine", "rollback", "stop"]
 

@@ -15,7 +15,6 @@ import torch
 
 from cluster.adversarial.collapse import CollapseWatch, Verdict
 from cluster.adversarial.features import Features
-from cluster.adversarial.generate import measured
 from cluster.adversarial.halves import described
 from cluster.adversarial.pictures import Pictures
 from cluster.adversarial.players import (
@@ -33,15 +32,15 @@ from cluster.adversarial.players import (
     State,
     interval_ends,
 )
-from cluster.adversarial.quality import Quality
-from cluster.data.loader import training_order
-from cluster.data.order import digest_text
+from cluster.adversarial.quality import Quality, measured
+from cluster.data.keys import digest_text
+from cluster.data.order import training_order
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
 from cluster.training.evaluation import prefixed
-from cluster.training.recipe import Recipe
 from cluster.training.run_directory import Recorder, RunDirectory
 
 logger = logging.getLogger(__name__)

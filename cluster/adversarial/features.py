@@ -4,23 +4,23 @@ import hashlib
 import logging
 import tempfile
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyarrow import ArrowInvalid
 from torch import Tensor, nn
 
 from cluster.data.cache import cache_root
 from cluster.data.manifest import MANIFEST, Manifest
-from cluster.data.shards import DataSet, Rows, write_shard
-from cluster.data.sources.columns import ShardsSpec
+from cluster.data.shards import DataSet, some_rows, write_shard
+from cluster.data.sources.prepared import ShardsSpec
+from cluster.recipe.loading import dump_recipe
+from cluster.recipe.optimizers import AdamWSpec, CosineSpec
+from cluster.recipe.recipe import Recipe, TrainSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
-from cluster.training.context import LocalContext, Splits, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.loop import fit
-from cluster.training.optimizers import AdamWSpec, CosineSpec
-from cluster.training.recipe import Recipe, TrainSpec, dump_recipe
 from cluster.training.run_directory import RECIPE, RunDirectory
+from cluster.training.splits import Splits, open_splits
 from nn_models.adversarial import num_halvings
 from nn_models.convolutional import CNN, CNNSpec
 from nn_models.errors import UserError
@@ -35,7 +35,6 @@ WEIGHTS = "model/model.safetensors"
 # are left out, and small sets are seen often.
 PIXELS = 130_000_000
 EPOCHS = (2, 30)  # fewest and most
-SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class
 
 
 class Features(nn.Module):
@@ -185,26 +184,6 @@ def _splits(data: DataSet, excerpt: Folder) -> Splits:
     splits = open_splits(data, window=None)
     tables = {split: table for split, table in splits.tables.items() if split in wanted}
     return Splits(splits.manifest, splits.where, tables)
-
-
-def some_rows(data: DataSet, split: str, num_rows: int) -> Rows:
-    """So many rows of a split (all where it has no more), in random order, always the same ones.
-
-    Where a split is large they come from some of its row groups, so that not all of it is read.
-    """
-    generator = np.random.default_rng(0)
-    locations = data.row_group_locations(split)
-    sizes = data.manifest.row_groups(split)
-    chosen: list[int] = []
-    found = 0
-    for group in generator.permutation(len(locations)).tolist():
-        if found >= num_rows and len(chosen) >= SPREAD:
-            break
-        chosen.append(group)
-        found += sizes[group]
-    rows = data.read_row_groups([locations[group] for group in sorted(chosen)])
-    order: NDArray[np.int64] = generator.permutation(found)[:num_rows]
-    return rows.at(order)
 
 
 def _restored(place: Folder, manifest: Manifest) -> Features:

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.adversarial.spec import AdversarialTrainSpec
 from cluster.data.loader import Batch
+from cluster.recipe.adversarial import AdversarialTrainSpec
+from cluster.recipe.optimizers import AnyOptimizerSpec
+from cluster.recipe.recipe import Recipe
 from cluster.training.evaluation import autocast
-from cluster.training.optimizers import AnyOptimizerSpec
-from cluster.training.recipe import Recipe
 from nn_models.adversarial import AdversarialSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.pix2pix import DropoutNoise
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 # Sums tensors over a half's replicas, in place; nothing to do for one.
 Reduce = Callable[[Sequence[Tensor]], None]

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, Turn, sample, turn_of
+from cluster.data.keys import digest_part
 from cluster.data.loader import TrainingRows
-from cluster.data.order import digest_part
+from cluster.recipe.recipe import Recipe
 from cluster.training.checkpoints import to_cpu
-from cluster.training.context import Splits
 from cluster.training.memory import keep_freed_memory
-from cluster.training.recipe import Recipe
+from cluster.training.splits import Splits
 
 # What a step adds up over its rows. `generator_rows` are those of the steps in which the generator learned.
 SUMS = ("rows", "discriminator", "real_right", "fake_right", "generator_rows", "generator", "l1")

@@ -24,12 +24,17 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from cluster.adversarial.features import Features, some_rows
-from cluster.adversarial.spec import QualitySpec
-from cluster.data.loader import Normalise, symmetric
+from cluster.adversarial.features import Features
+from cluster.adversarial.halves import described, sample
+from cluster.data.layouts import Array
 from cluster.data.manifest import Manifest
-from cluster.data.shards import Array, DataSet
-from nn_models.adversarial import AdversarialSpec
+from cluster.data.scaling import Normalise, symmetric
+from cluster.data.shards import DataSet, some_rows
+from cluster.recipe.adversarial import QualitySpec
+from cluster.recipe.recipe import Recipe
+from cluster.storage import Folder
+from cluster.training.checkpoints import restore_model
+from nn_models.adversarial import AdversarialSpec, Halves
 
 # (source (B, noise_size), condition or None) -> rows (B, *input_shape), images in [-1, 1]; all on the CPU.
 Make = Callable[[Tensor, Tensor | None], Tensor]
@@ -190,3 +195,28 @@ class _Distances:
             kernel, _ = self._kernel.compute()
         # rounding takes a distance of nothing below it
         return max(0.0, float(self._frechet.compute())), float(kernel)
+
+
+def measured(
+    run: Folder,
+    recipe: Recipe,
+    data: DataSet,
+    features: Features | None,
+    *,
+    split: str,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """The Quality of a run's best generator on a split."""
+    model, _, section = described(recipe)
+    halves = restored_halves(run, recipe)[0].to(device or torch.device("cpu"))
+    quality = Quality(features, data, spec=model, quality=section.quality, split=split)
+    return quality.measure(
+        lambda source, condition: sample(halves.generator, source, condition, device=device or torch.device("cpu"))
+    )
+
+
+def restored_halves(run: Folder, recipe: Recipe) -> tuple[Halves, Manifest]:
+    """Both halves of a run's best model, and the description of its data."""
+    model, saved = restore_model(run, recipe)
+    assert isinstance(model, Halves)
+    return model, saved.manifest

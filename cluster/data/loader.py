@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.data.augment import Augmentation
+from cluster.data.keys import RowIds
 from cluster.data.manifest import Manifest
-from cluster.data.order import LaneOrder, Order, RowIds, WholeOrder
-from cluster.data.shards import DataSet, Rows, table_rows
-from nn_models.errors import UserError
-
-# A set up to this size is held in memory and shuffled as a whole unless the recipe gives a shuffle window. It belongs
-# to the order of rows, so it must not depend on the machine.
-HELD_BYTES = 4 << 30
+from cluster.data.order import LaneOrder, Order
+from cluster.data.rows import Rows, table_rows
+from cluster.data.scaling import Normalise, symmetric
+from cluster.data.shards import DataSet
 
 
 @dataclass(frozen=True)
@@ -52,30 +50,6 @@ class TrainingRows(Protocol):
         """The rank's slices of the epoch's global batches from `first_step` on."""
 
 
-class Normalise:
-    """Stored inputs to what models read: (x / 255 - mean) / std for images, (x - mean) / std otherwise."""
-
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
-        mean, std = torch.tensor(manifest.mean, dtype=torch.float64), torch.tensor(manifest.std, dtype=torch.float64)
-        scale, shift = 1 / (std * (255.0 if manifest.input_dtype == "uint8" else 1.0)), -mean / std
-        shape: tuple[int, ...] = (-1, 1, 1) if len(manifest.input_shape) == 3 else (-1,)
-        self._scale = scale.float().reshape(shape).to(device)
-        # one number for all inputs needs no broadcast, and then one pass over them does
-        self._only_scale = float(scale) if len(scale) == 1 else None
-        self._shift = shift.float().reshape(() if len(shift) == 1 else shape).to(device)
-
-    def __call__(self, stored: Tensor) -> Tensor:
-        """Float32 of the same shape."""
-        if self._only_scale is not None:
-            return torch.add(self._shift, stored, alpha=self._only_scale)
-        return torch.mul(stored, self._scale).add_(self._shift)
-
-
-def symmetric(stored: Tensor) -> Tensor:
-    """Bytes of images as float32 in [-1, 1], as adversarial nets read them."""
-    return torch.div(stored, 127.5).sub_(1)
-
-
 def _augmented(
     augmentation: Augmentation, stored: Tensor, condition: Tensor | None, ids: RowIds, epoch: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -84,22 +58,6 @@ def _augmented(
         return augmentation(stored, ids, epoch), None
     both = augmentation(torch.cat((stored, condition), dim=1), ids, epoch)
     return both[:, : stored.shape[1]], both[:, stored.shape[1] :]
-
-
-def shuffle_window(manifest: Manifest, wanted: int | None) -> int | None:
-    """Rows shuffled together; None for all of them. Follows from recipe and manifest alone."""
-    if wanted is not None:
-        return wanted if wanted < manifest.rows("train") else None
-    held = manifest.rows("train") * manifest.row_bytes
-    return None if held <= HELD_BYTES else max(1, HELD_BYTES // 4 // manifest.row_bytes)
-
-
-def training_order(manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None) -> Order:
-    """The order of the training rows."""
-    if (rows := shuffle_window(manifest, window)) is None:
-        return WholeOrder(manifest.rows("train"), global_batch_size=global_batch_size, seed=seed)
-    groups = manifest.row_groups("train")
-    return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows)
 
 
 class HeldRows:
@@ -288,15 +246,3 @@ def _to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def held(manifest: Manifest, split: str, window: int | None) -> bool:
-    """Whether a split is held in memory: the others always are, so they must be small enough."""
-    if split == "train":
-        return shuffle_window(manifest, window) is None
-    if manifest.rows(split) * manifest.row_bytes > HELD_BYTES:
-        raise UserError(
-            f"data: the {split} split has {manifest.rows(split)} rows of {manifest.row_bytes} bytes, more than the "
-            f"{HELD_BYTES >> 30} GiB that are held in memory; hold out less"
-        )
-    return True

@@ -7,7 +7,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.storage import Folder
 from nn_models.errors import UserError
-from nn_models.spec import Signature, Spec, validate
+from nn_models.signature import Signature
+from nn_models.spec import Spec, validate
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")

@@ -11,11 +11,10 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cluster.data.keys import RowIds
+from cluster.data.manifest import Manifest
 from nn_models.errors import UserError
-
-RowIds = NDArray[np.int64]
 
 # Lanes of a streamed set: many divisors, so that every usual number of ranks owns equally many whole lanes.
 LANE_COUNTS = (24, 12, 8, 6, 4, 3, 2, 1)
@@ -185,26 +184,34 @@ class LaneOrder:
         return np.concatenate(parts)
 
 
-def digest_part(ids: RowIds, start: int) -> NDArray[np.int64]:
-    """What these rows, used from position `start` on, add to the epoch's digest: two 32-bit halves.
-
-    The digest is a sum over (position, row) pairs, so ranks and restarts add up their parts in any order and still
-    every exchange of two rows shows.
-    """
-    positions = np.arange(start, start + len(ids), dtype=np.uint64)
-    total = int(_mix(positions ^ _mix(ids.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64))
-    return np.array([total >> 32, total & 0xFFFFFFFF], np.int64)
+# A set up to this size is held in memory and shuffled as a whole unless the recipe gives a shuffle window. It belongs
+# to the order of rows, so it must not depend on the machine.
+HELD_BYTES = 4 << 30
 
 
-def digest_text(halves: Sequence[int]) -> str:
-    """The digest as 16 hexadecimal digits, from the sum of its parts."""
-    return f"{((int(halves[0]) << 32) + int(halves[1])) % 2**64:016x}"
+def training_order(manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None) -> Order:
+    """The order of the training rows."""
+    if (rows := shuffle_window(manifest, window)) is None:
+        return WholeOrder(manifest.rows("train"), global_batch_size=global_batch_size, seed=seed)
+    groups = manifest.row_groups("train")
+    return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows)
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014): every input bit changes half of the output bits."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+def shuffle_window(manifest: Manifest, wanted: int | None) -> int | None:
+    """Rows shuffled together; None for all of them. Follows from recipe and manifest alone."""
+    if wanted is not None:
+        return wanted if wanted < manifest.rows("train") else None
+    held = manifest.rows("train") * manifest.row_bytes
+    return None if held <= HELD_BYTES else max(1, HELD_BYTES // 4 // manifest.row_bytes)
+
+
+def held(manifest: Manifest, split: str, window: int | None) -> bool:
+    """Whether a split is held in memory: the others always are, so they must be small enough."""
+    if split == "train":
+        return shuffle_window(manifest, window) is None
+    if manifest.rows(split) * manifest.row_bytes > HELD_BYTES:
+        raise UserError(
+            f"data: the {split} split has {manifest.rows(split)} rows of {manifest.row_bytes} bytes, more than the "
+            f"{HELD_BYTES >> 30} GiB that are held in memory; hold out less"
+        )
+    return True

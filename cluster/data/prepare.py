@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cluster.data.cache import cache_root
 from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard
-from cluster.data.shards import DataSet, Rows, write_shard
+from cluster.data.rows import Rows
+from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.data.sources.columns import ShardsSpec
+from cluster.data.sources.prepared import ShardsSpec
 from cluster.storage import Folder
 from nn_models.errors import UserError
 

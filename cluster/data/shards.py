@@ -3,54 +3,22 @@
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.data.manifest import Manifest, Shard, TargetKind, read_manifest
+from cluster.data.layouts import arrow_column
+from cluster.data.manifest import Shard, read_manifest
+from cluster.data.rows import Rows, table_rows
 from cluster.storage import Folder
 from nn_models.errors import UserError
-
-Array = NDArray[np.generic]
 
 # A row group is what a streaming rank reads at once: small enough for many lanes, large enough to be read quickly.
 ROW_GROUP_BYTES = 2 << 20
 ROW_GROUP_ROWS = (32, 2048)  # fewest and most
 ROW_GROUPS = 24  # wanted of a shard: as many as there can be lanes
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows as NumPy arrays, which may be read-only views into shared memory.
-
-    `ids` is (rows,) int64; `inputs` (rows, *input_shape) uint8 or float32; `targets` (rows,) int64 labels or
-    (rows, outputs) float32 numbers; `condition` (rows, *condition_shape) uint8, None where rows are no pairs.
-    """
-
-    ids: NDArray[np.int64]
-    inputs: Array
-    targets: Array
-    condition: Array | None = None
-
-    def at(self, where: slice | Array) -> Self:
-        """The rows at these places, or where a mask holds."""
-        condition = None if self.condition is None else self.condition[where]
-        return type(self)(self.ids[where], self.inputs[where], self.targets[where], condition)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts, of which there is at least one, one after the other."""
-        conditions = [part.condition for part in parts if part.condition is not None]
-        return cls(
-            ids=np.concatenate([part.ids for part in parts]),
-            inputs=np.concatenate([part.inputs for part in parts]),
-            targets=np.concatenate([part.targets for part in parts]),
-            condition=np.concatenate(conditions) if conditions else None,
-        )
 
 
 def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
@@ -59,9 +27,9 @@ def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
     wanted = min(most, max(fewest, -(-len(rows.ids) // ROW_GROUPS)))
     row_bytes = rows.inputs[0].nbytes + (0 if rows.condition is None else rows.condition[0].nbytes)
     group_rows = max(1, min(wanted, ROW_GROUP_BYTES // max(1, row_bytes)))
-    columns = {"row": rows.ids, "input": _column(rows.inputs), "target": _column(rows.targets)}
+    columns = {"row": rows.ids, "input": arrow_column(rows.inputs), "target": arrow_column(rows.targets)}
     if rows.condition is not None:
-        columns["condition"] = _column(rows.condition)
+        columns["condition"] = arrow_column(rows.condition)
     table = pa.table(columns)
     buffer = io.BytesIO()
     pq.write_table(
@@ -84,47 +52,6 @@ def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
         bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
     )
-
-
-def _column(values: Array) -> pa.Array:
-    """Images become fixed-size binaries (nested types are slow to read from Parquet), numbers stay numbers."""
-    if values.ndim == 1:
-        return pa.array(values)
-    flat = np.ascontiguousarray(values).reshape(len(values), -1)
-    if flat.dtype == np.uint8:
-        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-
-
-def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
-    """The table's columns as arrays, without a copy where a column is one chunk."""
-    shape = manifest.condition_shape
-    return Rows(
-        ids=_array(table["row"], np.dtype(np.int64), ()).astype(np.int64, copy=False),
-        inputs=_array(table["input"], np.dtype(manifest.input_dtype), manifest.input_shape),
-        targets=_array(table["target"], *_target_layout(manifest.target_kind, manifest.num_outputs)),
-        condition=_array(table["condition"], np.dtype(np.uint8), shape) if shape else None,
-    )
-
-
-def _target_layout(kind: TargetKind, num_outputs: int) -> tuple[np.dtype, tuple[int, ...]]:
-    return (np.dtype(np.int64), ()) if kind == "label" else (np.dtype(np.float32), (num_outputs,))
-
-
-def _array(column: pa.ChunkedArray, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
-    arrays = [_chunk(chunk, dtype, shape) for chunk in column.chunks]
-    if len(arrays) == 1:
-        return arrays[0]
-    return np.concatenate(arrays) if arrays else np.empty((0, *shape), dtype)
-
-
-def _chunk(chunk: pa.Array, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
-    if pa.types.is_fixed_size_binary(chunk.type):
-        width = chunk.type.byte_width
-        data = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width :][: len(chunk) * width]
-        return data.reshape(len(chunk), *shape)
-    values = chunk.flatten() if pa.types.is_fixed_size_list(chunk.type) else chunk
-    return values.to_numpy().astype(dtype, copy=False).reshape(len(chunk), *shape)
 
 
 class DataSet:
@@ -195,3 +122,26 @@ class DataSet:
             if table.num_rows != shard.row_groups[index]:
                 raise self._damaged(shard, f"has {table.num_rows} rows in row group {index}: it is corrupt")
             yield table_rows(table, self.manifest)
+
+
+SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class
+
+
+def some_rows(data: DataSet, split: str, num_rows: int) -> Rows:
+    """So many rows of a split (all where it has no more), in random order, always the same ones.
+
+    Where a split is large they come from some of its row groups, so that not all of it is read.
+    """
+    generator = np.random.default_rng(0)
+    locations = data.row_group_locations(split)
+    sizes = data.manifest.row_groups(split)
+    chosen: list[int] = []
+    found = 0
+    for group in generator.permutation(len(locations)).tolist():
+        if found >= num_rows and len(chosen) >= SPREAD:
+            break
+        chosen.append(group)
+        found += sizes[group]
+    rows = data.read_row_groups([locations[group] for group in sorted(chosen)])
+    order: NDArray[np.int64] = generator.permutation(found)[:num_rows]
+    return rows.at(order)

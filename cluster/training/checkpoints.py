@@ -19,7 +19,7 @@ from cluster.storage import Folder
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:
-    from cluster.training.recipe import Recipe
+    from cluster.recipe.recipe import Recipe
 
 State = dict[str, Any]
 

@@ -2,61 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cluster.data.augment import Augmentation
-from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining, TrainingRows, held, training_order
-from cluster.data.manifest import Manifest
-from cluster.data.order import LaneOrder
-from cluster.data.shards import DataSet
 from cluster.storage import Folder
-from cluster.training.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The data of a run as it reaches a worker: the splits that are held travel as tables, the others stay stored."""
-
-    manifest: Manifest
-    where: str  # the prepared data set, read by workers only where training rows are streamed
-    tables: Mapping[str, pa.Table] = field(default_factory=dict)
-
-    def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> TrainingRows:
-        """The training rows of one rank."""
-        train, manifest = recipe.train, self.manifest
-        augmentation = None
-        if recipe.data.augment:
-            augmentation = Augmentation(recipe.data.augment, shape=manifest.input_shape, seed=train.seed)
-        order = training_order(
-            manifest,
-            global_batch_size=train.global_batch_size,
-            seed=train.seed,
-            window=recipe.data.shuffle_window,
-        )
-        if isinstance(order, LaneOrder):
-            data = DataSet(Folder(self.where))
-            return StreamedTraining(
-                data, order, rank=rank, world_size=world_size, device=device, augmentation=augmentation
-            )
-        rows = HeldRows(self.tables["train"], manifest, device)
-        return HeldTraining(rows, order, rank=rank, world_size=world_size, augmentation=augmentation)
-
-    def held(self, split: str, device: torch.device) -> HeldRows | None:
-        """A split for evaluation; None where there is no such split."""
-        return HeldRows(self.tables[split], self.manifest, device) if split in self.tables else None
-
-
-def open_splits(data: DataSet, *, window: int | None) -> Splits:
-    """Read the splits that are held in memory, their checksums verified. Raises UserError for damaged shards."""
-    manifest = data.manifest
-    splits = [split for split in manifest.splits if manifest.rows(split) and held(manifest, split, window)]
-    tables = {split: data.table(split) for split in splits}
-    return Splits(manifest, data.folder.uri, tables)
+from cluster.training.splits import Splits
 
 
 class Context(Protocol):
@@ -118,3 +71,48 @@ class LocalContext:
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """See Context. Nobody listens: the run's directory has it all."""
+
+
+class GroupContext:
+    """One rank of a process group; see Context."""
+
+    def __init__(self, *, run: Folder, splits: Splits, device: torch.device) -> None:
+        self.run, self.splits, self.device = run, splits, device
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """See Context."""
+        model = model.to(self.device)
+        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
+            return model
+        # Running statistics are averaged when they are used (evaluation, checkpoints), not broadcast at every step.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """See Context."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def reduce_sums(self, values: Tensor) -> Tensor:
+        """See Context."""
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """See Context."""
+        if self.world_size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        distributed.all_gather(parts, values)
+        return parts
+
+    def agree(self, number: int) -> int:
+        """See Context."""
+        value = torch.tensor([number], device=self.device)
+        if self.world_size > 1:
+            distributed.broadcast(value, src=0)
+        return int(value)
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """See Context. `ray.train.report` would make the loop wait for the controller's next poll."""

@@ -4,83 +4,27 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cluster.data.keys import digest_text
 from cluster.data.loader import Batch
-from cluster.data.order import digest_text
-from cluster.errors import Diverged
+from cluster.recipe.recipe import Recipe
 from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best, prefixed
 from cluster.training.memory import keep_freed_memory
 from cluster.training.pending import Pending
-from cluster.training.recipe import Recipe
+from cluster.training.progress import Progress
+from cluster.training.randomness import generator_state, seed_rank, set_generator_state
 from cluster.training.run_directory import Recorder, RunDirectory
-from nn_models.objectives import Objective
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where training stands, and what it has added up: all that a checkpoint holds beside the tensors."""
-
-    epoch: int = 0
-    epoch_step: int = 0  # steps done in this epoch
-    step: int = 0  # steps done in all
-    rows: int = 0  # rows of this epoch that are in `sums`
-    sums: list[float] = field(default_factory=list)  # of loss and metrics over this epoch's rows
-    digest: list[int] = field(default_factory=lambda: [0, 0])
-    train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
-    validation: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    time_s: float = 0.0
-    train_s: float = 0.0  # time spent in steps, and the rows trained in it
-    train_rows: int = 0
-
-    def note_best(self, objective: Objective) -> bool:
-        """Whether the epoch that has just been evaluated is the best so far; equal metrics are decided by the loss."""
-        split, metrics = ("validation", self.validation) if self.validation else ("train", self.train)
-        name = objective.best_metric.removeprefix("validation/")
-        found = {
-            "metric": f"{split}/{name}",
-            "value": metrics[name],
-            "loss": metrics["loss"],
-            "epoch": self.epoch,
-            "step": self.step,
-        }
-        return self.take_best(found, objective)
-
-    def take_best(self, found: dict[str, Any], objective: Objective) -> bool:
-        """Make `found` the best where it is better than what there was; whether it is."""
-        sign, best = -1 if objective.mode == "max" else 1, self.best
-        if best and (sign * found["value"], found["loss"]) >= (sign * best["value"], best["loss"]):
-            return False
-        self.best = found
-        return True
-
-    def next_epoch(self) -> None:
-        """An epoch is done and evaluated."""
-        self.epoch += 1
-        self.epoch_step = self.rows = 0
-        self.sums, self.digest = [0.0] * len(self.sums), [0, 0]
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many epochs have gone by without a better one."""
-        return bool(self.best and patience and self.epoch - 1 - self.best["epoch"] >= patience)
-
-    def diverged(self, what: str, *, step: int, rate: float) -> Diverged:
-        """The error for a loss or weights that became NaN or infinite at `step`, trained with this learning rate."""
-        return Diverged(
-            f"the {what} became NaN or infinite at step {step} (epoch {self.epoch + 1}); lower "
-            f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
-        )
 
 
 def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
@@ -416,25 +360,3 @@ class Loop:
         finally:
             if self.recorder:
                 self.recorder.close()
-
-
-def seed_rank(seed: int, rank: int, step: int) -> None:
-    """A stream of its own for each rank, for dropout."""
-    sequence = np.random.SeedSequence([seed, rank, step])
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-
-
-def generator_state(device: torch.device) -> Tensor:
-    """The state of torch's global generators, those of the CPU and of the device."""
-    if device.type == "cuda":
-        both = [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
-        return torch.cat(both).to(device)
-    return torch.get_rng_state()
-
-
-def set_generator_state(state: Tensor, device: torch.device) -> None:
-    """Go on with a state that `generator_state` gave, as it comes from a checkpoint."""
-    cpu = len(torch.get_rng_state())
-    torch.set_rng_state(state[:cpu])
-    if device.type == "cuda" and len(state) > cpu:
-        torch.cuda.set_rng_state(state[cpu:], device)

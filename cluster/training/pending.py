@@ -5,8 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.data.keys import RowIds, digest_part
 from cluster.data.loader import Batch
-from cluster.data.order import RowIds, digest_part
 
 
 class Pending:

@@ -1,15 +1,13 @@
 """Ray Train: the same loop in every worker, its Context over torch.distributed."""
 
-import os
 import shutil
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -21,66 +19,20 @@ from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api import data_parallel_trainer as internals
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cluster.errors import Diverged, RunFailed
+from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, lost_peer
+from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
 from cluster.storage import Folder
-from cluster.training.context import Splits
+from cluster.training.context import GroupContext
 from cluster.training.loop import fit
-from cluster.training.recipe import Recipe
+from cluster.training.splits import Splits
 from nn_models.errors import UserError
 
 STARTS = ".starts.json"  # how often the workers were started
 FAILURE = ".failure.json"  # an error that would only come again
-COLLECTIVE_TIMEOUT_S = 1800
 ABORT_TIMEOUT_S = 30
-
-
-class DistributedContext:
-    """One rank of a process group; see Context."""
-
-    def __init__(self, *, run: Folder, splits: Splits, device: torch.device) -> None:
-        self.run, self.splits, self.device = run, splits, device
-        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """See Context."""
-        model = model.to(self.device)
-        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
-            return model
-        # Running statistics are averaged when they are used (evaluation, checkpoints), not broadcast at every step.
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """See Context."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-    def reduce_sums(self, values: Tensor) -> Tensor:
-        """See Context."""
-        if self.world_size > 1:
-            distributed.all_reduce(values)
-        return values
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """See Context."""
-        if self.world_size == 1:
-            return [values]
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        distributed.all_gather(parts, values)
-        return parts
-
-    def agree(self, number: int) -> int:
-        """See Context."""
-        value = torch.tensor([number], device=self.device)
-        if self.world_size > 1:
-            distributed.broadcast(value, src=0)
-        return int(value)
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """See Context. `ray.train.report` would make the loop wait for the controller's next poll."""
 
 
 @dataclass
@@ -102,34 +54,18 @@ class LoopbackConfig(TorchConfig):
 class _LoopbackBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
-        store = Path(tempfile.mkdtemp(dir=backend_config.meeting)) / "store"
-        shared = {"size": len(worker_group), "store": store, "timeout_s": backend_config.timeout_s}
+        meeting = f"file://{Path(tempfile.mkdtemp(dir=backend_config.meeting)) / 'store'}"
+        shared = {"world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
         ray.get(
             [
-                worker_group.execute_single_async(rank, _join, world_rank=rank, **shared)
+                worker_group.execute_single_async(rank, partial(join, meeting, rank=rank, **shared))
                 for rank in range(len(worker_group))
             ]
         )
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend."""
-        worker_group.execute_async(_leave)
-
-
-def _join(world_rank: int, size: int, store: Path, timeout_s: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=world_rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )
-
-
-def _leave() -> None:
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+        worker_group.execute_async(leave)
 
 
 def train_on_ray(
@@ -235,7 +171,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     if run.exists(FAILURE):  # it would only happen again
         return {"failure": run.read_json(FAILURE)}
     tables = dict(zip(config["tables"], ray.get(list(config["tables"].values())), strict=True))
-    context = DistributedContext(run=run, splits=replace(config["splits"], tables=tables), device=get_device())
+    context = GroupContext(run=run, splits=replace(config["splits"], tables=tables), device=get_device())
     if context.rank == 0:
         run.write_json(STARTS, 1 + (run.read_json(STARTS) if run.exists(STARTS) else 0))
     try:
@@ -243,17 +179,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     except Diverged as error:  # all ranks are here
         return {"failure": _described(error)}
     except Exception as error:
-        if not _collateral(error):
+        if isinstance(error, (UserError, RunFailed)) or not lost_peer(error):  # else Ray starts all again
             run.write_json(FAILURE, _described(error))
         raise
-
-
-def _collateral(error: Exception) -> bool:
-    """Whether this is only how another rank's death looks from here: then Ray starts all again."""
-    if isinstance(error, (UserError, RunFailed)):
-        return False
-    text = str(error).lower()
-    return isinstance(error, distributed.DistError) or any(word in text for word in ("gloo", "nccl", "connection"))
 
 
 def _described(error: Exception) -> dict[str, str]:

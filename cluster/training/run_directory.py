@@ -7,14 +7,17 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cluster.recipe.loading import dump_recipe, parse_yaml
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.events import Events
-from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
@@ -196,3 +199,30 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [jsonable(inner) for inner in value]
     return value
+
+
+def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
+    """What result.json says of a run; of one that did not finish, the last metrics that were written."""
+    first = status.pop("first_step_at", None)
+    if status["status"] != "finished":
+        lines = read_metrics(directory)
+        last = {line["split"]: line for line in lines}
+        beside = {"step", "epoch", "split", "time_s"}
+        status["metrics"] = {
+            f"{split}/{name}": value
+            for split, line in last.items()
+            for name, value in line.items()
+            if name not in beside and isinstance(value, float)
+        }
+        status["steps"] = lines[-1]["step"] if lines else 0
+    now = time.time()
+    status["metrics"] = jsonable(status["metrics"])
+    times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}
+    return {**status, **times}
+
+
+def new_run_name(recipe: Recipe) -> str:
+    """runs/<recipe>-<date>-<time>, with a number behind it where that is taken."""
+    name = f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = (f"{name}-{number}" if number else name for number in range(1000))
+    return next(candidate for candidate in taken if not Path(candidate).exists())

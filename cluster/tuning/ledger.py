@@ -12,17 +12,20 @@ What is here is all that a sweep needs to go on after its driver has died.
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.recipe.loading import dump_recipe, parse_yaml
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.recipe import Recipe, dump_recipe, parse_yaml
 from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable, read_result
 from cluster.tuning.space import columns
+from cluster.tuning.target import Target
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
@@ -161,3 +164,32 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # of several types, as choices may be
         return pa.array([None if value is None else str(value) for value in values])
+
+
+EPOCH = "epoch"  # in what a trial reports: epochs done, which is Tune's time
+
+SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
+
+
+@dataclass
+class SweepState:
+    """A sweep while it runs, for those who watch."""
+
+    target: Target
+    num_trials: int
+    concurrency: int
+    records: list[TrialRecord] = field(default_factory=list)
+    began: float = field(default_factory=time.time)
+
+    def best(self) -> TrialRecord | None:
+        """The best trial so far: of those that came to their end, where there are any."""
+        sign = -1 if self.target.mode == "max" else 1
+        for statuses in (("finished",), ("pruned", "running")):
+            found = [r for r in self.records if r.status in statuses and r.value is not None]
+            if found:
+                return min(found, key=lambda record: (sign * (record.value or 0.0), record.index))
+        return None
+
+    def count(self, status: Status) -> int:
+        """Trials of this status."""
+        return sum(record.status == status for record in self.records)

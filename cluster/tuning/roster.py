@@ -9,14 +9,12 @@ import numpy as np
 
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
-from cluster.training.context import Splits, open_splits
-from cluster.training.recipe import Recipe
-from cluster.training.run_directory import RESULT, RunDirectory, read_metrics
-from cluster.training.trainer import result_of
-from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
+from cluster.recipe.recipe import Recipe
+from cluster.training.run_directory import RESULT, RunDirectory, read_metrics, result_of
+from cluster.training.splits import Splits, open_splits
+from cluster.tuning.ledger import ENDED, EPOCH, Status, SweepDirectory, SweepListener, SweepState, TrialRecord
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Space
-from cluster.tuning.state import EPOCH, SweepListener, SweepState
 from cluster.tuning.target import Target, history
 from nn_models.errors import UserError
 

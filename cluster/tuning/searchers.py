@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from cluster.tuning.distributions import Choice, Distribution, Integers, Multiples, Normal, Uniform
+from cluster.recipe.distributions import Choice, Distribution, Integers, Multiples, Normal, Uniform
+from cluster.recipe.sweep import SweepSpec
 from cluster.tuning.space import Overrides, Space
-from cluster.tuning.spec import SweepSpec
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:

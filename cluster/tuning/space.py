@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.data.manifest import Manifest
-from cluster.training.recipe import ChangeSpec, Recipe
-from cluster.tuning.distributions import (
+from cluster.recipe.distributions import (
     Choice,
     Distribution,
     Integers,
@@ -25,7 +24,8 @@ from cluster.tuning.distributions import (
     text,
     walk,
 )
-from cluster.tuning.spec import SweepSpec
+from cluster.recipe.recipe import ChangeSpec, Recipe
+from cluster.recipe.sweep import SweepSpec
 from nn_models.errors import UserError
 from nn_models.spec import override
 

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
+from cluster.recipe.loading import dump_recipe, load_recipe
+from cluster.recipe.recipe import Recipe
+from cluster.runs.admission import refuse_what_cannot_start, workers_of
 from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
-from cluster.training.context import Splits
-from cluster.training.recipe import Recipe, dump_recipe, load_recipe
 from cluster.training.run_directory import environment
-from cluster.training.trainer import refuse_what_cannot_start, workers_of
-from cluster.tuning.budget import longest_trial, rungs
-from cluster.tuning.fusable import groups, pays, why_not
-from cluster.tuning.ledger import ENDED, Status, SweepDirectory, TrialRecord
-from cluster.tuning.resources import needs_of, room_for
+from cluster.training.splits import Splits
+from cluster.tuning.budget import longest_trial, needs_of, room_for, rungs
+from cluster.tuning.fused.groups import groups, pays, why_not
+from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, TrialRecord
 from cluster.tuning.roster import OpenData, Roster
 from cluster.tuning.space import Space, followed
-from cluster.tuning.state import SweepListener
 from cluster.tuning.target import target
 from nn_models.errors import UserError
 
@@ -72,7 +71,7 @@ def sweep(
     `resume` goes on with the sweep there: trials that ended are kept, others go on from their checkpoints, failed ones
     are run again where `retry_failed`. As many trials run at once as fit, at most `concurrency`.
 
-    `fuse` says whether trials that differ only in values which can be batched (see `fusable.FUSABLE`) train as one
+    `fuse` says whether trials that differ only in values which can be batched (see `fused.groups.FUSABLE`) train as one
     batched model: `auto` where that pays, `off` never, a number at most so many together.
 
     A trial that fails never ends the sweep. Raises UserError where something must be changed first.
@@ -220,7 +219,7 @@ class _Sweep:
     def run(self, session: Any, listener: SweepListener | None) -> SweepOutcome:
         """All trials that are left."""
         from cluster.tuning import tune
-        from cluster.tuning.fused_trial import FusedTrial
+        from cluster.tuning.fused.trial import FusedTrial
         from cluster.tuning.trials import GroupTrial, OneWorkerTrial, World
 
         roster = self.roster

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from cluster.data.manifest import Manifest
-from cluster.training.recipe import Recipe
+from cluster.recipe.recipe import Recipe
 from nn_models.adversarial import AdversarialSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.errors import UserError, did_you_mean

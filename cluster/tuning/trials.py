@@ -18,16 +18,16 @@ from ray import tune
 
 from cluster.data.shards import DataSet
 from cluster.errors import Diverged
-from cluster.runtime import RaySession
+from cluster.recipe.recipe import Recipe
+from cluster.runs.train import run_here
+from cluster.runtime import RaySession, device_name
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, Splits, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.loop import Loop
-from cluster.training.recipe import Recipe
-from cluster.training.run_directory import RunDirectory
-from cluster.training.trainer import device_name, result_of, run_here
-from cluster.tuning.ledger import LINEAGE
+from cluster.training.run_directory import RunDirectory, result_of
+from cluster.training.splits import Splits, open_splits
+from cluster.tuning.ledger import EPOCH, LINEAGE
 from cluster.tuning.space import followed
-from cluster.tuning.state import EPOCH
 from nn_models.errors import UserError
 
 WEIGHTS = "model/model.safetensors"

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cluster.recipe.sweep import SweepSpec
 from cluster.runtime import configure_ray
 from cluster.tuning.ledger import Status
-from cluster.tuning.spec import SweepSpec
 
 # What a trial needs is in its run directory: Tune shall write no second account of it.
 SETTINGS = {
@@ -46,8 +46,8 @@ from ray.tune.schedulers import (  # noqa: E402
 )
 from ray.tune.search import Searcher  # noqa: E402
 
-from cluster.tuning.fused_trial import LEFT, MEMBERS  # noqa: E402
-from cluster.tuning.state import EPOCH  # noqa: E402
+from cluster.tuning.fused.trial import LEFT, MEMBERS  # noqa: E402
+from cluster.tuning.ledger import EPOCH  # noqa: E402
 from cluster.tuning.trials import ERROR, OUTCOME  # noqa: E402
 
 # (recipient's configuration, donor's, a number that differs each time) -> the recipient's new one

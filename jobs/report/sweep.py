@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from cluster.recipe.distributions import Distribution
+from cluster.recipe.loading import parse_yaml
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.recipe import Recipe, parse_yaml
 from cluster.tuning.budget import Budget, budget
-from cluster.tuning.distributions import Distribution
 from cluster.tuning.space import Space
 from cluster.tuning.target import target
 from jobs.report.charts import figure, number, words

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.recipe.distributions import Choice, Distribution, Uniform, text
 from cluster.storage import Folder
-from cluster.tuning.distributions import Choice, Distribution, Uniform, text
 from cluster.tuning.space import columns
 from jobs.report.files import is_number, left_out, mapping, read_records
 

@@ -16,11 +16,13 @@ from by_hand.gan import steps as plain_steps
 from measuring import Case, fashion, in_turn, options, publish, scratch
 
 from cluster.adversarial.players import LocalPlayers, Players, for_images
-from cluster.data.loader import symmetric
-from cluster.data.shards import DataSet, table_rows
+from cluster.data.rows import table_rows
+from cluster.data.scaling import symmetric
+from cluster.data.shards import DataSet
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, ray_session
-from cluster.training.context import Splits, open_splits
-from cluster.training.recipe import Recipe, load_recipe
+from cluster.training.splits import Splits, open_splits
 
 SIZES = {"50 KB": 12_544, "0.8 MB": 200_704, "3 MB": 786_432, "12 MB": 3_145_728}  # float32 numbers
 

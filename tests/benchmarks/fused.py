@@ -16,12 +16,14 @@ from measuring import Case, in_turn, options, publish, scratch
 
 from cluster.data.prepare import prepare
 from cluster.data.shards import DataSet
-from cluster.data.sources.columns import ParquetSpec
+from cluster.data.sources.parquet import ParquetSpec
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, Splits, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.loop import Loop
-from cluster.training.recipe import Recipe, load_recipe
-from cluster.tuning.fused import FusedLoop
+from cluster.training.splits import Splits, open_splits
+from cluster.tuning.fused.loop import FusedLoop
 
 CPU = torch.device("cpu")
 MLP = {"kind": "mlp", "hidden": [128]}

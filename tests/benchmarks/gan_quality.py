@@ -25,7 +25,7 @@ from cluster.adversarial.features import open_features
 from cluster.adversarial.halves import described, sample
 from cluster.adversarial.quality import Make, Quality
 from cluster.data.prepare import prepared
-from cluster.training.recipe import load_recipe
+from cluster.recipe.loading import load_recipe
 
 FRECHET = "frechet_distance"
 L1_ALONE = {"objective.l1_weight": 1e6, "adversarial.collapse.max_accuracy": 1.0}  # its discriminator may win

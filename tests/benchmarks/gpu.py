@@ -14,11 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from training_in_process import compare
 
 from cluster.data.shards import DataSet
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.loop import fit
-from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RunDirectory
+from cluster.training.splits import open_splits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},

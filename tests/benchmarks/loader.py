@@ -16,10 +16,11 @@ from measuring import BATCH, Case, fashion, fashion_recipe, in_turn, options, pu
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from cluster.data.loader import Normalise
-from cluster.data.shards import DataSet, table_rows
+from cluster.data.rows import table_rows
+from cluster.data.scaling import Normalise
+from cluster.data.shards import DataSet
 from cluster.runtime import ray_session
-from cluster.training.context import open_splits
+from cluster.training.splits import open_splits
 
 CPU = torch.device("cpu")
 SHUFFLE_BUFFER = 10_000

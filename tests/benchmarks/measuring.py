@@ -17,9 +17,11 @@ from typing import Any
 
 from cluster.data.manifest import MANIFEST
 from cluster.data.prepare import prepared
-from cluster.data.shards import DataSet, Rows, table_rows, write_shard
+from cluster.data.rows import Rows, table_rows
+from cluster.data.shards import DataSet, write_shard
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.recipe import Recipe, load_recipe
 
 BY_HAND = Path(__file__).parent / "by_hand"  # what manta is compared with, where that needs processes of its own
 BATCH = 128

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from measuring import BATCH, Case, fresh_process, options, publish, scratch
 
-from cluster.data.loader import StreamedTraining, training_order
+from cluster.data.loader import StreamedTraining
 from cluster.data.manifest import MANIFEST, Manifest, Shard
-from cluster.data.shards import DataSet, Rows, write_shard
+from cluster.data.order import training_order
+from cluster.data.rows import Rows
+from cluster.data.shards import DataSet, write_shard
 from cluster.storage import Folder
 
 SHAPE, WINDOW, SHARD_ROWS = (1, 28, 28), 8192, 30_000

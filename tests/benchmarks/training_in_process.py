@@ -9,14 +9,16 @@ import torch
 from measuring import BATCH, MODELS, Case, fashion, fashion_recipe, options, publish, scratch
 from torch.nn import functional as F
 
-from cluster.data.loader import Normalise
-from cluster.data.shards import DataSet, table_rows
+from cluster.data.rows import table_rows
+from cluster.data.scaling import Normalise
+from cluster.data.shards import DataSet
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.evaluation import autocast
 from cluster.training.loop import fit
-from cluster.training.recipe import Recipe
 from cluster.training.run_directory import RunDirectory
+from cluster.training.splits import open_splits
 
 
 def hand_written(recipe: Recipe, data: DataSet, device: torch.device) -> Iterator[None]:

@@ -181,7 +181,7 @@ def test_an_interrupted_run_says_how_to_go_on_as_it_began(manta, tmp_path, monke
         RunDirectory(run).begin(recipe, {})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cluster.training.trainer.train", interrupted)
+    monkeypatch.setattr("cluster.runs.train.train", interrupted)
     code, _, err = manta("train", "digits-mlp", "--run", run, *placed)
     assert code == 130
     (line,) = [line for line in err.splitlines() if "to go on" in line]
@@ -190,7 +190,7 @@ def test_an_interrupted_run_says_how_to_go_on_as_it_began(manta, tmp_path, monke
 
 
 def test_an_occupied_directory_is_found_before_any_work(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.training.trainer.prepared", lambda *_: pytest.fail("the data is converted"))
+    monkeypatch.setattr("cluster.runs.train.prepared", lambda *_: pytest.fail("the data is converted"))
     (tmp_path / "thesis.tex").write_text("")
     message = refused("train", "digits-mlp", "--run", tmp_path, "--workers", "1")
     assert message == f"{tmp_path}: not an empty directory; choose another one with --run"

@@ -16,11 +16,11 @@ from PIL import Image
 from rich.console import Console
 
 import cluster
-from cluster.adversarial.generate import Generated
+from cluster.inference.generate import Generated
+from cluster.runs.train import Outcome
 from cluster.storage import Folder
-from cluster.training.trainer import Outcome
-from jobs.progress import Progress
-from jobs.samples import picture
+from jobs.commands.generating import picture
+from jobs.commands.progress import Progress
 from tests.unit import made
 
 SMALL = {"train.epochs": 2, "adversarial.quality.num_images": 64, "model.width": 8}
@@ -146,7 +146,7 @@ def test_a_warning_is_shown_on_what_standard_error_is_then(manta, capsys, monkey
 
 def test_the_bar_fits_a_narrow_terminal(monkeypatch):
     seen = io.StringIO()
-    monkeypatch.setattr("jobs.progress.Console", lambda **_: Console(file=seen, force_terminal=True, width=80))
+    monkeypatch.setattr("jobs.commands.progress.Console", lambda **_: Console(file=seen, force_terminal=True, width=80))
     look = {"step": 0, "epoch": 0, "split": "validation", "frechet_distance": 168.62, "frechet_floor": 3.7}
     losses = {"step": 9, "epoch": 0, "split": "train", "generator_loss": 0.6542, "discriminator_loss": 1.25}
     with Progress("digits-dcgan", epochs=4) as progress:

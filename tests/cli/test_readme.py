@@ -9,7 +9,7 @@ import typer.main
 import yaml
 
 import cluster
-from cluster.training.recipe import builtin_recipes, load_recipe, parse_yaml
+from cluster.recipe.loading import builtin_recipes, load_recipe, parse_yaml
 from jobs.cli import app
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -10,12 +10,11 @@ import torch
 import yaml
 
 import cluster
-from cluster.training.recipe import load_recipe
-from cluster.tuning.ledger import TrialRecord
-from cluster.tuning.state import SweepState
+from cluster.recipe.loading import load_recipe
+from cluster.tuning.ledger import SweepState, TrialRecord
 from cluster.tuning.target import Target
-from jobs.sweep_progress import MAX_ROWS, SweepProgress, chosen_rows, values
-from jobs.sweeping import reasons
+from jobs.commands.sweep_outcome import reasons
+from jobs.commands.sweep_progress import MAX_ROWS, SweepProgress, chosen_rows, values
 
 TINY = ["--set", "sweep.num_trials=3", "--set", "train.epochs=2"]
 SPACE = "sweep={space: {%s}, num_trials: 2}"
@@ -248,7 +247,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(manta, monkeypatch, tmp_path):
         Path(options["run"], "recipe.yaml").write_text("")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.sweeping.run_sweep_of", interrupted)
+    monkeypatch.setattr("jobs.commands.sweep_outcome.run_sweep_of", interrupted)
     run = tmp_path / "my sweep"
     code, out, err = manta("sweep", "digits-mlp", "--run", run, "--workers", "2", "--concurrency", "3")
     assert (code, out) == (130, "")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nn_models.adversarial import AdversarialSpec, ConditionalGANSpec, DCGANSpec, GANSpec, Maxout
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.pix2pix import NORMS, Pix2PixSpec
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 FACES = Signature(input_shape=(3, 64, 64), num_outputs=1)
 LN2 = math.log(2)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nn_models.convolutional import AlexNet, AlexNetSpec, CNNSpec
 from nn_models.errors import UserError
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 IMAGENET = Signature(input_shape=(3, 224, 224), num_outputs=1000)
 

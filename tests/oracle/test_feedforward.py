@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from nn_models.activations import ACTIVATIONS, ActivationName, initialise
 from nn_models.feedforward import MLP, MLPSpec
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 SIGNATURE = Signature(input_shape=(7,), num_outputs=3)
 

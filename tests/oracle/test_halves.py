@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from cluster.adversarial.halves import DISCRIMINATOR, GENERATOR, DiscriminatorHalf, Turn, noise, seed_of
 from cluster.adversarial.players import LocalPlayers, alone
 from cluster.data.prepare import prepared
-from cluster.training.context import open_splits
-from cluster.training.recipe import Recipe, load_recipe
-from nn_models.spec import Signature
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
+from cluster.training.splits import open_splits
+from nn_models.signature import Signature
 
 STEPS = 20
 DCGAN = {

@@ -8,8 +8,9 @@ from sklearn import metrics
 from torch import nn
 
 from nn_models.errors import UserError
-from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec, RegressionSpec
+from nn_models.objectives import ClassificationSpec, RegressionSpec
 from nn_models.spec import validate
+from nn_models.zoo import AnyObjectiveSpec
 
 ROWS, CLASSES = 50, 4
 

@@ -11,12 +11,12 @@ from ray.util import placement_group_table
 import cluster
 from cluster.adversarial.actors import ActorPlayers
 from cluster.adversarial.players import LocalPlayers
-from cluster.data.order import digest_text
+from cluster.data.keys import digest_text
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
+from cluster.recipe.loading import load_recipe
 from cluster.runtime import RaySession
-from cluster.training.context import open_splits
-from cluster.training.recipe import load_recipe
+from cluster.training.splits import open_splits
 from nn_models import UserError
 from tests.oracle.test_halves import DCGAN, STEPS, monolithic
 from tests.ray.faults import digests, killing, processes, steps_done, wait_for, weights

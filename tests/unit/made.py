@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.data.prepare import prepare
-from cluster.data.shards import DataSet, table_rows
-from cluster.data.sources.columns import ParquetSpec
+from cluster.data.rows import table_rows
+from cluster.data.shards import DataSet
+from cluster.data.sources.parquet import ParquetSpec
 from cluster.storage import Folder
 
 NUM_CLASSES = 3

@@ -17,11 +17,11 @@ import torch
 from torch import distributed
 
 from cluster.data.prepare import prepared
+from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
-from cluster.training.context import LocalContext, open_splits
+from cluster.training.context import GroupContext, LocalContext
 from cluster.training.loop import fit
-from cluster.training.ray_train import DistributedContext
-from cluster.training.recipe import load_recipe
+from cluster.training.splits import open_splits
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def _fit(job: dict, rank: int, store: Path) -> None:
         world_size=job["world_size"],
         timeout=timedelta(seconds=120),
     )
-    result = fit(recipe, context=DistributedContext(**place))
+    result = fit(recipe, context=GroupContext(**place))
     if rank == 0:
         (Path(job["run"]) / "result.json").write_text(json.dumps(result))
     distributed.destroy_process_group()

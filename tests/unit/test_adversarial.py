@@ -9,9 +9,11 @@ from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.adversarial_losses import GAMES, AdversarialObjectiveSpec
 from nn_models.errors import UserError
 from nn_models.feedforward import MLPSpec
-from nn_models.objectives import AnyObjectiveSpec, ClassificationSpec
+from nn_models.objectives import ClassificationSpec
 from nn_models.pix2pix import Pix2PixSpec
-from nn_models.spec import Signature, override, validate
+from nn_models.signature import Signature
+from nn_models.spec import override, validate
+from nn_models.zoo import AnyObjectiveSpec
 
 digits = Signature(input_shape=(1, 8, 8), num_outputs=10)
 losses = pytest.mark.parametrize("loss", GAMES)

@@ -20,11 +20,11 @@ from cluster.adversarial.quality import Quality
 from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
+from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import read_model
-from cluster.training.context import open_splits
-from cluster.training.recipe import load_recipe
 from cluster.training.run_directory import RunDirectory
+from cluster.training.splits import open_splits
 from nn_models import UserError
 
 TINY: dict[str, Any] = {

@@ -14,18 +14,20 @@ from torch.nn import functional as F
 
 from cluster.data.prepare import prepared
 from cluster.errors import Diverged
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.optimizers import AnyOptimizerSpec
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints, read_model
-from cluster.training.context import LocalContext, Splits, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.loop import fit
-from cluster.training.optimizers import AnyOptimizerSpec
-from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, read_metrics
-from cluster.tuning import fused_layers
-from cluster.tuning.fusable import groups, pays, why_not
-from cluster.tuning.fused import FusedLoop
-from cluster.tuning.fused_model import FusedModel
-from cluster.tuning.fused_optimizers import FusedOptimizers
+from cluster.training.splits import Splits, open_splits
+from cluster.tuning.fused import layers as fused_layers
+from cluster.tuning.fused.groups import groups, pays, why_not
+from cluster.tuning.fused.loop import FusedLoop
+from cluster.tuning.fused.model import FusedModel
+from cluster.tuning.fused.optimizers import FusedOptimizers
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made

@@ -8,20 +8,14 @@ import pytest
 import torch
 
 from cluster.data.augment import Augmentation
-from cluster.data.loader import (
-    HeldRows,
-    HeldTraining,
-    Normalise,
-    StreamedTraining,
-    held,
-    shuffle_window,
-    training_order,
-)
-from cluster.data.order import LaneOrder, WholeOrder, digest_part
+from cluster.data.keys import digest_part
+from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining
+from cluster.data.order import LaneOrder, WholeOrder, held, shuffle_window, training_order
+from cluster.data.scaling import Normalise
 from cluster.data.shards import DataSet
 from cluster.data.sources.images import DigitsSpec
-from cluster.training.context import open_splits
-from cluster.training.recipe import load_recipe
+from cluster.recipe.loading import load_recipe
+from cluster.training.splits import open_splits
 from nn_models.errors import UserError
 from tests.unit import made
 
@@ -198,9 +192,9 @@ def test_the_window_follows_from_recipe_and_manifest(sets, monkeypatch):
     assert shuffle_window(manifest, 640) is None
     assert held(manifest, "train", None)
     assert not held(manifest, "train", 100)
-    monkeypatch.setattr("cluster.data.loader.HELD_BYTES", 640 * manifest.row_bytes - 1)
+    monkeypatch.setattr("cluster.data.order.HELD_BYTES", 640 * manifest.row_bytes - 1)
     assert shuffle_window(manifest, None) == 159
-    monkeypatch.setattr("cluster.data.loader.HELD_BYTES", 80 * manifest.row_bytes - 1)
+    monkeypatch.setattr("cluster.data.order.HELD_BYTES", 80 * manifest.row_bytes - 1)
     with pytest.raises(UserError, match=r"data: the validation split has 80 rows of 98 bytes.*hold out less"):
         held(manifest, "validation", None)
 

@@ -24,19 +24,22 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import cluster
-from cluster.data.loader import Normalise, training_order
-from cluster.data.order import digest_part, digest_text
+from cluster.data.keys import digest_part, digest_text
+from cluster.data.order import training_order
 from cluster.data.prepare import prepare, prepared
-from cluster.data.sources.columns import ShardsSpec
+from cluster.data.scaling import Normalise
+from cluster.data.sources.prepared import ShardsSpec
 from cluster.errors import Diverged
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training import loop
 from cluster.training.checkpoints import Checkpoints, read_model, restore_model
-from cluster.training.context import LocalContext, open_splits
+from cluster.training.context import LocalContext
 from cluster.training.events import Events
 from cluster.training.loop import fit
-from cluster.training.recipe import Recipe, load_recipe
 from cluster.training.run_directory import RunDirectory, read_metrics
+from cluster.training.splits import open_splits
 from nn_models.errors import UserError
 from tests.unit import made
 

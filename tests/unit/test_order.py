@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.data.order import LaneOrder, WholeOrder, digest_part, digest_text
+from cluster.data.keys import digest_part, digest_text
+from cluster.data.order import LaneOrder, WholeOrder
 from nn_models.errors import UserError
 
 groups = st.lists(st.integers(1, 40), min_size=1, max_size=60)

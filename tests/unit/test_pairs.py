@@ -16,20 +16,23 @@ from PIL import Image
 from scipy import ndimage
 
 from cluster.data.augment import Augmentation
-from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining, training_order
+from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining
 from cluster.data.manifest import SPLITS
+from cluster.data.order import training_order
 from cluster.data.prepare import cache_key, prepared
-from cluster.data.shards import ROW_GROUP_BYTES, DataSet, Rows, write_shard
+from cluster.data.rows import Rows
+from cluster.data.shards import ROW_GROUP_BYTES, DataSet, write_shard
 from cluster.data.sources.catalogue import AnyDataSpec
-from cluster.data.sources.columns import ParquetSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec, FashionMNISTSpec
 from cluster.data.sources.pairs import PairsSpec
+from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.pixels import edges
+from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
+from cluster.recipe.recipe import Recipe
+from cluster.runs.summary import summarise
 from cluster.storage import Folder
-from cluster.training.recipe import Recipe, dump_recipe, load_recipe, parse_yaml
-from cluster.training.summary import summarise
-from jobs.show import print_manifest, print_summary
+from jobs.commands.printing import print_manifest, print_summary
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made

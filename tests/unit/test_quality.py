@@ -10,15 +10,16 @@ from torch import nn
 
 from cluster.adversarial import features as features_module
 from cluster.adversarial.collapse import CollapseWatch
-from cluster.adversarial.features import FOLDER, WEIGHTS, Features, open_features, some_rows
+from cluster.adversarial.features import FOLDER, WEIGHTS, Features, open_features
 from cluster.adversarial.quality import Quality, _Distances, _spread
-from cluster.adversarial.spec import CollapseSpec, QualitySpec
 from cluster.data.loader import HeldRows
 from cluster.data.prepare import prepared
+from cluster.data.shards import some_rows
 from cluster.data.sources.images import DigitsSpec
+from cluster.recipe.adversarial import CollapseSpec, QualitySpec
+from cluster.recipe.recipe import TrainSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
-from cluster.training.recipe import TrainSpec
 from cluster.training.run_directory import RunDirectory
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.errors import UserError

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
-from cluster.training.optimizers import SGDSpec
-from cluster.training.recipe import Recipe, builtin_recipes, dump_recipe, load_recipe, parse_yaml
+from cluster.recipe.loading import builtin_recipes, dump_recipe, load_recipe, parse_yaml
+from cluster.recipe.optimizers import SGDSpec
+from cluster.recipe.recipe import Recipe
+from cluster.runs.summary import summarise
 from cluster.training.run_directory import RunDirectory
-from cluster.training.summary import summarise
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made

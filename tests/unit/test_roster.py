@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cluster.data.prepare import prepared
+from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints, name_at
-from cluster.training.recipe import load_recipe
 from cluster.training.run_directory import RunDirectory
 from cluster.tuning.ledger import LINEAGE, SweepDirectory, TrialRecord
 from cluster.tuning.roster import OpenData, Roster

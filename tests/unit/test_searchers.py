@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from cluster.recipe.sweep import SweepSpec
 from cluster.tuning.searchers import GridSearcher, OptunaSearcher, RandomSearcher, make_searcher
 from cluster.tuning.space import Space
-from cluster.tuning.spec import SweepSpec
 from nn_models.errors import UserError
 from nn_models.spec import validate
 

@@ -19,11 +19,13 @@ from PIL import Image
 from cluster.data import prepare as preparing
 from cluster.data.manifest import SPLITS, Manifest
 from cluster.data.prepare import cache_key, prepare, prepared
-from cluster.data.shards import ROW_GROUP_BYTES, DataSet, Rows, write_shard
+from cluster.data.rows import Rows
+from cluster.data.shards import ROW_GROUP_BYTES, DataSet, write_shard
 from cluster.data.sources.base import Columns, DrawnTestSpec, Part
-from cluster.data.sources.columns import ParquetSpec, ShardsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec
+from cluster.data.sources.parquet import ParquetSpec
+from cluster.data.sources.prepared import ShardsSpec
 from cluster.storage import Folder
 from nn_models.errors import UserError
 from tests.unit import made
@@ -344,7 +346,7 @@ TWO_AT_ONCE = """
 import sys, time
 from pathlib import Path
 from cluster.data import prepare as preparing
-from cluster.data.sources.columns import ParquetSpec
+from cluster.data.sources.parquet import ParquetSpec
 
 own, other, path = sys.argv[1:]
 publish = preparing._publish
@@ -379,7 +381,7 @@ def test_two_processes_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 from cluster.data import prepare as preparing
-from cluster.data.sources.columns import ParquetSpec
+from cluster.data.sources.parquet import ParquetSpec
 
 write_shard = preparing.write_shard
 

@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from cluster.data.prepare import prepared
 from cluster.data.sources import images as named
 from cluster.data.sources.base import DataSpec
-from cluster.data.sources.columns import ParquetSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.pixels import decode_image
 from nn_models.errors import UserError
 from tests.unit import made

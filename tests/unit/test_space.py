@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.manifest import Manifest
-from cluster.training.recipe import Recipe, dump_recipe, load_recipe, parse_yaml
+from cluster.recipe.distributions import parse
+from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
+from cluster.recipe.recipe import Recipe
+from cluster.recipe.sweep import SweepSpec
 from cluster.tuning.budget import budget, promoted_epochs, rungs
-from cluster.tuning.distributions import parse
 from cluster.tuning.space import Space, columns
-from cluster.tuning.spec import SweepSpec
 from cluster.tuning.target import Target, reported, target
 from nn_models.errors import UserError
 from nn_models.spec import validate

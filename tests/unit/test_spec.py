@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveInt, ValidationError
 
 from nn_models.errors import UserError, did_you_mean
-from nn_models.spec import ModelSpec, Signature, Spec, override, validate
+from nn_models.model import ModelSpec
+from nn_models.signature import Signature
+from nn_models.spec import Spec, override, validate
 
 
 class Dense(Spec):

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from cluster.training.recipe import Recipe, dump_recipe, load_recipe
-from cluster.tuning.distributions import parse
+from cluster.recipe.distributions import parse
+from cluster.recipe.loading import dump_recipe, load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
 from cluster.tuning.space import Space
 from jobs.report import write_report

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import nn_models
-from nn_models import zoo
+from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.errors import UserError
-from nn_models.spec import ModelSpec, Signature
+from nn_models.model import ModelSpec
+from nn_models.signature import Signature
 
 NUM_ROWS = 3
 
@@ -354,24 +355,24 @@ def test_build_takes_a_spec():
 
 @pytest.mark.parametrize("kind", zoo.MODELS)
 def test_every_kind_and_field_is_described(kind):
-    summary = zoo.summaries()[kind]
+    summary = tables.summaries()[kind]
     assert summary.endswith(".")
     assert len(summary) < 100
     assert summary != ModelSpec.__doc__
-    table = zoo.field_table(kind)
+    table = tables.field_table(kind)
     assert [row.name for row in table] == [name for name in zoo.MODELS[kind].model_fields if name != "kind"]
     assert all(row.type and row.default and row.description for row in table)
 
 
 def test_field_table():
-    table = {row.name: row for row in zoo.field_table("cnn")}
+    table = {row.name: row for row in tables.field_table("cnn")}
     assert table["channels"][1:3] == ("list of int > 0", "[32, 64]")
     assert table["dropout"][1:3] == ("float >= 0, < 1", "0.0")
     assert table["pooling"][1:3] == ("max | average", "max")
     assert table["batch_norm"][1:3] == ("true | false", "false")
-    assert zoo.field_table("custom")[0].default == "required"
+    assert tables.field_table("custom")[0].default == "required"
     with pytest.raises(UserError, match=r"cnnn: unknown kind of model; did you mean cnn\?"):
-        zoo.field_table("cnnn")
+        tables.field_table("cnnn")
 
 
 def test_the_package_exports_what_it_lists():

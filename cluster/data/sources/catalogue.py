@@ -5,10 +5,11 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from cluster.data.sources.base import DataSpec
-from cluster.data.sources.columns import ParquetSpec, ShardsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
 from cluster.data.sources.pairs import PairsSpec
+from cluster.data.sources.parquet import ParquetSpec
+from cluster.data.sources.prepared import ShardsSpec
 
 AnyDataSpec = Annotated[
     DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec | PairsSpec | ShardsSpec,

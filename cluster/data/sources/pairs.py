@@ -10,18 +10,10 @@ from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, mo
 from pydantic_core import PydanticCustomError
 
 from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Source
-from cluster.data.sources.columns import (
-    ArrayColumns,
-    ParquetColumns,
-    ParquetFiles,
-    ParquetSpec,
-    Shape,
-    array_columns,
-    class_names,
-    first_row,
-)
+from cluster.data.sources.columns import ArrayColumns, Shape, array_columns
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.parquet import ParquetColumns, ParquetFiles, ParquetSpec, class_names, first_row
 from cluster.data.sources.pixels import edges
 from nn_models.errors import UserError
 

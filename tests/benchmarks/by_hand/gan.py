@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.training.recipe import Recipe
+from cluster.recipe.recipe import Recipe
 from nn_models.adversarial import AdversarialSpec
-from nn_models.spec import Signature
+from nn_models.signature import Signature
 
 
 def steps(recipe: Recipe, signature: Signature, images: Tensor) -> Iterator[None]:

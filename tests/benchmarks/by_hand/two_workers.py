@@ -9,9 +9,10 @@ from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.data.loader import Normalise
-from cluster.data.shards import DataSet, table_rows
-from cluster.training.recipe import Recipe
+from cluster.data.rows import table_rows
+from cluster.data.scaling import Normalise
+from cluster.data.shards import DataSet
+from cluster.recipe.recipe import Recipe
 
 
 def main() -> None:

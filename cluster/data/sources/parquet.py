@@ -1,0 +1,220 @@
+"""parquet: the user's own columns of Parquet files."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pydantic import Field
+
+from cluster.data.manifest import TargetKind
+from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.columns import ArrayColumns, Shape, _innermost, _labels, _numbers, array_columns
+from cluster.storage import Folder
+from nn_models.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ParquetColumns:
+    """Parts are (file, row group). Without a `target` all rows are of the one class that `columns` names."""
+
+    columns: Columns
+    pools: dict[str, list[Part]]
+    input: ArrayColumns
+    target: str | None
+    condition: ArrayColumns | None = None
+
+    def load(self, part: Part) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+        """See Source."""
+        file, group = part.what
+        conditions = self.condition.names if self.condition else ()
+        table = _read(file, group, [*self.input.names, *conditions, *([self.target] if self.target else [])])
+        where = f"{file}, row group {group}"
+        for name in table.column_names:
+            if table[name].null_count:
+                raise UserError(f"{where}: column {name} has {table[name].null_count} empty values; fill or drop them")
+        inputs, targets = self.input.read(table, where), self._targets(table, where)
+        return (inputs, targets, self.condition.read(table, where)) if self.condition else (inputs, targets)
+
+    def _targets(self, table: pa.Table, where: str) -> Array:
+        if self.target is None:
+            return np.zeros(table.num_rows, np.int64)
+        column, where = table[self.target], f"{where}, column {self.target}"
+        if self.columns.target_kind == "number":
+            numbers = _numbers(column, where)
+            if not np.isfinite(numbers).all():
+                raise UserError(f"{where}: NaN or infinity; fill or drop those rows")
+            if numbers.shape[1] != self.columns.num_outputs:
+                raise UserError(
+                    f"{where}: {numbers.shape[1]} numbers a row where the first file has {self.columns.num_outputs}; "
+                    "mend the file"
+                )
+            return numbers
+        names = _labels(column, where, or_numbers=self.condition is None)
+        labels = pc.index_in(names, pa.array(self.columns.class_names, pa.string()))
+        if labels.null_count:
+            unknown = names.filter(labels.is_null())[0].as_py()
+            raise UserError(
+                f"{where}: no training row has the class {unknown!r}; drop such rows, or add some to train on"
+            )
+        return labels.to_numpy().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ParquetFiles:
+    """The user's files, those of the test split apart where there are some."""
+
+    path: str
+    test_path: str | None
+
+    def resolved(self, base: str) -> dict[str, str]:
+        """The fields `path` and `test_path` made absolute against the directory `base`."""
+        paths = {"path": self.path, "test_path": self.test_path}
+        return {name: absolute(path, base) for name, path in paths.items() if path}
+
+    def fingerprint(self) -> str:
+        """Changes when a file does."""
+        files = [(name, info.size, info.mtime_ns) for found in self._found().values() for name, info in found]
+        return hashlib.sha256(repr(files).encode()).hexdigest()
+
+    def parts(self, columns: Sequence[str]) -> dict[str, list[Part]]:
+        """Pool -> its row groups. Raises UserError for files without one of these columns, or without rows."""
+        pools: dict[str, list[Part]] = {}
+        for pool, found in self._found().items():
+            pools[pool] = []
+            for name, _ in found:
+                file = _open(name)
+                for column in columns:
+                    if (count := file.schema_arrow.names.count(column)) > 1:
+                        raise UserError(f"{name}: {count} columns are named {column!r}; rename them")
+                    if not count:
+                        hint = did_you_mean(column, file.schema_arrow.names)
+                        raise UserError(f"{name}: no column {column!r}; {hint}")
+                groups = range(file.metadata.num_row_groups)
+                pools[pool] += [Part(file.metadata.row_group(g).num_rows, (name, g)) for g in groups]
+            pools[pool] = [part for part in pools[pool] if part.rows]
+            if not pools[pool]:
+                base = self.path if pool == "train" else self.test_path
+                raise UserError(f"{base}: no rows in these Parquet files; give files with data")
+        return pools
+
+    def _found(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
+        """Pool -> its files as they are there now."""
+        found = {"train": _parquet_files(self.path, "data.path")}
+        if self.test_path:
+            found["test"] = _parquet_files(self.test_path, "data.test_path")
+        return found
+
+
+class ParquetSpec(DrawnTestSpec):
+    """Columns of Parquet files: images (encoded bytes, or fixed-size lists of 0 to 255) or numeric features."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(min_length=1, description="a Parquet file or a folder of them, local or a URI")
+    test_path: str | None = Field(None, description="the test split, where it stands apart")
+    input: str | tuple[str, ...] = Field(description="the column with the input, or several numeric columns")
+    target: str = Field(description="the column with the label or number to predict")
+    target_kind: TargetKind | None = Field(None, description="label or number; numbers for float columns by default")
+    image_shape: Shape | None = Field(
+        None, description="(channels, height, width) of images; needed for lists, and to resize encoded images"
+    )
+
+    @property
+    def _files(self) -> "ParquetFiles":
+        return ParquetFiles(self.path, self.test_path)
+
+    def resolved(self, base: str) -> DataSpec:
+        """See DataSpec."""
+        return self.model_copy(update=self._files.resolved(base))
+
+    def fingerprint(self) -> str:
+        """See DataSpec."""
+        return self._files.fingerprint()
+
+    def open(self) -> ParquetColumns:
+        """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""
+        inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
+        if not inputs:
+            raise UserError("data.input: names no column; give at least one")
+        pools = self._files.parts((*inputs, self.target))
+        name, first = first_row(pools["train"], [*inputs, self.target])
+        array = array_columns(first, name, inputs, image_shape=self.image_shape)
+        return ParquetColumns(self._columns(pools["train"], name, first, array), pools, array, self.target)
+
+    def _columns(self, parts: Sequence[Part], name: str, first: pa.Table, array: ArrayColumns) -> Columns:
+        target = first.schema.field(self.target).type
+        kind = self.target_kind or ("number" if pa.types.is_floating(_innermost(target)) else "label")
+        if kind == "number":
+            numbers = _numbers(first[self.target], f"{name}, column {self.target}")
+            return Columns(array.shape, array.dtype, "number", numbers.shape[1])
+        names = class_names(parts, self.target, or_numbers=True)
+        if len(names) < 2:
+            raise UserError(f"{self.path}: column {self.target} holds {len(names)} class; at least two are needed")
+        return Columns(array.shape, array.dtype, "label", len(names), names)
+
+
+def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
+    """The name, as a user would write it, of each file, sorted."""
+    folder = Folder(path)
+    info = folder.filesystem.get_file_info(folder.path)
+    if info.type == fs.FileType.File:
+        return [(folder.uri, info)]
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"{field}: {path}: no such file or folder; give Parquet files")
+    files = [(name, info) for name, info in folder.walk() if name.endswith((".parquet", ".pq")) and info.is_file]
+    if not files:
+        raise UserError(f"{field}: {path}: no .parquet files in this folder; give one that has some")
+    return [((folder / name).uri, info) for name, info in files]
+
+
+def _open(name: str) -> pq.ParquetFile:
+    folder = Folder(name)
+    try:
+        return pq.ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: not a readable Parquet file ({error}); replace or remove it") from None
+
+
+def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
+    """Columns of one row group, or of the whole file. Raises UserError for damaged content."""
+    file, columns = _open(name), list(dict.fromkeys(columns))
+    try:
+        table = file.read(columns) if group is None else file.read_row_group(group, columns)
+        return table.select(columns)  # pyarrow takes a column a.b for a part of the column a
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+
+
+def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
+    """The first file's name, and these columns of its first row. Raises UserError where one of them is empty."""
+    name, _ = parts[0].what
+    try:
+        columns = list(dict.fromkeys(columns))
+        first = pa.Table.from_batches([next(_open(name).iter_batches(1, columns=columns))]).select(columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+    for column in first.column_names:
+        if first[column].null_count:
+            raise UserError(f"{name}, row 0: column {column} has an empty value; fill or drop such rows")
+    return name, first
+
+
+def class_names(parts: Sequence[Part], target: str, *, or_numbers: bool) -> tuple[str, ...]:
+    """The names of the classes in these files: whole numbers in their order, others in the alphabet's.
+
+    `or_numbers`: the target might be a number as well, which is what a column of no labels is told.
+    """
+    names: set[str] = set()
+    numeric = True
+    for file in dict.fromkeys(part.what[0] for part in parts):
+        column = _read(file, None, [target])[target]
+        if column.null_count:
+            raise UserError(f"{file}: column {target} has {column.null_count} empty values; fill or drop them")
+        numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+        names.update(_labels(column, f"{file}, column {target}", or_numbers=or_numbers).unique().to_pylist())
+    return tuple(sorted(names, key=int) if numeric else sorted(names))

@@ -1,0 +1,84 @@
+"""evaluate: the figures of a run's best model, from RUN/model alone."""
+
+from typing import Any
+
+import torch
+
+from cluster.data.loader import HeldRows
+from cluster.data.manifest import Manifest
+from cluster.data.prepare import prepared
+from cluster.data.sources.base import DataSpec
+from cluster.storage import Folder
+from cluster.training.checkpoints import restore_model
+from cluster.training.context import LocalContext
+from cluster.training.evaluation import EVALUATION_ROWS, evaluate, prefixed
+from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
+from cluster.training.splits import Splits
+from nn_models.errors import UserError
+
+
+def evaluate_run(
+    run: str, *, data: DataSpec | None = None, split: str = "test", device: torch.device | None = None
+) -> dict[str, Any]:
+    """Metrics of the run's best model on a split of its own data, or of other data that fits it.
+
+    Inputs are normalised as in training. Returns {"metrics": {"test/accuracy": …}, "rows", "run", "data"}.
+    Raises UserError where there is no model, no such split, or the data does not fit.
+    """
+    folder = Folder(run)
+    recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
+    model, saved = restore_model(folder, recipe)
+    source = data or recipe.data
+    other = prepared(source)
+    ours, theirs = saved.manifest, other.manifest
+    have, want = _row(theirs), _row(ours)
+    if have != want:
+        raise UserError(f"--data: the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
+    if ours.class_names != theirs.class_names:
+        raise UserError(
+            f"--data: the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
+            f"({', '.join(ours.class_names[:5])}, …)"
+        )
+    if not theirs.rows(split):
+        raise UserError(f"--split: {source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
+    device = device or torch.device("cpu")
+    if recipe.adversarial is not None:
+        from cluster.adversarial.features import open_features
+        from cluster.adversarial.quality import measured
+
+        if not theirs.rows("train"):
+            raise UserError(
+                f"--data: {source.kind} has no training rows; the quality of what is made is measured by a classifier "
+                "of them, so add some"
+            )
+        found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
+        rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split), theirs.rows("train"))
+        return {
+            "metrics": jsonable(prefixed(split, found)),
+            "rows": rows_used,
+            "run": folder.uri,
+            "data": other.folder.uri,
+        }
+    rows = HeldRows(other.table(split), ours, device)
+    context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
+    metrics = evaluate(
+        model.to(device),
+        rows,
+        recipe.supervised.build(ours.num_outputs),
+        context=context,
+        precision=recipe.train.precision,
+        batch_size=EVALUATION_ROWS,
+    )
+    return {
+        "metrics": jsonable(prefixed(split, metrics)),
+        "rows": rows.num_rows,
+        "run": folder.uri,
+        "data": other.folder.uri,
+    }
+
+
+def _row(manifest: Manifest) -> str:
+    """All that must be the same for a model to read rows."""
+    inputs, given = (" x ".join(map(str, shape or ())) for shape in (manifest.input_shape, manifest.condition_shape))
+    pair = f"{given} -> " if given else ""
+    return f"{pair}{inputs} {manifest.input_dtype} with {manifest.num_outputs} {manifest.target_kind} outputs"

@@ -1,0 +1,136 @@
+"""Summary: a model's layers, shapes and parameters and a run's steps and memory, without running anything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.data.manifest import Manifest
+from cluster.data.order import held, training_order
+from cluster.recipe.recipe import Recipe
+from nn_models.adversarial import AdversarialSpec, Halves
+from nn_models.errors import UserError
+
+STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module without children, in the order of use."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # of one row
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `manta show` prints. Memory is in bytes, of one worker."""
+
+    layers: tuple[Layer, ...]
+    num_parameters: int
+    steps_per_epoch: int
+    num_steps: int
+    rows: dict[str, int]
+    parameter_bytes: int  # weights, gradients, optimizer state, moving average
+    activation_bytes: int  # kept for the backward pass of a worker's share of a batch
+    data_bytes: int  # splits that are held in memory
+
+
+def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Summary:
+    """Build the model without memory and send two imaginary rows through it.
+
+    Raises UserError where the rows do not go through, or come out with the wrong shape.
+    """
+    try:
+        model, layers, sizes, output = _rehearse(recipe, manifest, "meta")
+    except (Exception, SystemExit):  # tensors without memory have no values, which a custom model may look at
+        try:
+            model, layers, sizes, output = _rehearse(recipe, manifest, "cpu")
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:  # a custom model may raise anything
+            raise UserError(
+                f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from "
+                f"{recipe.data.kind}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    expected = (2, manifest.num_outputs) if recipe.adversarial is None else (2, *manifest.input_shape)
+    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise UserError(
+            f"model: {recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}; "
+            "its last layer must have one output a class"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"model: {recipe.model.kind} has no weights to train; give it nn.Parameters that need gradients"
+        )
+    count = sum(p.numel() for p in model.parameters())
+    momentum = 1 if getattr(recipe.optimizer, "momentum", 0) else 0
+    copies = 2 + STATES_PER_PARAMETER[recipe.optimizer.kind] + momentum + (1 if recipe.train.ema_decay else 0)
+    order = training_order(
+        manifest,
+        global_batch_size=recipe.train.global_batch_size,
+        seed=recipe.train.seed,
+        window=recipe.data.shuffle_window,
+    )
+    share = -(-recipe.train.global_batch_size // max(1, num_workers) // recipe.train.accumulation)
+    narrow = 2 if recipe.train.precision == "bf16" else 1
+    rows = {split: manifest.rows(split) for split in manifest.splits}
+    in_memory = sum(n for split, n in rows.items() if held(manifest, split, recipe.data.shuffle_window))
+    return Summary(
+        layers=tuple(layers),
+        num_parameters=count,
+        steps_per_epoch=order.num_steps,
+        num_steps=order.num_steps * recipe.train.epochs,
+        rows=rows,
+        parameter_bytes=4 * count * copies,
+        activation_bytes=share * sum(sizes) // narrow,
+        data_bytes=in_memory * manifest.row_bytes,
+    )
+
+
+def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Module, list[Layer], list[int], Any]:
+    """The model, its layers, the bytes of a row that each puts out, and what comes out for two rows."""
+    layers: list[Layer] = []
+    sizes: list[int] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                count = sum(p.numel() for p in module.parameters(recurse=False))
+                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
+                sizes.append(output.numel() // 2 * output.element_size())
+
+        return hook
+
+    with torch.device(device):
+        model = recipe.model.build(manifest.signature)
+        leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+        hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+        output = _two_rows_through(recipe, manifest, model)
+    for hook in hooks:
+        hook.remove()
+    return model, layers, sizes, output
+
+
+def _two_rows_through(recipe: Recipe, manifest: Manifest, model: nn.Module) -> Any:
+    """What the model makes of two imaginary rows; of a GAN, the rows that the discriminator has then judged."""
+    rows = torch.zeros(2, *manifest.input_shape)
+    if not isinstance(model, Halves) or not isinstance(recipe.model, AdversarialSpec):
+        return model(rows)
+    condition = None
+    if recipe.model.conditional:
+        condition = torch.zeros(2, dtype=torch.int64)
+    elif recipe.model.paired and manifest.signature.condition_shape:
+        condition = torch.zeros(2, *manifest.signature.condition_shape)
+    made = model(torch.zeros(2, recipe.model.noise_size), condition)
+    model.discriminator(made, condition)
+    return made
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack that torch's C++ puts behind it."""
+    return (str(error).splitlines() or [""])[0]

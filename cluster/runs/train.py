@@ -1,0 +1,203 @@
+"""train: one recipe from data to result, in this process or on Ray."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.data.prepare import prepared
+from cluster.data.shards import DataSet
+from cluster.errors import RunFailed
+from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
+from cluster.runs.admission import refuse_other_recipe, refuse_what_cannot_start, workers_of
+from cluster.runs.tail import Listener, Tail
+from cluster.runtime import (
+    RaySession,
+    Workers,
+    device_name,
+    local_device,
+    ray_session,
+    refuse_unplaceable,
+    warn_about_cores,
+)
+from cluster.training.context import LocalContext
+from cluster.training.run_directory import RunDirectory, environment, new_run_name, result_of
+from cluster.training.splits import Splits, open_splits
+from nn_models.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `metrics` are named as in result.json (`test/accuracy`); `run` is its directory."""
+
+    status: str  # finished; a run that fails or is stopped raises, and result.json says so
+    metrics: dict[str, float]
+    run: str
+    result: dict[str, Any]
+
+    def load_model(self) -> "nn.Module":
+        """The best weights, in evaluation mode on the CPU."""
+        from cluster.training.checkpoints import restore_model
+
+        run = RunDirectory(self.run)
+        return restore_model(run.folder, run.recipe())[0]
+
+
+def train(
+    recipe: "str | Path | Mapping[str, Any] | Recipe",
+    *,
+    num_workers: int | tuple[int, int] = 0,
+    use_gpu: bool = False,
+    run: str | None = None,
+    address: str | None = None,
+    resume: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+    verbose: bool = False,
+) -> Outcome:
+    """Train a recipe (a built-in name, a file, a dict or a Recipe) and return how it ended.
+
+    `num_workers` 0 trains in this process without Ray; a pair is a range for elastic runs. `run` is the directory to
+    write (by default a new one under runs/); `resume` continues it from its newest checkpoint. `address` is an
+    existing Ray cluster's; without one Ray is started on this machine. `listener` is called with each line of metrics.
+
+    Raises UserError where something must be changed first, RunFailed (result.json says `failed` then) where the run
+    could not finish. KeyboardInterrupt leaves result.json with the status `stopped`.
+    """
+    began = time.time()
+    recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
+    directory = RunDirectory(new_run_name(recipe) if run is None else run)
+    with ExitStack() as stack:
+        if resume and directory.exists():
+            stack.enter_context(directory.folder.claimed())
+            refuse_other_recipe(recipe, directory)
+            done = directory.result()
+            if done and done["status"] == "finished":
+                return Outcome("finished", done["metrics"], str(directory), done)
+        elif resume:
+            raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
+        else:
+            directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
+        workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
+        if address and not workers.most:
+            raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
+        data = prepared(recipe.data)
+        recipe.check(data.manifest)
+        splits = open_splits(data, window=recipe.data.shuffle_window)
+        refuse_what_cannot_start(recipe, splits, workers)
+
+        device = device_name(use_gpu)
+        facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=device)
+        session = None
+        if workers.most:
+            cpus = workers.most * workers.cpus
+            session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
+            if session.embedded:
+                warn_about_cores(workers)
+            refuse_unplaceable(session.ray, workers)
+        if resume:
+            directory.write_start(recipe, facts)
+        else:
+            directory.begin(recipe, facts)
+            stack.enter_context(directory.folder.claimed())
+        result = run_here(
+            recipe, data, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
+        )
+    return Outcome(result["status"], result["metrics"], str(directory), result)
+
+
+def run_here(
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
+    *,
+    num_workers: int | tuple[int, int],
+    listener: Listener | None = None,
+    began: float,
+) -> dict[str, Any]:
+    """Train in a run's directory that has begun, and leave result.json there, whatever happens. Returns what it says.
+
+    Raises UserError, RunFailed or KeyboardInterrupt as `train` does.
+    """
+    status: dict[str, Any] = {"status": "stopped"}
+    with ExitStack() as stack:
+        if listener:
+            stack.enter_context(Tail(directory, listener))
+        try:
+            status = {"status": "finished", **_fit(recipe, data, splits, directory, workers, session)}
+        except Exception as error:
+            status = {"status": "failed", "error": str(error)}
+            if isinstance(error, (UserError, RunFailed)):
+                raise
+            raise RunFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            result = result_of(status, directory, began)
+            result["num_workers"] = num_workers
+            directory.write_result(result)
+    return result
+
+
+def _fit(
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
+) -> dict[str, Any]:
+    """What the training returns, run in this process or in Ray workers."""
+    if recipe.adversarial is not None:
+        return _fit_halves(recipe, data, splits, directory, workers, session)
+    if session is not None:
+        from cluster.training.ray_train import train_on_ray
+
+        return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
+    from cluster.training.loop import fit
+
+    context = LocalContext(run=directory.folder, splits=splits, device=local_device(workers.use_gpu))
+    return {**fit(recipe, context=context), "restarts": 0}
+
+
+def _fit_halves(
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    directory: RunDirectory,
+    workers: Workers,
+    session: RaySession | None,
+) -> dict[str, Any]:
+    """The same for a GAN: its halves in this process, or in Ray actors."""
+    from cluster.adversarial.coordinator import Coordinator
+    from cluster.adversarial.features import open_features
+    from cluster.adversarial.players import LocalPlayers, Players
+
+    device = local_device(workers.use_gpu and session is None)
+    start: Callable[[], Players] = partial(LocalPlayers, recipe, splits, device=device)
+    if session is not None:
+        from cluster.adversarial.actors import ActorPlayers
+
+        tables = session.references(splits.tables)
+        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "session": session}
+        start = partial(ActorPlayers, recipe, splits, tables, **world)
+    coordinator = Coordinator(
+        recipe,
+        data,
+        run=directory.folder,
+        features=open_features(data, device=device),
+        start=start,
+        replicas=max(1, workers.pairs),
+    )
+    return coordinator.run()

@@ -1,0 +1,1 @@
+"""Trials that train together as one batched model."""

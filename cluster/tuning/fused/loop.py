@@ -1,0 +1,419 @@
+"""Fused trials: several recipes that differ only in values which can be batched, trained as one batched model.
+
+Each trial keeps what it would have alone: its weights, order of rows and learning rate, its metrics, best weights and
+checkpoints in its own run directory, in the ordinary loop's formats. With the same seeds its figures are those of
+`cluster.training.loop.fit`, but for the rounding of sums in another order. Dropout draws for all trials from one
+stream, so a trial's masks are others than alone: as good, and not the same.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from cluster.data.keys import digest_part, digest_text
+from cluster.errors import Diverged
+from cluster.recipe.recipe import Recipe
+from cluster.storage import Folder
+from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, name_at, save_model, to_cpu
+from cluster.training.context import LocalContext
+from cluster.training.evaluation import EVALUATION_ROWS, evaluate_best, prefixed
+from cluster.training.memory import keep_freed_memory
+from cluster.training.progress import Progress
+from cluster.training.randomness import generator_state, seed_rank, set_generator_state
+from cluster.training.run_directory import Recorder, RunDirectory
+from cluster.training.splits import Splits
+from cluster.tuning.fused.groups import groups, why_not
+from cluster.tuning.fused.model import FusedModel, num_parameters
+from cluster.tuning.fused.optimizers import FusedOptimizers, clip_gradients
+from cluster.tuning.fused.rows import FusedBatch, FusedRows
+from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Member:
+    """One trial: what it would have alone beside its tensors."""
+
+    number: int  # its place among the recipes
+    recipe: Recipe
+    run: Folder
+    checkpoints: Checkpoints
+    progress: Progress
+    recorder: Recorder | None = None
+    clock: float = 0.0  # when it would have begun, had it run without a break
+    best_weights: State | None = None  # not written yet
+
+    def log(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
+        """One line of metrics."""
+        progress = self.progress
+        entry = {"step": progress.step, "epoch": progress.epoch, "split": split, **metrics, **extra}
+        assert self.recorder is not None
+        self.recorder.append({**entry, "time_s": round(time.time() - self.clock, 3)})
+
+
+@dataclass
+class _Pending:
+    """Losses and metric sums of the steps since the last line of metrics: (steps, trials, 1 + metrics)."""
+
+    sums: torch.Tensor
+    used: list[FusedBatch] = field(default_factory=list)
+    norms: torch.Tensor | None = None  # of the last step's gradients, (trials,)
+
+
+class FusedLoop:
+    """Trains the recipes of one group (see `fused.groups`) epoch by epoch. `close` must be called at the end.
+
+    Each recipe has a run directory that has been begun; where they hold checkpoints, training goes on from the newest
+    step that all have. A trial whose loss or weights become NaN or infinite leaves the batch and is in `failures`.
+    """
+
+    def __init__(
+        self, recipes: Sequence[Recipe], *, splits: Splits, runs: Sequence[Folder], device: torch.device
+    ) -> None:
+        """Raises UserError where the recipes cannot be fused."""
+        _refuse(recipes, splits)
+        self._started = time.time()
+        keep_freed_memory(device)
+        self._train, self._schedule = recipes[0].train, recipes[0].schedule
+        self._splits, self._device = splits, device
+
+        self._model = FusedModel(recipes, splits.manifest.signature, device=device)
+        self._objective = self._model.objective
+        self._names = ("loss", *self._objective.names)
+        self._optimizers = FusedOptimizers([recipe.optimizer for recipe in recipes], self._model.parameters)
+        self._rows = FusedRows(recipes[0], [recipe.train.seed for recipe in recipes], splits, device)
+        self._validation = splits.held("validation", device)
+        self._num_steps = self._rows.order.num_steps * self._train.epochs
+
+        interval = min(self._train.log_every_steps, self._rows.order.num_steps)
+        sums = torch.zeros(interval, len(recipes), len(self._names), dtype=torch.float64, device=device)
+        self._pending = _Pending(sums)
+        self._first_step_at: float | None = None
+        self._background = Background()
+        self.results: dict[int, dict[str, Any]] = {}  # of the trials that are concluded, as `fit` returns them
+        self.failures: dict[int, Diverged] = {}
+
+        keep = self._train.keep_checkpoints
+        self._live = [
+            _Member(number, recipe, run, Checkpoints(run / "checkpoints", keep=keep), self._no_progress())
+            for number, (recipe, run) in enumerate(zip(recipes, runs, strict=True))
+        ]
+        seed_rank(self._train.seed, 0, 0)
+        self._resume()
+        for member in self._live:
+            member.recorder = Recorder(RunDirectory(member.run), keep_to_step=member.progress.step)
+            member.clock = self._started - member.progress.time_s
+        self._conclude_impatient()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the course of a group -------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The trials in the batch, by their places among the recipes."""
+        return tuple(member.number for member in self._live)
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs that the trials in the batch have behind them."""
+        return self._live[0].progress.epoch if self._live else 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return not self._live or self._live[0].progress.epoch >= self._train.epochs
+
+    def epoch(self) -> dict[int, dict[str, float]]:
+        """Train and validate one epoch. Returns each trial's metrics, named as in result.json, by its place.
+
+        Checkpoints are saved as the recipe says. A trial that runs out of patience is then concluded, and no longer
+        live; one that diverges is left out.
+        """
+        if self.ended:
+            return {}
+        self._train_epoch()
+        self._validate()
+        found = {}
+        for place, member in enumerate(self._live):
+            progress = member.progress
+            if progress.note_best(self._objective):
+                member.best_weights = self._model.weights(place, evaluated=True)
+            progress.next_epoch()
+            found[member.number] = prefixed("train", progress.train) | prefixed("validation", progress.validation)
+        if self._live:
+            if self.ended or self._live[0].progress.epoch % self._train.checkpoint_every_epochs == 0:
+                self.save()
+            self._conclude_impatient()
+        return found
+
+    def stop(self, number: int) -> dict[str, Any]:
+        """Take a trial out of the batch and conclude it. Returns what `fit` returns; the others go on as they were."""
+        place = self.live.index(number)
+        member = self._live[place]
+        names = member.checkpoints.names()
+        if not names or names[-1] != name_at(member.progress.step):
+            self._save([place])
+        self._background.wait()
+        self.results[number] = self._concluded(member)
+        self._drop([member])
+        return self.results[number]
+
+    def conclude(self) -> dict[int, dict[str, Any]]:
+        """Conclude all trials that are left. Returns what `fit` returns for each that has not failed, by its place."""
+        for number in self.live:
+            self.stop(number)
+        return self.results
+
+    def save(self) -> None:
+        """Save a checkpoint of every trial in the batch, and its best weights; they are written in the background."""
+        self._save(range(len(self._live)))
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        try:
+            self._background.close()
+        finally:
+            for member in self._live:
+                if member.recorder:
+                    member.recorder.close()
+
+    def _conclude_impatient(self) -> None:
+        for member in list(self._live):
+            if member.progress.out_of_patience(self._train.patience):
+                self.stop(member.number)
+
+    def _concluded(self, member: _Member) -> dict[str, Any]:
+        """Evaluate a trial's best weights on the test split."""
+        progress = member.progress
+        metrics = prefixed("train", progress.train) | prefixed("validation", progress.validation)
+        if progress.best:
+            context = LocalContext(run=member.run, splits=self._splits, device=self._device)
+            model, precision = self._model.plain, self._train.precision
+            tested = evaluate_best(model, self._objective_of(member), context=context, precision=precision)
+            if tested is not None:
+                member.log("test", tested)
+                metrics |= prefixed("test", tested)
+        return {
+            "metrics": metrics,
+            "best": dict(progress.best or {}),
+            "checkpoint": f"checkpoints/{member.checkpoints.names()[-1]}",
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "stopped_early": progress.epoch < self._train.epochs or progress.out_of_patience(self._train.patience),
+            "rows_per_s": progress.train_rows / progress.train_s if progress.train_s else None,
+            "num_parameters": num_parameters(self._model.plain),
+            "world_size": 1,
+            "first_step_at": self._first_step_at,
+        }
+
+    def _objective_of(self, member: _Member) -> Any:
+        return member.recipe.supervised.build(self._splits.manifest.num_outputs)
+
+    # -- an epoch --------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        steps = self._rows.order.num_steps
+        first = self._live[0].progress
+        began = time.perf_counter()
+        for batch in self._rows.batches(first.epoch, first.epoch_step, self._seeds):
+            self._step(batch)
+            if self._first_step_at is None:
+                self._first_step_at = time.time()
+            progress = self._live[0].progress
+            done = progress.epoch_step == steps
+            due = self._train.checkpoint_every_steps
+            save = bool(due) and progress.step % (due or 1) == 0 and not done
+            if len(self._pending.used) == len(self._pending.sums) or done or save:
+                began = self._log_interval(began)
+            if save:
+                self._drop_broken_weights()
+                self.save()
+            if not self._live:
+                return
+        self._drop_broken_weights()
+        for member in self._live:
+            progress = member.progress
+            means = [total / progress.rows for total in progress.sums]
+            progress.train = dict(zip(self._names, means, strict=True))
+            member.log("train", progress.train, rows_digest=digest_text(progress.digest), end_of_epoch=True)
+
+    def _seeds(self) -> list[int]:
+        return [member.recipe.train.seed for member in self._live]
+
+    def _step(self, batch: FusedBatch) -> None:
+        """One optimizer step of every trial: the gradient of the mean loss over its batch."""
+        model, pending = self._model, self._pending
+        number = len(pending.used)
+        pending.used.append(batch)
+        self._optimizers.zero_grad()
+        pieces = min(self._train.accumulation, batch.num_rows)
+        inputs, targets = batch.inputs.tensor_split(pieces), batch.targets.tensor_split(pieces)
+        for some, wanted in zip(inputs, targets, strict=True):
+            losses, metrics = model.measure(some, wanted, shared=batch.shared)
+            losses.backward(torch.full_like(losses, 1 / batch.num_rows))
+            pending.sums[number, : model.size, 0] += losses.detach()
+            pending.sums[number, : model.size, 1:] += metrics
+        if self._train.clip_norm:
+            pending.norms = clip_gradients(model.parameters, self._train.clip_norm)
+        self._optimizers.step(self._schedule.factor(self._live[0].progress.step, self._num_steps))
+        model.update_average()
+        for member in self._live:
+            member.progress.step += 1
+            member.progress.epoch_step += 1
+
+    def _log_interval(self, began: float) -> float:
+        """Write the means of the steps since the last call. Returns the time now."""
+        pending, self._pending = self._pending, _Pending(self._pending.sums)
+        sums = pending.sums[: len(pending.used), : len(self._live)].clone()
+        pending.sums.zero_()
+        totals = sums.sum(0).tolist()
+        digests = {
+            seed: np.sum([digest_part(batch.ids[seed], batch.start) for batch in pending.used], axis=0).tolist()
+            for seed in pending.used[-1].ids
+        }
+        rows = sum(batch.num_rows for batch in pending.used)
+        rates = self._optimizers.rates()
+        norms = None if pending.norms is None else pending.norms.tolist()
+        elapsed = time.perf_counter() - began
+        failed = []
+        for place, member in enumerate(self._live):
+            progress, total = member.progress, totals[place]
+            if not np.isfinite(total[0]):
+                first = int((~torch.isfinite(sums[:, place, 0])).nonzero()[0])
+                failed.append(self._diverged(member, "loss", progress.step - len(sums) + first + 1))
+                continue
+            progress.rows += rows
+            progress.sums = [old + new for old, new in zip(progress.sums, total, strict=True)]
+            digest = digests[member.recipe.train.seed]
+            progress.digest = [old + new for old, new in zip(progress.digest, digest, strict=True)]
+            progress.train_s += elapsed
+            progress.train_rows += rows
+            metrics = {name: value / rows for name, value in zip(self._names, total, strict=True)}
+            extra = {"rows_per_s": rows / elapsed, "learning_rate": rates[place]}
+            member.log("train", metrics, **extra, **({"grad_norm": norms[place]} if norms else {}))
+        self._drop(failed)
+        return time.perf_counter()
+
+    def _validate(self) -> None:
+        """Metrics of the validation split, over all trials at once."""
+        if self._validation is None or not self._live:
+            return
+        # all trials' activations are in memory together, but training holds as much
+        size = max(self._train.global_batch_size // self._train.accumulation, EVALUATION_ROWS // len(self._live))
+        total = torch.zeros(len(self._live), len(self._names), dtype=torch.float64, device=self._device)
+        for _, inputs, targets in self._validation.pass_over(size, rank=0, world_size=1):
+            losses, metrics = self._model.evaluate(inputs, targets)
+            total[:, 0] += losses
+            total[:, 1:] += metrics
+        failed = []
+        for member, sums in zip(self._live, (total / self._validation.num_rows).tolist(), strict=True):
+            member.progress.validation = dict(zip(self._names, sums, strict=True))
+            member.log("validation", member.progress.validation)
+            if not np.isfinite(sums[0]):
+                failed.append(self._diverged(member, "validation loss", member.progress.step))
+        self._drop(failed)
+
+    # -- leaving the batch -----------------------------------------------------------------------------------------
+
+    def _diverged(self, member: _Member, what: str, step: int) -> _Member:
+        self.failures[member.number] = member.progress.diverged(what, step=step, rate=member.recipe.optimizer.lr)
+        return member
+
+    def _drop_broken_weights(self) -> None:
+        """Never keep weights that are NaN: the loss was taken before the step that made them so, and looks well."""
+        if not self._live:
+            return
+        finite = self._model.finite().tolist()
+        broken = [member for member, whole in zip(self._live, finite, strict=True) if not whole]
+        self._drop([self._diverged(member, "weights", member.progress.step) for member in broken])
+
+    def _drop(self, members: Sequence[_Member]) -> None:
+        """Take these out of the batch."""
+        if not members:
+            return
+        for member in members:
+            assert member.recorder is not None
+            member.recorder.close()
+        numbers = [member.number for member in members]
+        places = [place for place, member in enumerate(self._live) if member.number not in numbers]
+        self._live = [self._live[place] for place in places]
+        if places:
+            self._model.keep(places)
+            self._optimizers = self._optimizers.kept(places, self._model.parameters)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self, places: Sequence[int]) -> None:
+        """Copy everything that decides how these trials go on, and have it written."""
+        generator, manifest = generator_state(self._device).cpu(), self._splits.manifest
+        jobs = []
+        for place in places:
+            member = self._live[place]
+            member.progress.time_s = time.time() - member.clock
+            state: State = {
+                "recipe": member.recipe.model_dump_json(),
+                "world_size": 1,
+                "rows": described_rows(manifest),
+                "progress": asdict(member.progress),
+                "model": self._model.weights(place),
+                "optimizer": to_cpu(self._optimizers.state_dict(place)),
+                "average": self._model.averages(place),
+                "generators": [generator],
+            }
+            best, member.best_weights = member.best_weights, None
+            jobs.append((member, state, best))
+
+        def write() -> None:
+            for member, state, best in jobs:
+                if best is not None:  # first: a checkpoint that knows of it may be the last thing that is written
+                    save_model(member.run, best, best=state["progress"]["best"], manifest=manifest)
+                member.checkpoints.save_as(name_at(state["progress"]["step"]), state)
+            for member, _, _ in jobs:  # not before all are there: they must go on from a step that all have
+                member.checkpoints.drop_oldest()
+
+        self._background.submit(write)
+        for member, _, _ in jobs:
+            if member.recorder:
+                member.recorder.flush()
+
+    def _resume(self) -> None:
+        """Go on from the newest step of which all trials have a checkpoint."""
+        names = [member.checkpoints.names() for member in self._live]
+        common = sorted(set.intersection(*map(set, names)))
+        if any(names) and not common:
+            logger.warning("fused trials have no checkpoints of the same step: they begin anew")
+        for member, own in zip(self._live, names, strict=True):
+            for newer in own[own.index(common[-1]) + 1 :] if common else own:
+                member.checkpoints.folder.delete(newer)  # else it would count as newer than those to come
+        if not common:
+            return
+        rows = described_rows(self._splits.manifest)
+        for place, member in enumerate(self._live):
+            state = member.checkpoints.read(common[-1])
+            member.checkpoints.refuse_other(state, recipe=member.recipe, rows=rows)
+            self._model.load(place, state["model"], state["average"])
+            self._optimizers.load_state_dict(place, state["optimizer"])
+            member.progress = Progress(**state["progress"])
+            if place == 0:  # all have saved the same
+                set_generator_state(state["generators"][0], self._device)
+
+    def _no_progress(self) -> Progress:
+        return Progress(sums=[0.0] * len(self._names))
+
+
+def _refuse(recipes: Sequence[Recipe], splits: Splits) -> None:
+    if reason := why_not(recipes[0], splits.manifest):
+        raise UserError(f"{reason}; train such trials one by one")
+    if len(groups(recipes, manifest=splits.manifest)) != 1:
+        raise UserError("trials that differ in more than values which can be batched cannot be fused; group them first")

@@ -1,0 +1,1 @@
+"""The commands of `manta`, a family a file, with what they print beside them."""

@@ -1,0 +1,63 @@
+"""What `manta generate` writes: rows that a run's best generator makes, as one picture."""
+
+import math
+import os
+
+import torch
+
+from cluster.inference.generate import Generated, generate
+from cluster.pictures import beside, png
+from cluster.storage import Folder
+from nn_models.errors import UserError
+
+MAX_COLUMNS_OF_CLASSES = 20
+
+
+def write_samples(
+    run: str, *, num: int, out: str, label: str | None = None, seed: int = 0, device: torch.device | None = None
+) -> str:
+    """Write `num` images that a run makes to `out`, a PNG file that is replaced whole, and return where it is.
+
+    Raises UserError where that cannot be written, before anything is made, and where the run makes no such images.
+    """
+    folder, name = _place(out)
+    generated = generate(run, num=num, label=label, seed=seed, device=device)
+    if generated.made.dim() != 4:
+        raise UserError(
+            f"{run}: its rows are {generated.made[0].numel()} numbers each, no images; load the generator in Python: "
+            "cluster.inference.generate"
+        )
+    try:
+        folder.write_bytes(name, picture(generated))
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error}); choose another place") from None
+    return f"{folder.uri.rstrip('/')}/{name}"
+
+
+def picture(generated: Generated) -> bytes:
+    """A PNG file: about as wide as high; of pairs each with what it was made from and what it should be."""
+    made, given, true = generated.made, generated.given, generated.true
+    if given is not None and true is not None:
+        return png(beside(given, made, true), columns=3 * max(1, round(math.sqrt(len(made) / 3))))
+    columns = math.ceil(math.sqrt(len(made)))
+    if generated.num_classes and generated.num_classes <= MAX_COLUMNS_OF_CLASSES:
+        columns = generated.num_classes  # each column is a class
+    return png(beside(made), columns=columns)
+
+
+def _place(out: str) -> tuple[Folder, str]:
+    """The folder and the name in it. Raises UserError where no PNG file can be written there."""
+    if not out.rpartition("/")[2].lower().removesuffix(".png") or not out.lower().endswith(".png"):
+        raise UserError(f"--out: {out!r} is not the name of a PNG file; end it in .png")
+    parent, _, name = out.rpartition("/")
+    folder = Folder(parent if parent else "/" if out.startswith("/") else ".")
+    local = folder.local
+    if local is None:
+        return folder, name
+    if not local.is_dir():
+        raise UserError(f"--out: {local} is not a folder; make it first, or choose another place")
+    if (local / name).is_dir():
+        raise UserError(f"--out: {local / name} is a folder; give the name of a file in it")
+    if not os.access(local, os.W_OK):
+        raise UserError(f"--out: no permission to write into {local}; choose another place")
+    return folder, name

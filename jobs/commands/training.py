@@ -1,0 +1,85 @@
+"""`manta train`."""
+
+import json
+import shlex
+from typing import Annotated
+
+import typer
+
+from jobs.commands.app import INTERRUPTED, app, complain
+from jobs.commands.options import (
+    GpuOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    VerboseOption,
+    overrides,
+)
+from nn_models.errors import UserError
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run: Annotated[str | None, typer.Option(help="Directory or URI to write; by default a new one in runs/.")] = None,
+    workers: Annotated[str, typer.Option(help="Ray workers: 0 trains in this process; MIN-MAX is elastic.")] = "0",
+    gpu: GpuOption = False,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster, HOST:PORT.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run.")] = False,
+    as_json: JsonOption = False,
+    report: Annotated[bool, typer.Option(help="Write RUN/report.html at the end.")] = True,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train a recipe."""
+    from cluster.runtime import configure_ray, parse_workers
+    from jobs.commands.printing import print_outcome
+    from jobs.commands.progress import Progress
+
+    least, most = parse_workers(workers)
+    configure_ray()
+    from cluster.recipe.loading import load_recipe
+    from cluster.runs.train import train as run_training
+    from cluster.training.run_directory import RunDirectory, new_run_name
+
+    resolved = load_recipe(recipe, overrides(set_))
+    if resume and run is None:
+        raise UserError("--resume: say which run to continue with --run DIR")
+    run = new_run_name(resolved) if run is None else run
+    try:
+        with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
+            outcome = run_training(
+                resolved,
+                num_workers=least if least == most else (least, most),
+                use_gpu=gpu,
+                run=run,
+                address=address,
+                resume=resume,
+                listener=progress,
+                verbose=verbose,
+            )
+    except KeyboardInterrupt:
+        message = "interrupted before the run began"
+        if RunDirectory(run).exists():
+            path = shlex.quote(run)
+            line = f"manta train {path}/recipe.yaml --run {path} --resume"
+            again = {"--workers": workers if most else None, "--address": address}
+            line += "".join(f" {name} {shlex.quote(value)}" for name, value in again.items() if value is not None)
+            message = f"interrupted; to go on: {line}{' --gpu' * gpu}"
+        raise typer.Exit(complain(message, INTERRUPTED)) from None
+    written = None
+    if report:
+        from jobs.report import write_report
+
+        written = write_report(outcome.run)
+    if as_json:
+        print(json.dumps({"run": outcome.run, **outcome.result}))
+        return
+    rollbacks = outcome.result.get("rollbacks") or []
+    facts = {
+        "rollbacks": f"{len(rollbacks)}, the last at step {rollbacks[-1]['step']}" if rollbacks else None,
+        "ended early": outcome.result.get("ended"),
+        "run": outcome.run,
+        "report": written,
+    }
+    print_outcome(outcome.metrics, facts)

@@ -1,0 +1,73 @@
+"""`manta evaluate`, `generate`, `report`: what a trained run is used for."""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from jobs.commands.app import app
+from jobs.commands.options import (
+    GpuOption,
+    JsonOption,
+    RunArgument,
+)
+from nn_models.errors import UserError
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        str | None, typer.Option(help="Other data: a source's name, a prepared folder, or YAML: '{kind: parquet, …}'.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a run's best model, from RUN/model alone."""
+    from cluster.data.manifest import SPLITS
+    from cluster.inference.evaluate import evaluate_run
+    from cluster.recipe.loading import parse_data
+    from cluster.runtime import local_device
+    from jobs.commands.printing import print_outcome
+    from nn_models.errors import did_you_mean
+
+    if split not in SPLITS:
+        raise UserError(f"--split: {split!r} is no split; {did_you_mean(split, SPLITS)}")
+    source = None if data is None else parse_data(data).resolved(os.getcwd())
+    result = evaluate_run(run, data=source, split=split, device=local_device(gpu))
+    if as_json:
+        print(json.dumps(result))
+        return
+    print_outcome(result["metrics"], {"rows": result["rows"]})
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to make.")] = 64,
+    out: Annotated[str, typer.Option(metavar="FILE.png", help="File to write, or to replace.")] = "samples.png",
+    label: Annotated[
+        str | None, typer.Option(help="Class to make, by name or number (conditional models); by default each in turn.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise: the same gives the same.")] = 0,
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw images that a GAN's best generator makes, from RUN/model alone; for pairs: given, made, true."""
+    from cluster.runtime import local_device
+    from jobs.commands.generating import write_samples
+
+    path = write_samples(run, num=num, out=out, label=label, seed=seed, device=local_device(gpu))
+    print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN|SWEEP", help="The directory of a run or a sweep.")],
+) -> None:
+    """Write report.html of a run or a sweep anew."""
+    from jobs.report import write_report
+
+    print(write_report(run))
