@@ -8,7 +8,7 @@ from torch import distributed
 COLLECTIVE_TIMEOUT_S = 1800
 
 
-def join(meeting: str, *, rank: int, world_size: int, backend: str = "gloo", timeout_s: float) -> None:
+def join(meeting: str, rank: int, *, world_size: int, backend: str = "gloo", timeout_s: float) -> None:
     """Become one of the peers that meet there: at a `tcp://` address, or at a `file://`, then on loopback alone."""
     if meeting.startswith("file:"):
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

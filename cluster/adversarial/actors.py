@@ -95,7 +95,7 @@ class _Actor:
         """Become one of the peers that meet there."""
         replicas = self.seat.replicas
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        join(meeting, rank=self.peer, world_size=2 * replicas, backend=backend, timeout_s=MEETING_TIMEOUT_S)
+        join(meeting, self.peer, world_size=2 * replicas, backend=backend, timeout_s=MEETING_TIMEOUT_S)
         patience = timedelta(seconds=EXCHANGE_TIMEOUT_S)
         halves = [distributed.new_group(range(first, first + replicas), timeout=patience) for first in (0, replicas)]
         self.group = halves[self.peer // replicas]

@@ -7,7 +7,6 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -58,7 +57,7 @@ class _LoopbackBackend(Backend):
         shared = {"world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
         ray.get(
             [
-                worker_group.execute_single_async(rank, partial(join, meeting, rank=rank, **shared))
+                worker_group.execute_single_async(rank, join, meeting, rank, **shared)
                 for rank in range(len(worker_group))
             ]
         )
