@@ -6,8 +6,7 @@ same step and wait: there they are looked at, and saved as one unit.
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from cluster.adversarial.players import (
     L1,
     REAL_RIGHT,
     ROWS,
-    SUMS,
     Played,
     Players,
     PlayersLost,
@@ -33,39 +31,18 @@ from cluster.adversarial.players import (
     interval_ends,
 )
 from cluster.adversarial.quality import Quality, measured
-from cluster.data.keys import digest_text
 from cluster.data.order import training_order
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
-from cluster.training.evaluation import prefixed
-from cluster.training.run_directory import Recorder, RunDirectory
+from cluster.training.journal import Journal
+from cluster.training.progress import Progress, means
 
 logger = logging.getLogger(__name__)
 
 BEST = "best-{:010d}.pt"  # beside the newest checkpoints, by its step: where a rollback returns to
-
-
-@dataclass
-class Progress:
-    """Where training stands: all that a checkpoint holds beside the halves."""
-
-    step: int = 0
-    epoch: int = 0
-    epoch_sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))  # of this epoch's steps
-    digest: list[int] = field(default_factory=lambda: [0, 0])
-    watch: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
-    validation: dict[str, float] = field(default_factory=dict)
-    untrained: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
-    rollbacks: list[dict[str, Any]] = field(default_factory=list)
-    ended: str | None = None  # why training ended before its last epoch
-    time_s: float = 0.0
-    train_s: float = 0.0
-    train_rows: int = 0
 
 
 class Coordinator:
@@ -90,6 +67,7 @@ class Coordinator:
         self.watch = CollapseWatch(self.section.collapse)
         self.train = recipe.train
         self.tells_apart = objective.loss != "wasserstein"  # its critic's sign says nothing
+        self.has_l1 = objective.l1_weight > 0
         self.pictures = Pictures(run / "samples", data, model)
         manifest = data.manifest
         order = training_order(
@@ -104,75 +82,103 @@ class Coordinator:
         self.checkpoints = Checkpoints(run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         self.players: Players | None = None
-        self.recorder: Recorder | None = None
-        self.first_step_at: float | None = None
         self.restarts = 0
-        self.progress = Progress()
+        self.journal = self._new_journal()
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands."""
+        return self.journal.progress
+
+    def _new_journal(self) -> Journal:
+        names = ["generator_loss", "discriminator_loss"]
+        names += ["real_accuracy", "fake_accuracy"] if self.tells_apart else []
+        return Journal(self.run_folder, [*names, *(["l1"] if self.has_l1 else [])])
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train, from the newest checkpoint where there is one, and measure the best generator on the test split.
 
+        Raises what `epochs` raises.
+        """
+        try:
+            for _ in self.epochs():
+                pass
+            return self.conclude()
+        finally:
+            self.close()
+
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """All epochs that are left, each when it is asked for: its metrics, named as in result.json.
+
         Halves whose processes die are started again, up to the recipe's max_failures times, from the newest
         checkpoint. Raises RunFailed where they die more often.
         """
-        try:
-            while True:
-                try:
-                    self._train()
-                    return self._conclude()
-                except PlayersLost as lost:
-                    self._close_players()
-                    self.restarts += 1
-                    if self.restarts > self.train.max_failures:
-                        raise RunFailed(
-                            f"{lost}, more often than train.max_failures allows ({self.train.max_failures})"
-                        ) from None
-                    logger.warning("%s; both are started again from the last checkpoint", lost)
-        finally:
+        while True:
             try:
-                self.background.close()
-            finally:
+                yield from self._play()
+                return
+            except PlayersLost as lost:
                 self._close_players()
-                if self.recorder:
-                    self.recorder.close()
+                self.restarts += 1
+                if self.restarts > self.train.max_failures:
+                    raise RunFailed(
+                        f"{lost}, more often than train.max_failures allows ({self.train.max_failures})"
+                    ) from None
+                logger.warning("%s; both are started again from the last checkpoint", lost)
 
-    def _train(self) -> None:
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is left."""
+        return self.progress.ended is not None or self.progress.step >= self.num_steps
+
+    def close(self) -> None:
+        """Finish what is being written, and leave no process behind."""
+        try:
+            self.background.close()
+        finally:
+            self._close_players()
+            self.journal.close()
+
+    def _play(self) -> Iterator[dict[str, float]]:
         self.background.wait()
         self.players = self._start()
+        self.journal.close()
         resumed = self._resume(self.players)
-        if self.recorder:
-            self.recorder.close()
-        keep_to_step = self.progress.step if resumed else -1
-        self.recorder = Recorder(RunDirectory(self.run_folder), keep_to_step=keep_to_step)
-        self.clock = time.time() - self.progress.time_s
+        self.journal.open(began=time.time(), keep_to_step=None if resumed else -1)
         if not resumed:
             self._look(self.players, epoch=0)
-            self.progress.untrained = dict(self.progress.validation)
-        while self.progress.step < self.num_steps and not self.progress.ended:
+            self.progress.game["untrained"] = dict(self.progress.validation)
+        while not self.ended:
+            done = self.progress.epoch
             self._segment(self.players)
+            if self.progress.epoch > done:
+                yield self.journal.metrics()
 
     def _segment(self, players: Players) -> None:
-        progress = self.progress
+        progress, journal = self.progress, self.journal
         first, steps = progress.step, self._segment_steps()
         began = time.perf_counter()
         played = players.play(first, steps, self.watch.learning_rate_factor)
         elapsed = time.perf_counter() - began
-        if self.first_step_at is None:
-            self.first_step_at = time.time() - elapsed * (1 - 1 / steps)
+        if journal.first_step_at is None:
+            journal.first_step_at = time.time() - elapsed * (1 - 1 / steps)
         finite = self._take_in(played, first, steps, elapsed)
         ended_epoch = progress.step % self.epoch_steps == 0
         if not finite:
-            self._heed(players, self.watch.look({**self._metrics(played.sums.sum(0)), "diversity": 1.0}, accuracy=None))
+            sums, counts = self._sums(played.sums.sum(0))
+            found = dict(zip(journal.names, means(sums, 0, counts), strict=True))
+            self._heed(players, self.watch.look({**found, "diversity": 1.0}, accuracy=None))
         if ended_epoch:
-            last = progress.step == self.num_steps
-            if finite and (last or (progress.epoch + 1) % self.section.quality.every_epochs == 0):
+            every = self.section.quality.every_epochs
+            looks = finite and (self.ended or (progress.epoch + 1) % every == 0)
+            if looks:
                 self._look(players, epoch=progress.epoch)
-                if not last and not progress.ended:
-                    progress.ended = self._out_of_patience()
-            progress.epoch += 1
-            progress.epoch_sums, progress.digest = [0.0] * len(SUMS), [0, 0]
+            progress.next_epoch()
+            if looks and not self.ended:
+                # epochs do not count from the untrained generator: what the first epochs make may well be worse
+                progress.ended = progress.without_better(self.train.patience, first=every - 1)
         within = self.train.checkpoint_every_steps
         due = progress.epoch % self.train.checkpoint_every_epochs == 0 if ended_epoch else bool(within)
         if due or progress.ended or progress.step == self.num_steps:
@@ -188,29 +194,28 @@ class Coordinator:
         """Write a line for each interval; whether all losses are finite."""
         progress = self.progress
         rows = int(played.sums[:, ROWS].sum())
-        progress.train_s += elapsed
-        progress.train_rows += rows
-        progress.digest = [old + int(new) for old, new in zip(progress.digest, played.digest, strict=True)]
-        totals = played.sums.sum(0).tolist()
-        progress.epoch_sums = [old + new for old, new in zip(progress.epoch_sums, totals, strict=True)]
-        for end, sums in zip(interval_ends(self.recipe, first, steps), played.sums, strict=True):
-            progress.step = end
+        self.journal.trained(rows=rows, seconds=elapsed, digest=played.digest.tolist())
+        for end, played_sums in zip(interval_ends(self.recipe, first, steps), played.sums, strict=True):
+            self.journal.stepped(end - progress.step)
             factor = self.watch.learning_rate_factor * self.recipe.schedule.factor(end - 1, self.num_steps)
             rate = self.recipe.optimizer.lr * factor
-            self._log("train", self._metrics(sums), rows_per_s=rows / elapsed, learning_rate=rate)
+            sums, counts = self._sums(played_sums)
+            self.journal.interval(
+                sums, weight=played_sums[ROWS], counts=counts, rows_per_s=rows / elapsed, learning_rate=rate
+            )
         if progress.step % self.epoch_steps == 0:
-            progress.train = self._metrics(progress.epoch_sums)
-            self._log("train", progress.train, rows_digest=digest_text(progress.digest), end_of_epoch=True)
+            self.journal.epoch_trained()
         return bool(np.isfinite(played.sums).all())
 
-    def _metrics(self, sums: Any) -> dict[str, float]:
-        rows, learned = sums[ROWS], max(sums[GENERATOR_ROWS], 1.0)
-        metrics = {"generator_loss": sums[GENERATOR] / learned, "discriminator_loss": sums[DISCRIMINATOR] / rows}
+    def _sums(self, sums: Any) -> tuple[list[float], list[float]]:
+        """The journal's metrics as sums, and what each counts: the rows, or those that the generator learned from."""
+        rows, learned = float(sums[ROWS]), float(sums[GENERATOR_ROWS])
+        found = [(sums[GENERATOR], learned), (sums[DISCRIMINATOR], rows)]
         if self.tells_apart:
-            metrics |= {"real_accuracy": sums[REAL_RIGHT] / rows, "fake_accuracy": sums[FAKE_RIGHT] / rows}
-        if described(self.recipe)[1].l1_weight:
-            metrics["l1"] = sums[L1] / learned
-        return {name: float(value) for name, value in metrics.items()}
+            found += [(sums[REAL_RIGHT], rows), (sums[FAKE_RIGHT], rows)]
+        if self.has_l1:
+            found.append((sums[L1], learned))
+        return [float(total) for total, _ in found], [count for _, count in found]
 
     # -- quality ---------------------------------------------------------------------------------------------------
 
@@ -218,9 +223,8 @@ class Coordinator:
         """Measure what the generator makes now, keep it where it is the best, and return to the best if it is bad."""
         progress = self.progress
         metrics = self.quality.measure(players.sample)
-        progress.validation = metrics
         self.pictures.write(progress.step, players.sample)
-        self._log("validation", metrics)
+        self.journal.validated(metrics)
         verdict = Verdict("fine")  # nothing to expect of untrained halves
         if progress.step:
             accuracy = None
@@ -230,19 +234,6 @@ class Coordinator:
         if self.quality.best_metric or verdict.action == "fine":  # the last one is the best, unless it has collapsed
             self._keep_best(players, metrics, epoch)
         self._heed(players, verdict)
-
-    def _out_of_patience(self) -> str | None:
-        """Why to end after this epoch's look, where train.patience epochs have gone by without a better generator.
-
-        Epochs count from the look that found the best, but not from that at the untrained generator: what the first
-        epochs make may well be worse.
-        """
-        patience, best = self.train.patience, self.progress.best
-        if not patience or not best:
-            return None
-        first_look = self.section.quality.every_epochs - 1
-        without = self.progress.epoch - max(best["epoch"], first_look)
-        return f"no better for {without} epochs" if without >= patience else None
 
     def _improved(self, metrics: dict[str, float]) -> bool:
         """Whether the metric to choose by was never as good; where there is none, nothing says so."""
@@ -282,7 +273,8 @@ class Coordinator:
         self.background.wait()  # the best may still be on its way
         players.load(self.checkpoints.read(BEST.format(progress.best["step"]))["halves"])
         entry = {"step": progress.step, "to_step": progress.best["step"], "reason": verdict.reason}
-        progress.rollbacks.append({**entry, "learning_rate_factor": self.watch.learning_rate_factor})
+        rollbacks = progress.game.setdefault("rollbacks", [])
+        rollbacks.append({**entry, "learning_rate_factor": self.watch.learning_rate_factor})
         logger.warning(
             "step %d: %s; both halves return to their best, of step %d, with %g times the learning rates",
             progress.step,
@@ -295,12 +287,11 @@ class Coordinator:
 
     def _checkpoint(self, players: Players) -> None:
         """Save both halves as one unit, and everything that decides how the game goes on."""
-        self.progress.time_s = time.time() - self.clock
-        self.progress.watch = self.watch.state()
+        self.progress.game["watch"] = self.watch.state()
         state: State = {
             "recipe": self.recipe.model_dump_json(),
             "rows": self.rows_used,
-            "progress": asdict(self.progress),
+            "progress": self.journal.state(),
             "halves": players.state(),
         }
         step, best = self.progress.step, self.progress.best
@@ -314,21 +305,21 @@ class Coordinator:
                     self.checkpoints.folder.delete(name)
 
         self.background.submit(write)
-        if self.recorder:
-            self.recorder.flush()
+        self.journal.flush()
 
     def _resume(self, players: Players) -> bool:
         """Go on from the newest checkpoint; whether there is one."""
         state = self.checkpoints.newest()
         self.watch = CollapseWatch(self.section.collapse)
+        first_step_at, self.journal = self.journal.first_step_at, self._new_journal()
+        self.journal.first_step_at = first_step_at
         if state is None:
-            self.progress = Progress()
             return False
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=self.rows_used)
         players.load(state["halves"])
-        self.progress = Progress(**state["progress"])
-        if self.progress.watch:
-            self.watch.load(self.progress.watch)
+        self.journal.progress = Progress.restored(state["progress"])
+        if watch := self.progress.game.get("watch"):
+            self.watch.load(watch)
         self._restore_best()
         return True
 
@@ -350,42 +341,27 @@ class Coordinator:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _conclude(self) -> dict[str, Any]:
-        """Measure the best generator on the test split."""
+    def conclude(self) -> dict[str, Any]:
+        """Measure the best generator on the test split. Returns what result.json holds of it."""
         self.background.wait()
         self._close_players()
-        progress = self.progress
-        metrics = prefixed("train", progress.train) | prefixed("validation", progress.validation)
+        tested = None
         if self.data.manifest.rows("test"):
             tested = measured(self.run_folder, self.recipe, self.data, self.features, split="test")
-            self._log("test", tested)
-            metrics |= prefixed("test", tested)
-        names = self.checkpoints.names()
         with torch.device("meta"):
             halves = self.recipe.model.build(self.data.manifest.signature)
-        return {
-            "metrics": metrics,
-            "best": dict(progress.best or {}),
-            "untrained": progress.untrained,
-            "checkpoint": f"checkpoints/{names[-1]}" if names else None,
-            "steps": progress.step,
-            "epochs": progress.epoch,
-            "stopped_early": progress.ended is not None,
-            "ended": progress.ended,
-            "rollbacks": progress.rollbacks,
-            "rows_per_s": progress.train_rows / progress.train_s if progress.train_s else None,
-            "num_parameters": sum(p.numel() for p in halves.parameters()),
-            "world_size": self.replicas,
-            "first_step_at": self.first_step_at,
-            "restarts": self.restarts,
-        }
+        result = self.journal.result(
+            tested=tested,
+            checkpoints=self.checkpoints,
+            num_parameters=sum(p.numel() for p in halves.parameters()),
+            world_size=self.replicas,
+            restarts=self.restarts,
+            untrained=self.progress.game.get("untrained", {}),
+            rollbacks=self.progress.game.get("rollbacks", []),
+        )
+        return result.facts()
 
     def _close_players(self) -> None:
         players, self.players = self.players, None
         if players:
             players.close()
-
-    def _log(self, split: str, metrics: dict[str, float], **extra: Any) -> None:
-        entry = {"step": self.progress.step, "epoch": self.progress.epoch, "split": split, **metrics, **extra}
-        if self.recorder:
-            self.recorder.append({**entry, "time_s": round(time.time() - self.clock, 3)})

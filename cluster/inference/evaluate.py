@@ -11,7 +11,8 @@ from cluster.data.sources.base import DataSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
 from cluster.training.context import LocalContext
-from cluster.training.evaluation import EVALUATION_ROWS, evaluate, prefixed
+from cluster.training.evaluation import EVALUATION_ROWS, evaluate
+from cluster.training.journal import prefixed
 from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from cluster.training.splits import Splits
 from nn_models.errors import UserError

@@ -1,6 +1,5 @@
 """Context: the loop's only way to its world: rank, collectives, rows, the run's directory."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -36,9 +35,6 @@ class Context(Protocol):
     def agree(self, number: int) -> int:
         """Rank 0's number, on all ranks, once all have come here."""
 
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics, the same on all ranks; called by all."""
-
 
 class LocalContext:
     """One process, without Ray."""
@@ -68,9 +64,6 @@ class LocalContext:
     def agree(self, number: int) -> int:
         """See Context."""
         return number
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """See Context. Nobody listens: the run's directory has it all."""
 
 
 class GroupContext:
@@ -113,6 +106,3 @@ class GroupContext:
         if self.world_size > 1:
             distributed.broadcast(value, src=0)
         return int(value)
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """See Context. `ray.train.report` would make the loop wait for the controller's next poll."""

@@ -1,7 +1,6 @@
 """Evaluation: exact metrics of a split over all ranks, and the evidence that a report shows."""
 
 import json
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -132,8 +131,3 @@ class Evidence:
         if context.rank == 0:
             metadata = {"class_names": json.dumps(class_names), "split": split}
             folder.write_bytes(EVALUATION, save(content, metadata))
-
-
-def prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics as result.json names them: `test/accuracy`."""
-    return {f"{split}/{name}": value for name, value in metrics.items()}

@@ -3,8 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,17 +11,15 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.data.keys import digest_text
 from cluster.data.loader import Batch
 from cluster.recipe.recipe import Recipe
 from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
 from cluster.training.context import Context
-from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best, prefixed
+from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best
+from cluster.training.journal import Journal, Pending
 from cluster.training.memory import keep_freed_memory
-from cluster.training.pending import Pending
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
-from cluster.training.run_directory import Recorder, RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ class Loop:
     """Training that can be followed epoch by epoch; see `fit`. `close` must be called at the end."""
 
     def __init__(self, recipe: Recipe, context: Context) -> None:
-        self.started = time.time()
+        started = time.time()
         keep_freed_memory(context.device)
         self.whole_recipe = recipe
         self.recipe, self.context, self.train = recipe, context, recipe.train
@@ -72,61 +69,62 @@ class Loop:
         self.num_steps = self.rows.order.num_steps * self.train.epochs
         self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
 
-        self.progress = Progress(sums=[0.0] * len(self.names))
+        self.journal = Journal(context.run, self.names, writes=context.rank == 0)
         interval = min(self.train.log_every_steps, self.rows.order.num_steps)
         self.pending = Pending(interval, len(self.objective.names), context.device)
-        self.first_step_at: float | None = None
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         seed_rank(self.train.seed, context.rank, 0)
         self._resume()
-        self.recorder: Recorder | None = None
-        if context.rank == 0:
-            self.recorder = Recorder(RunDirectory(context.run), keep_to_step=self.progress.step)
-        self._stopped_early = False
-        self.clock = self.started - self.progress.time_s  # as if it had run without a break
+        self.journal.open(began=started)
+        self._using: Recipe | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """Where training stands."""
+        return self.journal.progress
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[dict[str, float]]:
         """All epochs that are left, each when it is asked for: its metrics, named as in result.json."""
-        self._stopped_early = self._out_of_patience()
-        while self.progress.epoch < self.train.epochs and not self._stopped_early:
-            self._use(self.whole_recipe.at(self.progress.epoch))
-            self.progress.train = self._epoch()
-            self.progress.validation = self._validate()
+        progress = self.progress
+        progress.ended = progress.without_better(self.train.patience)
+        while not self.ended:
+            self._use(self.whole_recipe.at(progress.epoch))
+            self._epoch()
+            self._validate()
             self._keep_best()
-            self.progress.next_epoch()
-            self._stopped_early = self._out_of_patience()
-            finished = self._stopped_early or self.progress.epoch == self.train.epochs
-            if finished or self.progress.epoch % self.train.checkpoint_every_epochs == 0:
+            progress.next_epoch()
+            progress.ended = progress.without_better(self.train.patience)
+            if self.ended or progress.epoch % self.train.checkpoint_every_epochs == 0:
                 self._checkpoint()
-            elif self.recorder:
-                self.recorder.flush()
-            yield prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
+            else:
+                self.journal.flush()
+            yield self.journal.metrics()
 
     @property
     def ended(self) -> bool:
         """Whether no epoch is left."""
-        return self._stopped_early or self.progress.epoch >= self.train.epochs
+        return self.progress.ended is not None or self.progress.epoch >= self.train.epochs
 
     def _use(self, recipe: Recipe) -> None:
         """Go on with this recipe's values of the optimizer, its schedule and the objective."""
-        self.recipe = recipe
+        if recipe is self._using:
+            return
+        self.recipe = self._using = recipe
         self.objective = recipe.supervised.build(self.context.splits.manifest.num_outputs)
         wanted = recipe.optimizer.build([nn.Parameter(torch.zeros(1, device=self.context.device))]).param_groups[0]
         for group in self.optimizer.param_groups:
             group.update({name: value for name, value in wanted.items() if name != "params"})
         self.base_rates = [wanted["lr"]] * len(self.optimizer.param_groups)
 
-    def _epoch(self) -> dict[str, float]:
+    def _epoch(self) -> None:
         self.model.train()
         steps = self.rows.order.num_steps
         began = time.perf_counter()
         for batch in self.rows.batches(self.progress.epoch, self.progress.epoch_step):
             self._step(batch)
-            if self.first_step_at is None:
-                self.first_step_at = time.time()
             done = self.progress.epoch_step == steps
             due = self.train.checkpoint_every_steps
             save = bool(due) and self.progress.step % (due or 1) == 0 and not done
@@ -136,10 +134,7 @@ class Loop:
                 self._refuse_broken_weights()
                 self._checkpoint()
         self._refuse_broken_weights()
-        means = [total / self.progress.rows for total in self.progress.sums]
-        metrics = dict(zip(self.names, means, strict=True))
-        self._log("train", metrics, rows_digest=digest_text(self.progress.digest), end_of_epoch=True)
-        return metrics
+        self.journal.epoch_trained()
 
     def _step(self, batch: Batch) -> None:
         """One optimizer step: the gradient of the mean loss over the global batch."""
@@ -162,8 +157,7 @@ class Loop:
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
-        self.progress.step += 1
-        self.progress.epoch_step += 1
+        self.journal.stepped()
 
     def _backward(self, batch: Batch, piece: int, pieces: int, scale: float) -> None:
         inputs, targets = batch.inputs, batch.targets
@@ -175,9 +169,9 @@ class Loop:
         if batch.num_rows:  # a row that only stands in for an empty slice counts nothing
             self.pending.add(measured.loss.detach(), self.objective.sums(measured, targets))
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> None:
         if self.validation is None:
-            return {}
+            return
         self._average_buffers()
         metrics = evaluate(
             self._evaluated(),
@@ -187,40 +181,28 @@ class Loop:
             precision=self.train.precision,
             batch_size=EVALUATION_ROWS,
         )
-        self._log("validation", metrics)
+        self.journal.validated(metrics)
         if not np.isfinite(metrics["loss"]):
             self._diverged("validation loss", self.progress.step)
-        return metrics
 
     def conclude(self) -> dict[str, Any]:
         """Evaluate the best weights on the test split. Returns what `fit` returns."""
         self.background.wait()
         self.context.agree(0)  # rank 0 has written the best weights before any rank reads them
-        metrics = prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
-        best = dict(self.progress.best or {})
         tested = evaluate_best(self.model, self.objective, context=self.context, precision=self.train.precision)
-        if tested is not None:
-            self._log("test", tested)
-            metrics |= prefixed("test", tested)
-        names_kept = self.checkpoints.names()
-        return {
-            "metrics": metrics,
-            "best": best,
-            "checkpoint": f"checkpoints/{names_kept[-1]}" if names_kept else None,
-            "steps": self.progress.step,
-            "epochs": self.progress.epoch,
-            "stopped_early": self._stopped_early,
-            "rows_per_s": self.progress.train_rows / self.progress.train_s if self.progress.train_s else None,
-            "num_parameters": sum(p.numel() for p in self.model.parameters()),
-            "world_size": self.context.world_size,
-            "first_step_at": self.first_step_at,
-        }
+        result = self.journal.result(
+            tested=tested,
+            checkpoints=self.checkpoints,
+            num_parameters=sum(p.numel() for p in self.model.parameters()),
+            world_size=self.context.world_size,
+        )
+        return result.facts()
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def _log_interval(self, began: float) -> float:
         """Add up the steps since the last call over all ranks and write their means. Returns the time now."""
-        progress, pending = self.progress, self.pending
+        progress, pending, journal = self.progress, self.pending, self.journal
         sums, digest, rows = pending.collect()
         sums = self.context.reduce_sums(sums)
         totals = sums.sum(0).tolist()
@@ -229,16 +211,11 @@ class Loop:
             self._diverged("loss", progress.step - len(sums) + first + 1)
         halves = self.context.reduce_sums(torch.from_numpy(digest).to(self.context.device)).tolist()
         elapsed = time.perf_counter() - began
-        progress.rows += rows
-        progress.sums = [old + new for old, new in zip(progress.sums, totals, strict=True)]
-        progress.digest = [old + new for old, new in zip(progress.digest, halves, strict=True)]
-        progress.train_s += elapsed
-        progress.train_rows += rows
+        journal.trained(rows=rows, seconds=elapsed, digest=halves)
         extra: dict[str, Any] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if pending.grad_norm is not None:
             extra["grad_norm"] = float(pending.grad_norm)
-        metrics = {name: total / rows for name, total in zip(self.names, totals, strict=True)}
-        self._log("train", metrics, rows_per_s=rows / elapsed, **extra)
+        journal.interval(totals, weight=rows, rows_per_s=rows / elapsed, **extra)
         return time.perf_counter()
 
     def _diverged(self, what: str, step: int) -> NoReturn:
@@ -250,19 +227,6 @@ class Loop:
         if finite and not torch.stack(finite).all():
             self._diverged("weights", self.progress.step)
 
-    def _log(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
-        entry = {
-            "step": self.progress.step,
-            "epoch": self.progress.epoch,
-            "split": split,
-            **metrics,
-            **extra,
-            "time_s": round(time.time() - self.clock, 3),
-        }
-        if self.recorder:
-            self.recorder.append(entry)
-        self.context.report(entry)
-
     # -- the best weights, checkpoints, resuming -------------------------------------------------------------------
 
     def _evaluated(self) -> nn.Module:
@@ -271,7 +235,8 @@ class Loop:
 
     def _keep_best(self) -> None:
         """Write the weights where they are the best so far."""
-        if not self.progress.note_best(self.objective):
+        better: Any = "more" if self.objective.mode == "max" else "less"
+        if not self.journal.note_best(self.objective.best_metric.removeprefix("validation/"), better):
             return
         if not self.progress.validation:
             self._average_buffers()
@@ -280,9 +245,6 @@ class Loop:
             weights = to_cpu(self._evaluated().state_dict())
             best, manifest = dict(self.progress.best), self.context.splits.manifest
             self.background.submit(lambda: save_model(self.context.run, weights, best=best, manifest=manifest))
-
-    def _out_of_patience(self) -> bool:
-        return self.progress.out_of_patience(self.train.patience)
 
     def _average_buffers(self) -> None:
         """Give all ranks the mean of their running statistics (batch normalisation's); gradients never see these."""
@@ -299,14 +261,13 @@ class Loop:
     def _checkpoint(self) -> None:
         """Save everything that decides how training goes on. The loop waits only for the copy, not for the writing."""
         self._average_buffers()
-        self.progress.time_s = time.time() - self.clock
         generators = self.context.gather(generator_state(self.context.device))
         if self.context.rank == 0:
             state: State = {
                 "recipe": self.whole_recipe.model_dump_json(),
                 "world_size": self.context.world_size,
                 "rows": described_rows(self.context.splits.manifest),
-                "progress": asdict(self.progress),
+                "progress": self.journal.state(),
                 "model": to_cpu(self.model.state_dict()),
                 "optimizer": to_cpu(self.optimizer.state_dict()),
                 "average": to_cpu(self.average.state_dict()) if self.average else None,
@@ -314,8 +275,7 @@ class Loop:
             }
             step = self.progress.step
             self.background.submit(lambda: self.checkpoints.save(step, state))
-        if self.recorder:
-            self.recorder.flush()
+        self.journal.flush()
 
     def _resume(self) -> None:
         # Rank 0 looks: ranks that list an object store on their own might see different files.
@@ -329,7 +289,7 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:
             self.average.load_state_dict(state["average"])
-        self.progress = Progress(**state["progress"])
+        self.journal.progress = Progress.restored(state["progress"])
         if state["world_size"] == self.context.world_size:
             set_generator_state(state["generators"][self.context.rank], self.context.device)
         else:
@@ -343,12 +303,13 @@ class Loop:
         weights would then stay, and `best` would speak of others. Where they do, nothing is different at the end.
         """
         context = self.context
+        better: Any = "more" if self.objective.mode == "max" else "less"
         text = ""
         if context.rank == 0 and (context.run / "model").exists("model.safetensors"):
             text = json.dumps(read_model(context.run).best)
         if size := context.agree(len(text)):
             own = torch.tensor(list(text.encode()) or [0] * size, dtype=torch.uint8, device=context.device)
-            self.progress.take_best(json.loads(bytes(context.gather(own)[0].tolist())), self.objective)
+            self.progress.take_best(json.loads(bytes(context.gather(own)[0].tolist())), better)
         elif self.progress.best is not None:
             logger.warning("%s/model: the best weights are gone; the best from here on count", context.run)
             self.progress.best = None
@@ -358,5 +319,4 @@ class Loop:
         try:
             self.background.close()
         finally:
-            if self.recorder:
-                self.recorder.close()
+            self.journal.close()

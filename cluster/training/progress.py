@@ -1,59 +1,83 @@
-"""Progress: where training stands, and what it has added up."""
+"""Progress: where training stands, and what it has added up: all that a checkpoint holds beside the tensors."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self
 
 from cluster.errors import Diverged
-from nn_models.objectives import Objective
+
+# What fields were called in checkpoints of earlier versions.
+EARLIER_NAMES = {"rows": "weight", "epoch_sums": "sums"}
+OF_THE_GAME = ("watch", "untrained", "rollbacks")  # stood beside the others
 
 
 @dataclass
 class Progress:
-    """Where training stands, and what it has added up: all that a checkpoint holds beside the tensors."""
+    """The same for the loop, for each of fused trials, and for a GAN's coordinator."""
 
     epoch: int = 0
     epoch_step: int = 0  # steps done in this epoch
     step: int = 0  # steps done in all
-    rows: int = 0  # rows of this epoch that are in `sums`
-    sums: list[float] = field(default_factory=list)  # of loss and metrics over this epoch's rows
+    weight: float = 0  # what the loss counts of this epoch so far: rows, or elements of them
+    sums: list[float] = field(default_factory=list)  # of each metric over this epoch
+    counts: list[float] = field(default_factory=list)  # what each metric is divided by; empty: all by the weight
     digest: list[int] = field(default_factory=lambda: [0, 0])
     train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
     validation: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
+    ended: str | None = None  # why training ended before its last epoch
     time_s: float = 0.0
     train_s: float = 0.0  # time spent in steps, and the rows trained in it
     train_rows: int = 0
+    game: dict[str, Any] = field(default_factory=dict)  # a GAN's alone: its watch, rollbacks, untrained figures
 
-    def note_best(self, objective: Objective) -> bool:
-        """Whether the epoch that has just been evaluated is the best so far; equal metrics are decided by the loss."""
-        split, metrics = ("validation", self.validation) if self.validation else ("train", self.train)
-        name = objective.best_metric.removeprefix("validation/")
-        found = {
-            "metric": f"{split}/{name}",
-            "value": metrics[name],
-            "loss": metrics["loss"],
-            "epoch": self.epoch,
-            "step": self.step,
-        }
-        return self.take_best(found, objective)
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Self:
+        """From a checkpoint, of an earlier version too."""
+        named = {EARLIER_NAMES.get(name, name): value for name, value in state.items()}
+        game = {name: named.pop(name) for name in OF_THE_GAME if name in named}
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in named.items() if name in known} | ({"game": game} if game else {}))
 
-    def take_best(self, found: dict[str, Any], objective: Objective) -> bool:
-        """Make `found` the best where it is better than what there was; whether it is."""
-        sign, best = -1 if objective.mode == "max" else 1, self.best
-        if best and (sign * found["value"], found["loss"]) >= (sign * best["value"], best["loss"]):
-            return False
-        self.best = found
-        return True
+    def state(self) -> dict[str, Any]:
+        """Plain numbers, for a checkpoint."""
+        return asdict(self)
+
+    def add(self, sums: list[float], *, weight: float, counts: list[float] | None = None) -> None:
+        """Take in some steps: each metric's sum, what they weigh, and what each metric counts where that differs."""
+        self.weight += weight
+        self.sums = [old + new for old, new in zip(self.sums or [0.0] * len(sums), sums, strict=True)]
+        if counts is not None:
+            self.counts = [old + new for old, new in zip(self.counts or [0.0] * len(sums), counts, strict=True)]
+
+    def means(self) -> list[float]:
+        """Each metric of the epoch so far."""
+        return means(self.sums, self.weight, self.counts)
 
     def next_epoch(self) -> None:
         """An epoch is done and evaluated."""
         self.epoch += 1
-        self.epoch_step = self.rows = 0
-        self.sums, self.digest = [0.0] * len(self.sums), [0, 0]
+        self.epoch_step = self.weight = 0
+        self.sums, self.counts, self.digest = [0.0] * len(self.sums), [], [0, 0]
 
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether so many epochs have gone by without a better one."""
-        return bool(self.best and patience and self.epoch - 1 - self.best["epoch"] >= patience)
+    def take_best(self, found: dict[str, Any], better: Literal["less", "more"]) -> bool:
+        """Make `found` the best where it is better than what there was; whether it is. Its loss decides equal ones."""
+        sign, best = -1 if better == "more" else 1, self.best
+
+        def rank(entry: dict[str, Any]) -> tuple[float, float]:
+            return sign * entry["value"], entry.get("loss", 0.0)
+
+        if best and rank(found) >= rank(best):
+            return False
+        self.best = found
+        return True
+
+    def without_better(self, patience: int | None, *, first: int = 0) -> str | None:
+        """Why to end where so many epochs have gone by without a better one; `first` is the first that can count."""
+        if not (patience and self.best):
+            return None
+        without = self.epoch - 1 - max(self.best["epoch"], first)
+        return f"no better for {without} epochs" if without >= patience else None
 
     def diverged(self, what: str, *, step: int, rate: float) -> Diverged:
         """The error for a loss or weights that became NaN or infinite at `step`, trained with this learning rate."""
@@ -61,3 +85,8 @@ class Progress:
             f"the {what} became NaN or infinite at step {step} (epoch {self.epoch + 1}); lower "
             f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
         )
+
+
+def means(sums: list[float], weight: float, counts: list[float] | None = None) -> list[float]:
+    """Each sum by its own count, or by the weight; of what was never counted there is nothing to divide."""
+    return [total / (count or 1) for total, count in zip(sums, counts or [weight] * len(sums), strict=True)]

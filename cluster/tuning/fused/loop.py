@@ -8,24 +8,24 @@ stream, so a trial's masks are others than alone: as good, and not the same.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from cluster.data.keys import digest_part, digest_text
+from cluster.data.keys import digest_part
 from cluster.errors import Diverged
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, name_at, save_model, to_cpu
 from cluster.training.context import LocalContext
-from cluster.training.evaluation import EVALUATION_ROWS, evaluate_best, prefixed
+from cluster.training.evaluation import EVALUATION_ROWS, evaluate_best
+from cluster.training.journal import Journal
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
-from cluster.training.run_directory import Recorder, RunDirectory
 from cluster.training.splits import Splits
 from cluster.tuning.fused.groups import groups, why_not
 from cluster.tuning.fused.model import FusedModel, num_parameters
@@ -44,17 +44,13 @@ class _Member:
     recipe: Recipe
     run: Folder
     checkpoints: Checkpoints
-    progress: Progress
-    recorder: Recorder | None = None
-    clock: float = 0.0  # when it would have begun, had it run without a break
+    journal: Journal
     best_weights: State | None = None  # not written yet
 
-    def log(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
-        """One line of metrics."""
-        progress = self.progress
-        entry = {"step": progress.step, "epoch": progress.epoch, "split": split, **metrics, **extra}
-        assert self.recorder is not None
-        self.recorder.append({**entry, "time_s": round(time.time() - self.clock, 3)})
+    @property
+    def progress(self) -> Progress:
+        """Where it stands."""
+        return self.journal.progress
 
 
 @dataclass
@@ -78,7 +74,7 @@ class FusedLoop:
     ) -> None:
         """Raises UserError where the recipes cannot be fused."""
         _refuse(recipes, splits)
-        self._started = time.time()
+        started = time.time()
         keep_freed_memory(device)
         self._train, self._schedule = recipes[0].train, recipes[0].schedule
         self._splits, self._device = splits, device
@@ -94,21 +90,19 @@ class FusedLoop:
         interval = min(self._train.log_every_steps, self._rows.order.num_steps)
         sums = torch.zeros(interval, len(recipes), len(self._names), dtype=torch.float64, device=device)
         self._pending = _Pending(sums)
-        self._first_step_at: float | None = None
         self._background = Background()
         self.results: dict[int, dict[str, Any]] = {}  # of the trials that are concluded, as `fit` returns them
         self.failures: dict[int, Diverged] = {}
 
         keep = self._train.keep_checkpoints
         self._live = [
-            _Member(number, recipe, run, Checkpoints(run / "checkpoints", keep=keep), self._no_progress())
+            _Member(number, recipe, run, Checkpoints(run / "checkpoints", keep=keep), Journal(run, self._names))
             for number, (recipe, run) in enumerate(zip(recipes, runs, strict=True))
         ]
         seed_rank(self._train.seed, 0, 0)
         self._resume()
         for member in self._live:
-            member.recorder = Recorder(RunDirectory(member.run), keep_to_step=member.progress.step)
-            member.clock = self._started - member.progress.time_s
+            member.journal.open(began=started)
         self._conclude_impatient()
 
     def __enter__(self) -> Self:
@@ -147,10 +141,11 @@ class FusedLoop:
         found = {}
         for place, member in enumerate(self._live):
             progress = member.progress
-            if progress.note_best(self._objective):
+            better: Any = "more" if self._objective.mode == "max" else "less"
+            if member.journal.note_best(self._objective.best_metric.removeprefix("validation/"), better):
                 member.best_weights = self._model.weights(place, evaluated=True)
             progress.next_epoch()
-            found[member.number] = prefixed("train", progress.train) | prefixed("validation", progress.validation)
+            found[member.number] = member.journal.metrics()
         if self._live:
             if self.ended or self._live[0].progress.epoch % self._train.checkpoint_every_epochs == 0:
                 self.save()
@@ -185,37 +180,29 @@ class FusedLoop:
             self._background.close()
         finally:
             for member in self._live:
-                if member.recorder:
-                    member.recorder.close()
+                member.journal.close()
 
     def _conclude_impatient(self) -> None:
         for member in list(self._live):
-            if member.progress.out_of_patience(self._train.patience):
+            member.progress.ended = member.progress.without_better(self._train.patience)
+            if member.progress.ended:
                 self.stop(member.number)
 
     def _concluded(self, member: _Member) -> dict[str, Any]:
         """Evaluate a trial's best weights on the test split."""
-        progress = member.progress
-        metrics = prefixed("train", progress.train) | prefixed("validation", progress.validation)
-        if progress.best:
+        tested = None
+        if member.progress.best:
             context = LocalContext(run=member.run, splits=self._splits, device=self._device)
             model, precision = self._model.plain, self._train.precision
             tested = evaluate_best(model, self._objective_of(member), context=context, precision=precision)
-            if tested is not None:
-                member.log("test", tested)
-                metrics |= prefixed("test", tested)
-        return {
-            "metrics": metrics,
-            "best": dict(progress.best or {}),
-            "checkpoint": f"checkpoints/{member.checkpoints.names()[-1]}",
-            "steps": progress.step,
-            "epochs": progress.epoch,
-            "stopped_early": progress.epoch < self._train.epochs or progress.out_of_patience(self._train.patience),
-            "rows_per_s": progress.train_rows / progress.train_s if progress.train_s else None,
-            "num_parameters": num_parameters(self._model.plain),
-            "world_size": 1,
-            "first_step_at": self._first_step_at,
-        }
+        left = "left the group before its last epoch" if member.progress.epoch < self._train.epochs else None
+        result = member.journal.result(
+            tested=tested,
+            checkpoints=member.checkpoints,
+            num_parameters=num_parameters(self._model.plain),
+            ended=member.progress.ended or left,
+        )
+        return result.facts()
 
     def _objective_of(self, member: _Member) -> Any:
         return member.recipe.supervised.build(self._splits.manifest.num_outputs)
@@ -228,8 +215,6 @@ class FusedLoop:
         began = time.perf_counter()
         for batch in self._rows.batches(first.epoch, first.epoch_step, self._seeds):
             self._step(batch)
-            if self._first_step_at is None:
-                self._first_step_at = time.time()
             progress = self._live[0].progress
             done = progress.epoch_step == steps
             due = self._train.checkpoint_every_steps
@@ -243,10 +228,7 @@ class FusedLoop:
                 return
         self._drop_broken_weights()
         for member in self._live:
-            progress = member.progress
-            means = [total / progress.rows for total in progress.sums]
-            progress.train = dict(zip(self._names, means, strict=True))
-            member.log("train", progress.train, rows_digest=digest_text(progress.digest), end_of_epoch=True)
+            member.journal.epoch_trained()
 
     def _seeds(self) -> list[int]:
         return [member.recipe.train.seed for member in self._live]
@@ -269,8 +251,7 @@ class FusedLoop:
         self._optimizers.step(self._schedule.factor(self._live[0].progress.step, self._num_steps))
         model.update_average()
         for member in self._live:
-            member.progress.step += 1
-            member.progress.epoch_step += 1
+            member.journal.stepped()
 
     def _log_interval(self, began: float) -> float:
         """Write the means of the steps since the last call. Returns the time now."""
@@ -293,15 +274,9 @@ class FusedLoop:
                 first = int((~torch.isfinite(sums[:, place, 0])).nonzero()[0])
                 failed.append(self._diverged(member, "loss", progress.step - len(sums) + first + 1))
                 continue
-            progress.rows += rows
-            progress.sums = [old + new for old, new in zip(progress.sums, total, strict=True)]
-            digest = digests[member.recipe.train.seed]
-            progress.digest = [old + new for old, new in zip(progress.digest, digest, strict=True)]
-            progress.train_s += elapsed
-            progress.train_rows += rows
-            metrics = {name: value / rows for name, value in zip(self._names, total, strict=True)}
-            extra = {"rows_per_s": rows / elapsed, "learning_rate": rates[place]}
-            member.log("train", metrics, **extra, **({"grad_norm": norms[place]} if norms else {}))
+            member.journal.trained(rows=rows, seconds=elapsed, digest=digests[member.recipe.train.seed])
+            extra = {"learning_rate": rates[place], **({"grad_norm": norms[place]} if norms else {})}
+            member.journal.interval(total, weight=rows, rows_per_s=rows / elapsed, **extra)
         self._drop(failed)
         return time.perf_counter()
 
@@ -318,8 +293,7 @@ class FusedLoop:
             total[:, 1:] += metrics
         failed = []
         for member, sums in zip(self._live, (total / self._validation.num_rows).tolist(), strict=True):
-            member.progress.validation = dict(zip(self._names, sums, strict=True))
-            member.log("validation", member.progress.validation)
+            member.journal.validated(dict(zip(self._names, sums, strict=True)))
             if not np.isfinite(sums[0]):
                 failed.append(self._diverged(member, "validation loss", member.progress.step))
         self._drop(failed)
@@ -343,8 +317,7 @@ class FusedLoop:
         if not members:
             return
         for member in members:
-            assert member.recorder is not None
-            member.recorder.close()
+            member.journal.close()
         numbers = [member.number for member in members]
         places = [place for place, member in enumerate(self._live) if member.number not in numbers]
         self._live = [self._live[place] for place in places]
@@ -360,12 +333,11 @@ class FusedLoop:
         jobs = []
         for place in places:
             member = self._live[place]
-            member.progress.time_s = time.time() - member.clock
             state: State = {
                 "recipe": member.recipe.model_dump_json(),
                 "world_size": 1,
                 "rows": described_rows(manifest),
-                "progress": asdict(member.progress),
+                "progress": member.journal.state(),
                 "model": self._model.weights(place),
                 "optimizer": to_cpu(self._optimizers.state_dict(place)),
                 "average": self._model.averages(place),
@@ -384,8 +356,7 @@ class FusedLoop:
 
         self._background.submit(write)
         for member, _, _ in jobs:
-            if member.recorder:
-                member.recorder.flush()
+            member.journal.flush()
 
     def _resume(self) -> None:
         """Go on from the newest step of which all trials have a checkpoint."""
@@ -404,12 +375,9 @@ class FusedLoop:
             member.checkpoints.refuse_other(state, recipe=member.recipe, rows=rows)
             self._model.load(place, state["model"], state["average"])
             self._optimizers.load_state_dict(place, state["optimizer"])
-            member.progress = Progress(**state["progress"])
+            member.journal.progress = Progress.restored(state["progress"])
             if place == 0:  # all have saved the same
                 set_generator_state(state["generators"][0], self._device)
-
-    def _no_progress(self) -> Progress:
-        return Progress(sums=[0.0] * len(self._names))
 
 
 def _refuse(recipes: Sequence[Recipe], splits: Splits) -> None:
