@@ -71,7 +71,7 @@ def parse_workers(text: str) -> tuple[int, int]:
     except ValueError:
         bounds = (-1, -1)
     if bounds[0] < 0 or bounds[1] < bounds[0] or (dash and bounds[0] == 0):
-        raise UserError(f"--workers: {text!r} is not a number of workers; give one like 2, or a range like 2-4")
+        raise UserError("--workers", f"{text!r} is not a number of workers", "give one like 2, or a range like 2-4")
     return bounds
 
 
@@ -127,7 +127,7 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     configure_ray()
     if address:
         if address.startswith("ray://"):
-            raise UserError(f"--address: {address}: the Ray client cannot drive training; give HOST:PORT")
+            raise UserError("--address", f"{address}: the Ray client cannot drive training", "give HOST:PORT")
         _knock(address)
         _show_token()
     import ray
@@ -146,11 +146,12 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         except (ConnectionError, RuntimeError, ValueError) as error:
             if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
                 raise UserError(
-                    f"--address: {address}: this cluster wants a token that is not the one here; copy the head node's "
-                    "~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN"
+                    "--address",
+                    f"{address}: this cluster wants a token that is not the one here",
+                    "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
                 ) from None
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--address: {address}: no Ray cluster answers there ({reason})") from None
+            raise UserError("--address", f"{address}: no Ray cluster answers there ({reason})") from None
     else:
         # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
@@ -177,7 +178,7 @@ def _knock(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise UserError(f"--address: {address}: no Ray cluster answers there ({error}); give HOST:PORT") from None
+        raise UserError("--address", f"{address}: no Ray cluster answers there ({error})", "give HOST:PORT") from None
 
 
 def refuse_unplaceable(ray: Any, workers: Workers) -> None:
@@ -194,9 +195,10 @@ def refuse_unplaceable(ray: Any, workers: Workers) -> None:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
-            f"--workers: {workers.what} of {each} each can never be placed: the cluster has "
-            f"{have['CPU']:g} CPU and {have['GPU']:g} GPU, room for {places} of them; ask for fewer workers, "
-            "or for less with train.cpus_per_worker"
+            "--workers",
+            f"{workers.what} of {each} each can never be placed: the cluster has {have['CPU']:g} CPU and "
+            f"{have['GPU']:g} GPU, room for {places} of them",
+            "ask for fewer workers, or for less with train.cpus_per_worker",
         )
 
 
@@ -212,7 +214,9 @@ def local_device(use_gpu: bool) -> Any:
     import torch
 
     if use_gpu and not torch.cuda.is_available():
-        raise UserError("--gpu: torch finds no GPU on this machine; leave it out, or check the driver with nvidia-smi")
+        raise UserError(
+            "--gpu", "torch finds no GPU on this machine", "leave it out, or check the driver with nvidia-smi"
+        )
     return torch.device("cuda" if use_gpu else "cpu")
 
 

@@ -24,13 +24,13 @@ class Folder:
         """`where` is a local path or a URI that pyarrow.fs knows. Raises UserError for one that it does not."""
         self.uri = str(where)
         if not self.uri:
-            raise UserError("'': not a place that can be read or written; give a directory or a URI")
+            raise UserError("''", "not a place that can be read or written", "give a directory or a URI")
         try:
             if "://" not in self.uri:
                 self.uri = str(Path(self.uri).expanduser().absolute())
             self.filesystem, self.path = fs.FileSystem.from_uri(self.uri)
         except (ArrowInvalid, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~unknown-user
-            raise UserError(f"{self.uri}: not a place that can be read or written ({error})") from None
+            raise UserError(self.uri, f"not a place that can be read or written ({error})") from None
         self.path = self.path.rstrip("/") or "/"
 
     @property
@@ -58,7 +58,7 @@ class Folder:
             if self.local and not os.access(self.local, os.W_OK):
                 raise PermissionError(f"no permission to write into {self.local}")
         except (OSError, ArrowInvalid) as error:
-            raise UserError(f"{self.uri}: cannot be written ({error}); choose another directory") from None
+            raise UserError(self.uri, f"cannot be written ({error})", "choose another directory") from None
         return self
 
     @contextmanager
@@ -75,7 +75,7 @@ class Folder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{self.uri}: another process is at work here; wait for it, or stop it first") from None
+                raise UserError(self.uri, "another process is at work here", "wait for it, or stop it first") from None
             except OSError:  # no locks on this disk
                 pass
             yield
@@ -112,7 +112,7 @@ class Folder:
         try:
             return self.filesystem.get_file_info(selector)
         except OSError as error:
-            raise UserError(f"{self.uri}: not a folder that can be read ({error}); check the path") from None
+            raise UserError(self.uri, f"not a folder that can be read ({error})", "check the path") from None
 
     def read_bytes(self, name: str) -> bytes:
         """The file's content. Raises FileNotFoundError, and UserError where it cannot be read."""
@@ -134,21 +134,23 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(self.full(name)) from None
         except OSError as error:
-            raise UserError(f"{self.uri}/{name}: cannot be read ({error}); check the path and permissions") from None
+            raise UserError(
+                f"{self.uri}/{name}", f"cannot be read ({error})", "check the path and permissions"
+            ) from None
 
     def read_text(self, name: str) -> str:
         """The file's content as UTF-8. Raises FileNotFoundError, and UserError where it cannot be read."""
         try:
             return self.read_bytes(name).decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.uri}/{name}: not UTF-8 text ({error}); restore the file") from None
+            raise UserError(f"{self.uri}/{name}", f"not UTF-8 text ({error})", "restore the file") from None
 
     def read_json(self, name: str) -> Any:
         """The file's content. Raises FileNotFoundError, and UserError where it is not JSON."""
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as error:
-            raise UserError(f"{self.uri}/{name}: not valid JSON ({error}); restore it, or delete it") from None
+            raise UserError(f"{self.uri}/{name}", f"not valid JSON ({error})", "restore it, or delete it") from None
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Write the file so that a reader, or a kill, never sees half of it."""

@@ -83,7 +83,7 @@ def _import_from_here() -> None:
     try:
         here = os.getcwd()
     except FileNotFoundError:
-        raise UserError("the current directory is gone; cd to one that exists") from None
+        raise UserError("", "the current directory is gone", "cd to one that exists") from None
     if here not in sys.path:
         sys.path.insert(0, here)
 

@@ -359,9 +359,10 @@ class ConvolutionalAdversarialSpec(AdversarialSpec):
         if height % unit or width % unit or min(height, width) < 2 * unit:
             fitting = [max(2, round(size / unit)) * unit for size in (height, width)]
             raise UserError(
-                f"model.kind: {self.kind} halves such images {halvings} times, so both sides must be multiples of "
-                f"{unit}, at least {2 * unit}, but the data has {height}x{width}; "
-                f"resize the images to {fitting[0]}x{fitting[1]}"
+                "model.kind",
+                f"{self.kind} halves such images {halvings} times, so both sides must be multiples of {unit}, at "
+                f"least {2 * unit}, but the data has {height}x{width}",
+                f"resize the images to {fitting[0]}x{fitting[1]}",
             )
 
 
@@ -393,8 +394,9 @@ class ConditionalGANSpec(ConvolutionalAdversarialSpec):
         super().check(signature)
         if signature.num_outputs < 2:
             raise UserError(
-                f"model.kind: {self.kind} needs at least 2 classes, but the data has {signature.num_outputs}; "
-                "choose another data set, or set model.kind to dcgan"
+                "model.kind",
+                f"{self.kind} needs at least 2 classes, but the data has {signature.num_outputs}",
+                "choose another data set, or set model.kind to dcgan",
             )
 
     def build_generator(self, signature: Signature) -> ConditionalGenerator:

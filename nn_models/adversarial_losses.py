@@ -19,7 +19,7 @@ from nn_models.adversarial import AdversarialSpec
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.objectives import at_least_float32
-from nn_models.spec import Spec
+from nn_models.spec import Spec, invalid
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein"]
 UNSMOOTHED = frozenset({"hinge", "wasserstein"})  # their discriminators predict no label that could be smoothed
@@ -149,26 +149,31 @@ class AdversarialObjectiveSpec(Spec):
     def _only_labels_are_smoothed(cls, label_smoothing: float, info: ValidationInfo) -> float:
         loss = info.data.get("loss")
         if label_smoothing and loss in UNSMOOTHED:
-            raise ValueError(f"the {loss} loss has no labels to smooth; set it to 0 or choose another loss")
+            raise invalid(f"the {loss} loss has no labels to smooth", "set it to 0 or choose another loss")
         return label_smoothing
 
     def check(self, model: ModelSpec) -> None:
         """Raise UserError where the model has no two halves, or cannot be trained with these terms."""
         if not isinstance(model, AdversarialSpec):
             raise UserError(
-                f"objective.kind: adversarial trains a generator and a discriminator, but {model.kind} is one net; "
-                "set model.kind to gan, dcgan, conditional_gan or pix2pix, or choose another objective"
+                "objective.kind",
+                f"adversarial trains a generator and a discriminator, but {model.kind} is one net",
+                "set model.kind to gan, dcgan, conditional_gan or pix2pix, or choose another objective",
             )
         if self.l1_weight and not model.paired:
             raise UserError(
-                f"objective.l1_weight: {self.l1_weight:g} draws each image to the true one of its pair, but "
-                f"{model.kind} makes images without pairs; set it to 0 or set model.kind to pix2pix"
+                "objective.l1_weight",
+                f"{self.l1_weight:g} draws each image to the true one of its pair, but {model.kind} makes images "
+                "without pairs",
+                "set it to 0 or set model.kind to pix2pix",
             )
         if self._penalty_weight and model.discriminator_mixes_rows:
             field, other = ("norm", "instance") if model.paired else ("discriminator_norm", "layer")
             raise UserError(
-                f"objective.gradient_penalty: {self._penalty_weight:g} needs a discriminator that judges each row by "
-                f"itself, but model.{field} is batch; set model.{field} to {other}, or objective.gradient_penalty to 0"
+                "objective.gradient_penalty",
+                f"{self._penalty_weight:g} needs a discriminator that judges each row by itself, but model.{field} is "
+                "batch",
+                f"set model.{field} to {other}, or objective.gradient_penalty to 0",
             )
 
     @property

@@ -15,6 +15,7 @@ from nn_models.errors import UserError
 from nn_models.feedforward import MLP
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
+from nn_models.spec import invalid
 
 POOLINGS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 
@@ -182,7 +183,7 @@ class SmallAlexNet(nn.Module):
 
 def _odd(size: int) -> int:
     if size % 2 == 0:
-        raise ValueError(f"must be odd, to pad both sides alike, not {size}; set {size - 1} or {size + 1}")
+        raise invalid(f"must be odd, to pad both sides alike, not {size}", f"set {size - 1} or {size + 1}")
     return size
 
 
@@ -212,8 +213,10 @@ class CNNSpec(ModelSpec):
             num_fitting = next(n for n in range(len(self.channels)) if self.pool ** (n + 1) > min(height, width))
             fix = f"shorten model.channels to {num_fitting} or lower model.pool" if num_fitting else "lower model.pool"
             raise UserError(
-                f"model.channels: {list(self.channels)} makes {len(self.channels)} poolings by {self.pool}, which need "
-                f"images of at least {min_size}x{min_size}, but the data has {height}x{width}; {fix}"
+                "model.channels",
+                f"{list(self.channels)} makes {len(self.channels)} poolings by {self.pool}, which need images of at "
+                f"least {min_size}x{min_size}, but the data has {height}x{width}",
+                fix,
             )
 
     def build(self, signature: Signature) -> CNN:
@@ -254,8 +257,9 @@ class AlexNetSpec(ModelSpec):
             small_fits = min(height, width) >= SmallAlexNet.min_size
             fix = "set model.variant to small" if small_fits else "set model.kind to cnn, or enlarge the images"
             raise UserError(
-                f"model.variant: {self.variant} needs images of at least {min_size}x{min_size}, "
-                f"but the data has {height}x{width}; {fix}"
+                "model.variant",
+                f"{self.variant} needs images of at least {min_size}x{min_size}, but the data has {height}x{width}",
+                fix,
             )
 
     def build(self, signature: Signature) -> AlexNet | SmallAlexNet:

@@ -13,11 +13,12 @@ from torch import nn
 from nn_models.errors import UserError, did_you_mean
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
+from nn_models.spec import invalid
 
 
 def _module_and_name(target: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", target):
-        raise ValueError(f"must name a module and a class in it, like my_package.nets:MyNet, not {target!r}")
+        raise invalid(f"must name a module and a class in it, like my_package.nets:MyNet, not {target!r}")
     return target
 
 
@@ -53,7 +54,7 @@ class CustomSpec(ModelSpec):
         except TypeError as error:
             raise self._refusal(error) from error
         if not isinstance(model, nn.Module):
-            raise UserError(f"model.target: {self.target} returned {model!r}; it must return a torch.nn.Module")
+            raise UserError("model.target", f"{self.target} returned {model!r}", "it must return a torch.nn.Module")
         return model
 
     def _find_target(self) -> Callable[..., Any]:
@@ -62,25 +63,27 @@ class CustomSpec(ModelSpec):
             module = importlib.import_module(path)
         except ImportError as error:
             raise UserError(
-                f"model.target: cannot import {path}: {error}; install it, or put its folder on PYTHONPATH"
+                "model.target", f"cannot import {path}: {error}", "install it, or put its folder on PYTHONPATH"
             ) from error
         except (Exception, SystemExit) as error:  # the module may do anything
             raise UserError(
-                f"model.target: importing {path} failed ({type(error).__name__}: {error}); mend that module"
+                "model.target", f"importing {path} failed ({type(error).__name__}: {error})", "mend that module"
             ) from error
         if not hasattr(module, name):
             callables = [known for known, value in vars(module).items() if _makes_modules(value)]
-            raise UserError(f"model.target: {path} has no {name}; {did_you_mean(name, callables)}")
+            raise UserError("model.target", f"{path} has no {name}", did_you_mean(name, callables))
         target = getattr(module, name)
         if inspect.isfunction(target) and not _makes_modules(target):
             raise UserError(
-                f"model.target: {self.target} is a function not annotated to return a torch.nn.Module, so it is not "
-                f"called; write `def {name}(…) -> nn.Module:`"
+                "model.target",
+                f"{self.target} is a function not annotated to return a torch.nn.Module, so it is not called",
+                f"write `def {name}(…) -> nn.Module:`",
             )
         if not _makes_modules(target):
             raise UserError(
-                f"model.target: {self.target} is {target!r}; "
-                "name a class derived from torch.nn.Module, or a function annotated to return one"
+                "model.target",
+                f"{self.target} is {target!r}",
+                "name a class derived from torch.nn.Module, or a function annotated to return one",
             )
         return target
 
@@ -89,7 +92,7 @@ class CustomSpec(ModelSpec):
         return ({"signature": signature} if wants_signature else {}) | self.arguments
 
     def _refusal(self, error: TypeError) -> UserError:
-        return UserError(f"model.arguments: {self.target} does not take {self.arguments}: {error}")
+        return UserError("model.arguments", f"{self.target} does not take {self.arguments}: {error}")
 
 
 def _makes_modules(target: Any) -> bool:

@@ -19,8 +19,10 @@ class ModelSpec(Spec):
         """Raise UserError where the model cannot read such rows."""
         if signature.input_kind not in self.accepts:
             raise UserError(
-                f"model.kind: {self.kind} reads {' or '.join(sorted(self.accepts))} input, but the data has "
-                f"{signature.input_kind} input of shape {signature.input_shape}; choose another model or data set"
+                "model.kind",
+                f"{self.kind} reads {' or '.join(sorted(self.accepts))} input, but the data has "
+                f"{signature.input_kind} input of shape {signature.input_shape}",
+                "choose another model or data set",
             )
 
     def build(self, signature: Signature) -> "nn.Module":

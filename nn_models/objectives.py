@@ -125,8 +125,9 @@ class ObjectiveSpec(Spec):
         """Raise UserError where the model is not one net."""
         if isinstance(model, AdversarialSpec):
             raise UserError(
-                f"objective.kind: {self.kind} trains one net, but {model.kind} is a generator and a discriminator; "
-                "set objective.kind to adversarial"
+                "objective.kind",
+                f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
+                "set objective.kind to adversarial",
             )
 
     def build(self, num_outputs: int) -> Objective:
@@ -145,8 +146,9 @@ class ClassificationSpec(ObjectiveSpec):
         """The objective for `num_outputs` classes."""
         if num_outputs < 2:
             raise UserError(
-                f"objective.kind: classification needs at least 2 classes, but the data has {num_outputs}; "
-                "choose another data set, or set objective.kind to regression"
+                "objective.kind",
+                f"classification needs at least 2 classes, but the data has {num_outputs}",
+                "choose another data set, or set objective.kind to regression",
             )
         return Classification(num_outputs, label_smoothing=self.label_smoothing)
 

@@ -180,20 +180,24 @@ class Pix2PixSpec(AdversarialSpec):
         super().check(signature)
         if signature.condition_shape is None:
             raise UserError(
-                f"model.kind: {self.kind} turns one image into another, but the data has only one image a row; "
-                "choose a data set of image pairs, or set model.kind to dcgan"
+                "model.kind",
+                f"{self.kind} turns one image into another, but the data has only one image a row",
+                "choose a data set of image pairs, or set model.kind to dcgan",
             )
         _, height, width = signature.input_shape
         if len(signature.condition_shape) != 3 or signature.condition_shape[1:] != (height, width):
             raise UserError(
-                f"model.kind: {self.kind} needs both images of a pair in one size, but the data has shapes "
-                f"{signature.condition_shape} and {signature.input_shape}; resize one of them"
+                "model.kind",
+                f"{self.kind} needs both images of a pair in one size, but the data has shapes "
+                f"{signature.condition_shape} and {signature.input_shape}",
+                "resize one of them",
             )
         min_size = 6  # for the discriminator's stride 1 convolutions, after one halving
         if min(height, width) < min_size:
             raise UserError(
-                f"model.kind: {self.kind} needs images of at least {min_size}x{min_size}, but the data has "
-                f"{height}x{width}; enlarge the images"
+                "model.kind",
+                f"{self.kind} needs images of at least {min_size}x{min_size}, but the data has {height}x{width}",
+                "enlarge the images",
             )
         for field, value, largest, min_size in (
             ("levels", self.levels, _log2(min(height, width)), 2 ** (self.levels or 1)),
@@ -201,8 +205,10 @@ class Pix2PixSpec(AdversarialSpec):
         ):
             if value is not None and value > largest:
                 raise UserError(
-                    f"model.{field}: {value} halvings need images of at least {min_size}x{min_size}, but the data has "
-                    f"{height}x{width}; lower model.{field} to {largest} or leave it out"
+                    f"model.{field}",
+                    f"{value} halvings need images of at least {min_size}x{min_size}, but the data has "
+                    f"{height}x{width}",
+                    f"lower model.{field} to {largest} or leave it out",
                 )
 
     def build_generator(self, signature: Signature) -> UNet:

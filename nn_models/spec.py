@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from nn_models.errors import UserError, did_you_mean
+from nn_models.errors import Problem, ProblemKind, UserError, did_you_mean
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
     pass
@@ -29,18 +29,13 @@ class Spec(BaseModel):
         if isinstance(data, Mapping):
             for field, value in data.items():
                 if field not in cls.model_fields:  # pydantic would not suggest the right name
-                    raise PydanticCustomError(
-                        "manta_field",
-                        "unknown field; {hint}",
-                        {"field": str(field), "hint": did_you_mean(str(field), cls.model_fields)},
-                    )
+                    hint = did_you_mean(str(field), cls.model_fields)
+                    raise invalid("unknown field", hint, field=str(field), kind="unknown field")
                 items = value if isinstance(value, (list, tuple)) else [value]
                 misread = [item for item in items if isinstance(item, bool)]
                 if misread and not _takes_bool(cls.model_fields[field].annotation):
                     # pydantic would take `epochs: true` as 1
-                    raise PydanticCustomError(
-                        "manta_field", "must not be {value}", {"field": str(field), "value": str(misread[0]).lower()}
-                    )
+                    raise invalid(f"must not be {str(misread[0]).lower()}", field=str(field))
         return data
 
     def model_post_init(self, context: Any) -> None:
@@ -53,16 +48,29 @@ def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(_takes_bool(inner) for inner in get_args(annotation))
 
 
+def invalid(
+    message: str, fix: str | None = None, *, field: str = "", kind: ProblemKind | None = None
+) -> PydanticCustomError:
+    """What a validator raises, for `validate` to tell the user.
+
+    `field` is the dotted path of what is wrong within what is being validated; empty for that itself.
+    """
+    return PydanticCustomError(
+        "manta_field",
+        "{text}",
+        {"text": f"{message}; {fix}" if fix else message, "field": field, "message": message, "fix": fix, "kind": kind},
+    )
+
+
 def validate(kind: type[T] | Any, data: Any, *, prefix: str = "") -> T:
     """`data` as a `kind` (a Spec class or a union of them).
 
-    Raises UserError with one line a problem: dotted path, what is wrong, how to mend it.
+    Raises UserError with all problems: the dotted path of each, what is wrong there and how to mend it.
     """
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError as error:
-        lines = [_explain(problem, data, prefix) for problem in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError.of(_explain(problem, data, prefix) for problem in error.errors()) from None
 
 
 def override(spec: SpecT, changes: Mapping[str, Any]) -> SpecT:
@@ -81,7 +89,10 @@ def override(spec: SpecT, changes: Mapping[str, Any]) -> SpecT:
                 place[section] = {} if here is None else _plain(here)
             place = place[section]
             if not isinstance(place, dict):
-                raise UserError(f"{path}: {'.'.join(sections[:depth])} is a value, not a section; set it as a whole")
+                value_there = ".".join(sections[:depth])
+                raise UserError(
+                    path, f"{value_there} is a value, not a section", "set it as a whole", kind="not a section"
+                )
         place[field] = _plain(value)
     return validate(type(spec), data)
 
@@ -91,30 +102,31 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="python", exclude_unset=True) if isinstance(value, Spec) else copy.deepcopy(value)
 
 
-def _explain(problem: Any, data: Any, prefix: str) -> str:
-    """One line for one of pydantic's problems."""
+def _explain(problem: Any, data: Any, prefix: str) -> Problem:
+    """One of pydantic's problems in our words."""
     context = problem.get("ctx") or {}
     path = _without_tags(problem["loc"], data)
     kind, value, message = problem["type"], problem["input"], problem["msg"]
     if kind == "manta_field":
-        path.append(context["field"])
-        return f"{_dotted(prefix, path)}: {message}"
+        path += filter(None, [context["field"]])
+        return Problem(_dotted(prefix, path), context["message"], context["fix"], context["kind"])
     if kind == "missing":
-        return f"{_dotted(prefix, path)}: missing; it has no default, so set it"
+        return Problem(_dotted(prefix, path), "missing", "it has no default, so set it")
     if kind == "union_tag_not_found":
-        return f"{_dotted(prefix, [*path, 'kind'])}: missing; say which kind it is"
+        return Problem(_dotted(prefix, [*path, "kind"]), "missing", "say which kind it is")
     if kind == "union_tag_invalid":
         known = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
+        message = f"unknown kind {context['tag']!r}"
         hint = did_you_mean(str(context["tag"]), known)
-        return f"{_dotted(prefix, [*path, 'kind'])}: unknown kind {context['tag']!r}; {hint}"
+        return Problem(_dotted(prefix, [*path, "kind"]), message, hint, "unknown kind")
     if kind == "value_error":
-        return f"{_dotted(prefix, path)}: {context['error']}"
+        return Problem(_dotted(prefix, path), str(context["error"]))
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "must be a section of fields"
     if kind in ("list_type", "tuple_type"):
         message = "must be a list"
     message = message.replace("Input should be", "must be")
-    return f"{_dotted(prefix, path)}: {message[0].lower()}{message[1:]}, not {value!r}"
+    return Problem(_dotted(prefix, path), f"{message[0].lower()}{message[1:]}, not {value!r}")
 
 
 def _without_tags(location: tuple[int | str, ...], data: Any) -> list[str]:

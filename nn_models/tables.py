@@ -39,7 +39,7 @@ def field_table(kind: str) -> list[FieldRow]:
     Raises UserError where there is no such kind.
     """
     if kind not in MODELS:
-        raise UserError(f"{kind}: unknown kind of model; {did_you_mean(kind, MODELS)}")
+        raise UserError(kind, "unknown kind of model", did_you_mean(kind, MODELS))
     schema = MODELS[kind].model_json_schema()
     return [
         FieldRow(

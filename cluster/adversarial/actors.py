@@ -370,7 +370,7 @@ def _worst(errors: Sequence[Exception]) -> Exception:
     causes = [getattr(error, "cause", None) or error for error in errors]
     for cause in causes:
         if isinstance(cause, UserError):
-            return UserError(str(cause))
+            return UserError.of(cause.problems)
     dead = [
         error
         for error in errors

@@ -192,7 +192,7 @@ def _restored(place: Folder, manifest: Manifest) -> Features:
     try:
         model, saved = restore_model(place, RunDirectory(place).recipe(f"model/{RECIPE}"))
     except UserError as error:
-        raise UserError(f"{place}: the classifier in here cannot be used ({error}); {fix}") from None
+        raise UserError(str(place), f"the classifier in here cannot be used ({error})", fix) from None
     if saved.manifest != manifest.model_copy(update={"splits": {}}) or not isinstance(model, CNN):
-        raise UserError(f"{place}: the classifier in here was trained on other data; {fix}")
+        raise UserError(str(place), "the classifier in here was trained on other data", fix)
     return Features(saved.manifest, model)

@@ -13,5 +13,7 @@ def cache_root() -> Path:
         place = place.expanduser().absolute()
         place.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"MANTA_CACHE: {place} cannot be written ({error}); set it to a writable directory") from None
+        raise UserError(
+            "MANTA_CACHE", f"{place} cannot be written ({error})", "set it to a writable directory"
+        ) from None
     return place

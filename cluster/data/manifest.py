@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from cluster.storage import Folder
 from nn_models.errors import UserError
 from nn_models.signature import Signature
-from nn_models.spec import Spec, validate
+from nn_models.spec import Spec, invalid, validate
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
@@ -28,7 +28,7 @@ class Shard(Spec):
     @model_validator(mode="after")
     def _rows_add_up(self) -> Self:
         if sum(self.row_groups) != self.rows:
-            raise ValueError(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}; prepare the data again")
+            raise invalid(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}", "prepare the data again")
         return self
 
 
@@ -55,13 +55,13 @@ class Manifest(Spec):
     @model_validator(mode="after")
     def _fits_itself(self) -> Self:
         if len(self.input_shape) not in (1, 3) or {len(self.mean), len(self.std)} != {self.input_shape[0]}:
-            raise ValueError("input_shape, mean and std do not fit each other; prepare the data again")
+            raise invalid("input_shape, mean and std do not fit each other", "prepare the data again")
         if self.condition_shape and (self.condition_shape[1:] != self.input_shape[1:] or self.input_dtype != "uint8"):
-            raise ValueError("condition_shape and the input do not fit each other; prepare the data again")
+            raise invalid("condition_shape and the input do not fit each other", "prepare the data again")
         if self.target_kind == "label" and len(self.class_names) != self.num_outputs:
-            raise ValueError("num_outputs is not the number of class_names; prepare the data again")
+            raise invalid("num_outputs is not the number of class_names", "prepare the data again")
         if unknown := set(self.splits) - set(SPLITS):
-            raise ValueError(f"unknown splits {', '.join(sorted(unknown))}; prepare the data again")
+            raise invalid(f"unknown splits {', '.join(sorted(unknown))}", "prepare the data again")
         return self
 
     @property
@@ -96,5 +96,5 @@ def read_manifest(folder: Folder) -> Manifest:
         content = folder.read_json(MANIFEST)
     except FileNotFoundError:
         fix = "prepare the data with `manta data prepare SOURCE --out PATH`"
-        raise UserError(f"{folder}: no prepared data set here ({MANIFEST} is missing); {fix}") from None
+        raise UserError(str(folder), f"no prepared data set here ({MANIFEST} is missing)", fix) from None
     return validate(Manifest, content, prefix=f"{folder}/{MANIFEST}")

@@ -140,8 +140,10 @@ class LaneOrder:
         """The lanes of this rank. Raises UserError where there are fewer lanes than ranks."""
         if world_size > self.num_lanes:
             raise UserError(
-                f"data.shuffle_window: {world_size} workers cannot share {self.num_lanes} lanes of row groups; use at "
-                f"most {self.num_lanes} workers, raise train.global_batch_size, or prepare more or smaller row groups"
+                "data.shuffle_window",
+                f"{world_size} workers cannot share {self.num_lanes} lanes of row groups",
+                f"use at most {self.num_lanes} workers, raise train.global_batch_size, or prepare more or smaller row "
+                "groups",
             )
         return range(*bounds(self.num_lanes, world_size, rank))
 
@@ -211,7 +213,9 @@ def held(manifest: Manifest, split: str, window: int | None) -> bool:
         return shuffle_window(manifest, window) is None
     if manifest.rows(split) * manifest.row_bytes > HELD_BYTES:
         raise UserError(
-            f"data: the {split} split has {manifest.rows(split)} rows of {manifest.row_bytes} bytes, more than the "
-            f"{HELD_BYTES >> 30} GiB that are held in memory; hold out less"
+            "data",
+            f"the {split} split has {manifest.rows(split)} rows of {manifest.row_bytes} bytes, more than the "
+            f"{HELD_BYTES >> 30} GiB that are held in memory",
+            "hold out less",
         )
     return True

@@ -91,11 +91,11 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
     `mapper` converts parts elsewhere (Ray Data for large sources). Raises UserError for bad content.
     """
     if not isinstance(spec, SplitSpec):
-        raise UserError(f"data.kind: {spec.kind} is prepared already; prepare another source")
+        raise UserError("data.kind", f"{spec.kind} is prepared already", "prepare another source")
     source = spec.open()
     out.create()
     if out.names():
-        raise UserError(f"{out}: not empty; choose a new folder, or delete this one")
+        raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
     slots = _deal(source, spec)
     converted = list(mapper(partial(convert, source, out), slots))
     manifest = Manifest(
@@ -133,8 +133,10 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
             splits[shuffled[num_test : num_test + num_validation]] = SPLITS.index("validation")
             if num_test + num_validation >= num_rows:
                 raise UserError(
-                    f"data: of {num_rows} rows none is left to train on, with {num_validation} for validation and "
-                    f"{num_test} for test; lower validation_fraction or test_fraction, or add rows"
+                    "data",
+                    f"of {num_rows} rows none is left to train on, with {num_validation} for validation and "
+                    f"{num_test} for test",
+                    "lower validation_fraction or test_fraction, or add rows",
                 )
         ids = np.empty(num_rows, np.int64)
         for split in range(len(SPLITS)):

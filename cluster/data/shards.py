@@ -73,7 +73,7 @@ class DataSet:
             raise self._damaged(shard, f"has {size} bytes where the manifest says {shard.bytes}")
 
     def _damaged(self, shard: Shard, what: str) -> UserError:
-        return UserError(f"{self.folder}/{shard.file}: the shard {what}; {self.fix}")
+        return UserError(f"{self.folder}/{shard.file}", f"the shard {what}", self.fix)
 
     @property
     def fix(self) -> str:

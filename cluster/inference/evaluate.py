@@ -34,14 +34,15 @@ def evaluate_run(
     ours, theirs = saved.manifest, other.manifest
     have, want = _row(theirs), _row(ours)
     if have != want:
-        raise UserError(f"--data: the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
+        raise UserError("--data", f"the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
     if ours.class_names != theirs.class_names:
         raise UserError(
-            f"--data: the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
-            f"({', '.join(ours.class_names[:5])}, …)"
+            "--data",
+            f"the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
+            f"({', '.join(ours.class_names[:5])}, …)",
         )
     if not theirs.rows(split):
-        raise UserError(f"--split: {source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
+        raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
     if recipe.adversarial is not None:
         from cluster.adversarial.features import open_features
@@ -49,8 +50,9 @@ def evaluate_run(
 
         if not theirs.rows("train"):
             raise UserError(
-                f"--data: {source.kind} has no training rows; the quality of what is made is measured by a classifier "
-                "of them, so add some"
+                "--data",
+                f"{source.kind} has no training rows",
+                "the quality of what is made is measured by a classifier of them, so add some",
             )
         found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
         rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split), theirs.rows("train"))

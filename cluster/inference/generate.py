@@ -41,14 +41,16 @@ def generate(
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     if recipe.adversarial is None:
-        raise UserError(f"{run}: a {recipe.model.kind}, which generates nothing; give the run of a GAN")
+        raise UserError(run, f"a {recipe.model.kind}, which generates nothing", "give the run of a GAN")
     halves, manifest = restored_halves(folder, recipe)
     model = described(recipe)[0]
     if label is not None and not model.conditional:
-        raise UserError(f"--label: {model.kind} makes rows without labels; leave it out, or train a conditional_gan")
+        raise UserError(
+            "--label", f"{model.kind} makes rows without labels", "leave it out, or train a conditional_gan"
+        )
     most = MOST_NUMBERS // math.prod(manifest.input_shape)
     if not 1 <= num <= most:
-        raise UserError(f"--num: {num} rows of {manifest.input_shape}; from 1 to {most} can be made at once")
+        raise UserError("--num", f"{num} rows of {manifest.input_shape}; from 1 to {most} can be made at once")
     condition = given = true = num_classes = None
     if model.paired:
         data = prepared(recipe.data)
@@ -56,11 +58,11 @@ def generate(
             manifest.input_shape,
             manifest.condition_shape,
         ):
-            raise UserError(f"{run}: {recipe.data.kind} no longer holds pairs of the size that this run was trained on")
+            raise UserError(run, f"{recipe.data.kind} no longer holds pairs of the size that this run was trained on")
         split = "test" if data.manifest.rows("test") else "validation"
         if num > data.manifest.rows(split):
             raise UserError(
-                f"--num: {num} images, but the {split} split has only {data.manifest.rows(split)} to start from"
+                "--num", f"{num} images, but the {split} split has only {data.manifest.rows(split)} to start from"
             )
         rows = some_rows(data, split, num)
         assert rows.condition is not None  # the model was trained on pairs
@@ -82,4 +84,4 @@ def _class(label: str, manifest: Manifest) -> int:
         return names.index(label)
     if label.isdecimal() and int(label) < len(names):
         return int(label)
-    raise UserError(f"--label: {label!r} is no class of this run's data; {did_you_mean(label, names)}")
+    raise UserError("--label", f"{label!r} is no class of this run's data", did_you_mean(label, names))

@@ -28,9 +28,9 @@ class QualitySpec(Spec):
         rows = min(self.num_images, manifest.rows(split), manifest.rows("train"))
         if rows < 2:
             raise UserError(
-                f"adversarial.quality: needs 2 rows at least, but {split} has {manifest.rows(split)} and train "
-                f"{manifest.rows('train')}; add rows, or hold out more with data.validation_fraction or "
-                "data.test_fraction"
+                "adversarial.quality",
+                f"needs 2 rows at least, but {split} has {manifest.rows(split)} and train {manifest.rows('train')}",
+                "add rows, or hold out more with data.validation_fraction or data.test_fraction",
             )
         return rows
 

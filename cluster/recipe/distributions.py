@@ -31,9 +31,11 @@ INWARD = 1e-9  # share of a range between a bound and where it is probed: bounds
 class BadDistribution(Exception):
     """A distribution that cannot be; `where` is the place within it, such as `choice.0.lr.uniform`, or empty."""
 
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, where: str, message: str, fix: str | None = None) -> None:
+        super().__init__(where, message, fix)
         self.where = where
+        self.message = message
+        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def parse(raw: Any) -> Distribution:
     if not isinstance(raw, Mapping) or len(raw) != 1:
         raise BadDistribution(
             "",
-            f"must be one distribution, such as {{choice: [1, 2]}} or {{loguniform: [1e-4, 1e-1]}}, not {raw!r}; "
+            f"must be one distribution, such as {{choice: [1, 2]}} or {{loguniform: [1e-4, 1e-1]}}, not {raw!r}",
             "what is the same in all trials belongs in the recipe, outside sweep",
         )
     (word,) = raw
@@ -190,7 +192,7 @@ def parse(raw: Any) -> Distribution:
         hint = did_you_mean(str(word), PARSERS)
         if isinstance(raw[word], Mapping):
             hint = "paths are written with dots, such as optimizer.lr"
-        raise BadDistribution("", f"unknown distribution {word!r}; {hint}")
+        raise BadDistribution("", f"unknown distribution {word!r}", hint)
     return PARSERS[word](raw[word], word)
 
 
@@ -247,7 +249,7 @@ def _choice(raw: Any, where: str) -> Choice:
     if not isinstance(raw, (list, tuple)):
         raise BadDistribution(where, f"must be a list of what to choose from, not {raw!r}")
     if not raw:
-        raise BadDistribution(where, "there is nothing to choose from; list the values to try")
+        raise BadDistribution(where, "there is nothing to choose from", "list the values to try")
     options = tuple(_tree(option, f"{where}.{index}") for index, option in enumerate(raw))
     return Choice(options, "grid" if where.endswith("grid") else "choice")
 
@@ -256,14 +258,14 @@ def _uniform(raw: Any, where: str) -> Uniform:
     low, high = _numbers(raw, where, "two bounds, as in [0.1, 0.9]", 2)
     _refuse_no_range(where, low, high)
     if not math.isfinite(high - low):
-        raise BadDistribution(where, f"the range from {low:g} to {high:g} is too large; narrow it")
+        raise BadDistribution(where, f"the range from {low:g} to {high:g} is too large", "narrow it")
     return Uniform(float(low), float(high))
 
 
 def _loguniform(raw: Any, where: str) -> Uniform:
     low, high = _numbers(raw, where, "two bounds, as in [1e-4, 1e-1]", 2)
     if low <= 0:
-        raise BadDistribution(where, f"the lower bound {low:g} has no logarithm; set it above 0, or use uniform")
+        raise BadDistribution(where, f"the lower bound {low:g} has no logarithm", "set it above 0, or use uniform")
     _refuse_no_range(where, low, high)
     return Uniform(float(low), float(high), log=True)
 
@@ -277,23 +279,23 @@ def _quniform(raw: Any, where: str) -> Multiples:
     last = math.floor(_exact(high) / _exact(q))
     if first > last:
         raise BadDistribution(
-            where, f"no multiple of {q:g} lies between {low:g} and {high:g}; widen the bounds or lower the step"
+            where, f"no multiple of {q:g} lies between {low:g} and {high:g}", "widen the bounds or lower the step"
         )
     if last - first >= 2**53:  # more values than there are floats in the range
-        raise BadDistribution(where, f"the step {q:g} is nothing beside the range; use uniform")
+        raise BadDistribution(where, f"the step {q:g} is nothing beside the range", "use uniform")
     return Multiples(q, first, last)
 
 
 def _randint(raw: Any, where: str) -> Integers:
     low, high = _numbers(raw, where, "two integers, as in [1, 5]", 2)
     if low != int(low) or high != int(high):
-        raise BadDistribution(where, f"the bounds must be integers, not {list(raw)!r}; use uniform for other numbers")
+        raise BadDistribution(where, f"the bounds must be integers, not {list(raw)!r}", "use uniform for other numbers")
     if max(abs(low), abs(high)) > 2**53:
         raise BadDistribution(where, f"the bounds must not be beyond {2**53}, not {list(raw)!r}")
     if low >= high:
         raise BadDistribution(
             where,
-            f"no integer is from {low:g} to below {high:g}: the upper bound is not included; "
+            f"no integer is from {low:g} to below {high:g}: the upper bound is not included",
             f"set it to {int(max(low, high)) + 1} at least",
         )
     return Integers(int(low), int(high))
@@ -337,9 +339,9 @@ def _number(item: Any) -> Any:
 
 def _refuse_no_range(where: str, low: Number, high: Number) -> None:
     if low > high:
-        raise BadDistribution(where, f"the lower bound {low:g} is above the upper one {high:g}; swap them")
+        raise BadDistribution(where, f"the lower bound {low:g} is above the upper one {high:g}", "swap them")
     if low == high:
-        raise BadDistribution(where, f"both bounds are {low:g}; widen them, or set the value in the recipe itself")
+        raise BadDistribution(where, f"both bounds are {low:g}", "widen them, or set the value in the recipe itself")
 
 
 def _is_number(value: Any) -> bool:

@@ -56,7 +56,7 @@ def parse_yaml(text: str, *, name: str) -> Any:
         return yaml.load(text, _Loader)  # _Loader is a SafeLoader
     # PyYAML lets out what its constructors run into: a date of 2020-99-99, "!!float x", a thousand brackets
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(name, f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -88,14 +88,14 @@ def _from_file(source: str) -> Recipe:
         text = _read(source, path.read_bytes)
     else:
         if path.suffix in (".yaml", ".yml") or "/" in source:
-            raise UserError(f"{source}: no such recipe file; `manta recipes` lists the built-in ones")
+            raise UserError(source, "no such recipe file", "`manta recipes` lists the built-in ones")
         built_in = builtin_recipes()
         if source not in built_in:
-            raise UserError(f"{source}: no such recipe or file; {did_you_mean(source, built_in)}")
+            raise UserError(source, "no such recipe or file", did_you_mean(source, built_in))
         text = built_in[source]
     data = parse_yaml(text, name=source)
     if not isinstance(data, Mapping):
-        raise UserError(f"{source}: a recipe is a mapping with the sections model and data, not {data!r}")
+        raise UserError(source, f"a recipe is a mapping with the sections model and data, not {data!r}")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")
     return validate(Recipe, {"name": name, **data} if name else data)
 
@@ -104,7 +104,7 @@ def _read(source: str, read: Callable[..., bytes], *arguments: str) -> str:
     try:
         return read(*arguments).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a recipe file that can be read ({error})") from None
+        raise UserError(source, f"not a recipe file that can be read ({error})") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from nn_models.spec import Spec
+from nn_models.spec import Spec, invalid
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Parameters = Iterable[torch.nn.Parameter]
@@ -25,7 +25,7 @@ class SGDSpec(Spec):
     @model_validator(mode="after")
     def _nesterov_looks_ahead_along_the_momentum(self) -> Self:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum; set momentum, for instance to 0.9, or nesterov to false")
+            raise invalid("nesterov needs a momentum", "set momentum, for instance to 0.9, or nesterov to false")
         return self
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:

@@ -93,29 +93,33 @@ class Recipe(Spec):
             self._check_adversarial()
         self._check_changes()
         if not manifest.rows("train"):
-            raise UserError(f"data: {self.data.kind} has no training rows; add some")
+            raise UserError("data", f"{self.data.kind} has no training rows", "add some")
         if self.adversarial is not None:
             for split in ("validation", "test") if manifest.rows("test") else ("validation",):
                 self.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
         if self.data.augment and (manifest.input_dtype != "uint8" or len(manifest.input_shape) != 3):
-            raise UserError(f"data.augment: {self.data.kind} has no images to change; leave it out")
+            raise UserError("data.augment", f"{self.data.kind} has no images to change", "leave it out")
         if manifest.condition_shape and (odd := [a.kind for a in self.data.augment if not isinstance(a, MOVING)]):
             raise UserError(
-                f"data.augment: {', '.join(odd)} would not change both images of a pair alike; leave it out, and use "
-                f"{', '.join(spec.model_fields['kind'].default for spec in MOVING)}"
+                "data.augment",
+                f"{', '.join(odd)} would not change both images of a pair alike",
+                f"leave it out, and use {', '.join(spec.model_fields['kind'].default for spec in MOVING)}",
             )
         self.model.check(manifest.signature)
 
     def _check_target(self, objective: ObjectiveSpec, manifest: Manifest) -> None:
         if objective.target_kind != manifest.target_kind:
             raise UserError(
-                f"objective.kind: {objective.kind} needs a {objective.target_kind} to predict, but "
-                f"{self.data.kind} has a {manifest.target_kind}; choose another objective"
+                "objective.kind",
+                f"{objective.kind} needs a {objective.target_kind} to predict, but {self.data.kind} has a "
+                f"{manifest.target_kind}",
+                "choose another objective",
             )
         if self.adversarial is not None:
             raise UserError(
-                f"adversarial: the objective {objective.kind} has no two halves; leave this section out, or set "
-                "objective.kind to adversarial"
+                "adversarial",
+                f"the objective {objective.kind} has no two halves",
+                "leave this section out, or set objective.kind to adversarial",
             )
         objective.build(manifest.num_outputs)  # refuses a number of outputs that makes no sense
 
@@ -124,18 +128,21 @@ class Recipe(Spec):
             for path in change.set:
                 if path.split(".")[0] not in CHANGEABLE or path in CHANGEABLE or path.endswith(".kind"):
                     raise UserError(
-                        f"changes: {path} cannot change in mid-training; leave it out (fields of "
-                        f"{', '.join(CHANGEABLE)} can)"
+                        "changes",
+                        f"{path} cannot change in mid-training",
+                        f"leave it out (fields of {', '.join(CHANGEABLE)} can)",
                     )
             self.at(change.epoch)  # refuses values that are wrong
         if self.changes and self.adversarial is not None:
-            raise UserError("changes: the halves of a GAN keep their values; leave this section out")
+            raise UserError("changes", "the halves of a GAN keep their values", "leave this section out")
 
     def _check_adversarial(self) -> None:
         if self.train.accumulation > 1:
             raise UserError(
-                f"train.accumulation: {self.train.accumulation} pieces; the halves of a GAN take each batch at once, "
-                "so set it to 1, and lower train.global_batch_size or use more workers"
+                "train.accumulation",
+                f"{self.train.accumulation} pieces",
+                "the halves of a GAN take each batch at once, so set it to 1, and lower train.global_batch_size or "
+                "use more workers",
             )
 
 

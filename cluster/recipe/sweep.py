@@ -3,10 +3,9 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from cluster.recipe.distributions import BadDistribution, Choice, parse, walk
-from nn_models.spec import Spec
+from nn_models.spec import Spec, invalid
 
 # Sections whose fields, but for the kind, may change in mid-training: they shape no weights, nothing that
 # places in the order of rows refer to. What population-based training mutates, a recipe's `changes` can replay.
@@ -18,15 +17,8 @@ def _distribution(raw: Any) -> Any:
     try:
         parse(raw)
     except BadDistribution as problem:
-        if problem.where:
-            raise _problem(problem.where, str(problem)) from None
-        raise ValueError(str(problem)) from None
+        raise invalid(problem.message, problem.fix, field=problem.where) from None
     return raw
-
-
-def _problem(field: str, message: str) -> PydanticCustomError:
-    """An error at a dotted path within what is being validated (see nn_models.spec)."""
-    return PydanticCustomError("manta_field", "{message}", {"field": field, "message": message})
 
 
 class SweepSpec(Spec):
@@ -68,18 +60,18 @@ class SweepSpec(Spec):
     @classmethod
     def _paths(cls, space: dict[str, Any]) -> dict[str, Any]:
         if not space:
-            raise ValueError("is empty; give it a path and its distribution, such as optimizer.lr: {uniform: [0.1, 1]}")
+            raise invalid("is empty", "give it a path and its distribution, such as optimizer.lr: {uniform: [0.1, 1]}")
         for path in space:
             if not all(part and part == part.strip() for part in path.split(".")):
-                raise ValueError(f"{path!r} is not a path; write it with dots, such as optimizer.lr")
+                raise invalid(f"{path!r} is not a path", "write it with dots, such as optimizer.lr")
             if path.split(".")[0] == "sweep":
-                raise _problem(path, "a trial has no sweep of its own; choose a path of another section")
+                raise invalid("a trial has no sweep of its own", "choose a path of another section", field=path)
             above = next((other for other in space if path.startswith(f"{other}.")), None)
             if above:
-                raise _problem(
-                    path,
-                    f"lies within {above}, which is in the space as well; put it into the sections that are chosen "
-                    "from there, or leave one out",
+                raise invalid(
+                    f"lies within {above}, which is in the space as well",
+                    "put it into the sections that are chosen from there, or leave one out",
+                    field=path,
                 )
         return space
 
@@ -87,16 +79,16 @@ class SweepSpec(Spec):
     def _searcher_can_enumerate(self) -> Self:
         for name, distribution in self._distributions():
             if self.searcher == "grid" and not isinstance(distribution, Choice):
-                raise _problem(
-                    f"space.{name}",
-                    f"{distribution.word} has no points to try one by one; list values with grid, or set "
-                    "sweep.searcher to random",
+                raise invalid(
+                    f"{distribution.word} has no points to try one by one",
+                    "list values with grid, or set sweep.searcher to random",
+                    field=f"space.{name}",
                 )
             if self.searcher != "grid" and distribution.word == "grid":
-                raise _problem(
-                    f"space.{name}",
-                    f"all values of a grid are tried by the searcher grid only, not by {self.searcher}; set "
-                    "sweep.searcher to grid, or write choice",
+                raise invalid(
+                    f"all values of a grid are tried by the searcher grid only, not by {self.searcher}",
+                    "set sweep.searcher to grid, or write choice",
+                    field=f"space.{name}",
                 )
         return self
 
@@ -105,13 +97,15 @@ class SweepSpec(Spec):
         if self.scheduler != "pbt":
             return self
         if self.num_trials == 1:
-            raise _problem("num_trials", "pbt needs 2 trials at least, one to learn from; set more, or scheduler: none")
+            raise invalid(
+                "pbt needs 2 trials at least, one to learn from", "set more, or scheduler: none", field="num_trials"
+            )
         for path in self.space:
             if not _is_mutable(path):
-                raise _problem(
-                    f"space.{path}",
-                    "pbt changes values in mid-training, and this one cannot change there; leave it out or choose "
-                    f"another scheduler (pbt takes the fields of {', '.join(CHANGEABLE)})",
+                raise invalid(
+                    "pbt changes values in mid-training, and this one cannot change there",
+                    f"leave it out or choose another scheduler (pbt takes the fields of {', '.join(CHANGEABLE)})",
+                    field=f"space.{path}",
                 )
         return self
 

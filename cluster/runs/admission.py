@@ -23,8 +23,9 @@ def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -
         local_device(True)
     if ranks > train.global_batch_size:
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} rows cannot be shared by {ranks} workers; raise it, "
-            "or use fewer workers"
+            "train.global_batch_size",
+            f"{train.global_batch_size} rows cannot be shared by {ranks} workers",
+            "raise it, or use fewer workers",
         )
     order = training_order(
         splits.manifest,
@@ -38,8 +39,10 @@ def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -
     fewest = order.num_rows // order.num_steps // ranks // train.accumulation
     if fewest < 2 and any(layer.kind == "BatchNorm1d" for layer in summary.layers):
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} leaves some of {ranks} workers a single row at once, "
-            "which batch normalisation cannot learn from; raise it, or lower train.accumulation or the workers"
+            "train.global_batch_size",
+            f"{train.global_batch_size} leaves some of {ranks} workers a single row at once, which batch "
+            "normalisation cannot learn from",
+            "raise it, or lower train.accumulation or the workers",
         )
 
 
@@ -47,13 +50,14 @@ def refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
     """A run goes on with the recipe that it began with."""
     began_with = directory.recipe()
     if began_with.sweep is not None:
-        raise UserError(f"--resume: {directory} is a sweep, not a run; continue it with manta sweep … --resume")
+        raise UserError("--resume", f"{directory} is a sweep, not a run", "continue it with manta sweep … --resume")
     if recipe != began_with:
         old, new = began_with.model_dump(), recipe.model_dump()
         changed = [f"{a}.{b}" for a in new for b in _differences(old[a], new[a])]
         raise UserError(
-            f"--resume: {directory} began with another recipe ({', '.join(changed) or 'its name'} differ); continue it "
-            f"with {directory}/recipe.yaml, or start a new run"
+            "--resume",
+            f"{directory} began with another recipe ({', '.join(changed) or 'its name'} differ)",
+            f"continue it with {directory}/recipe.yaml, or start a new run",
         )
 
 
@@ -72,7 +76,9 @@ def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool
     halves = recipe.adversarial is not None
     if halves:
         if least != most:
-            raise UserError(f"--workers: {least}-{most}: the pairs of a GAN's halves cannot change in number; give one")
+            raise UserError(
+                "--workers", f"{least}-{most}: the pairs of a GAN's halves cannot change in number", "give one"
+            )
         least = most = 2 * most
     cores = os.cpu_count() or 1
     share = max(1, cores // most) if most and alone else 1

@@ -53,19 +53,21 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
             raise
         except (Exception, SystemExit) as error:  # a custom model may raise anything
             raise UserError(
-                f"model: {recipe.model.kind} cannot read rows of shape {manifest.input_shape} from "
-                f"{recipe.data.kind}: {type(error).__name__}: {first_line(error)}"
+                "model",
+                f"{recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: "
+                f"{type(error).__name__}: {first_line(error)}",
             ) from error
     expected = (2, manifest.num_outputs) if recipe.adversarial is None else (2, *manifest.input_shape)
     if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise UserError(
-            f"model: {recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}; "
-            "its last layer must have one output a class"
+            "model",
+            f"{recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}",
+            "its last layer must have one output a class",
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
-            f"model: {recipe.model.kind} has no weights to train; give it nn.Parameters that need gradients"
+            "model", f"{recipe.model.kind} has no weights to train", "give it nn.Parameters that need gradients"
         )
     count = sum(p.numel() for p in model.parameters())
     momentum = 1 if getattr(recipe.optimizer, "momentum", 0) else 0

@@ -85,12 +85,12 @@ def train(
             if done and done["status"] == "finished":
                 return Outcome("finished", done["metrics"], str(directory), done)
         elif resume:
-            raise UserError(f"--resume: {directory} holds no run to continue; check --run, or leave out --resume")
+            raise UserError("--resume", f"{directory} holds no run to continue", "check --run, or leave out --resume")
         else:
             directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
         workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
         if address and not workers.most:
-            raise UserError("--address: training with --workers 0 uses no cluster; give --workers 1 or more")
+            raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
         data = prepared(recipe.data)
         recipe.check(data.manifest)
         splits = open_splits(data, window=recipe.data.shuffle_window)

@@ -77,8 +77,9 @@ class Checkpoints:
             return self.read(name, fix=f"delete it to resume from {before}")
         except FileNotFoundError:
             raise UserError(
-                f"{self.folder}/{name}: no such checkpoint here; on several nodes --run must be a URI, or a directory "
-                "that all nodes share"
+                f"{self.folder}/{name}",
+                "no such checkpoint here",
+                "on several nodes --run must be a URI, or a directory that all nodes share",
             ) from None
 
     def read(self, name: str, *, fix: str = "restore it, or start a new run") -> State:
@@ -88,16 +89,17 @@ class Checkpoints:
             return _read_state(content)
         except Exception as error:  # torch raises RuntimeError, EOFError, … for damaged files
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{self.folder}/{name}: damaged checkpoint ({reason}); {fix}") from None
+            raise UserError(f"{self.folder}/{name}", f"damaged checkpoint ({reason})", fix) from None
 
     def refuse_other(self, state: State, *, recipe: "Recipe", rows: str) -> None:
         """Raise UserError for a state of another model, or of other data (`rows` as `described_rows` says)."""
         if json.loads(state["recipe"])["model"] != json.loads(recipe.model_dump_json())["model"]:
-            raise UserError(f"{self.folder}: checkpoints of another model; choose another --run")
+            raise UserError(str(self.folder), "checkpoints of another model", "choose another --run")
         if state["rows"] != rows:
             raise UserError(
-                f"{self.folder}: the data has changed since this run began, from {state['rows']} to {rows}; "
-                "start a new run with another --run"
+                str(self.folder),
+                f"the data has changed since this run began, from {state['rows']} to {rows}",
+                "start a new run with another --run",
             )
 
 
@@ -182,13 +184,13 @@ def read_model(run: Folder) -> SavedModel:
     try:
         content = folder.read_bytes("model.safetensors")
     except FileNotFoundError:
-        raise UserError(f"{path}: no model here; give the directory of a run that has finished an epoch") from None
+        raise UserError(path, "no model here", "give the directory of a run that has finished an epoch") from None
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         manifest = Manifest.model_validate_json(header["data"])
         return SavedModel(load(content), json.loads(header["best"]), manifest)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); train again or restore the file") from None
+        raise UserError(path, f"damaged ({error})", "train again or restore the file") from None
 
 
 def restore_model(run: Folder, recipe: "Recipe") -> tuple[nn.Module, SavedModel]:
@@ -199,6 +201,6 @@ def restore_model(run: Folder, recipe: "Recipe") -> tuple[nn.Module, SavedModel]
         model.load_state_dict(saved.weights)
     except RuntimeError as error:
         raise UserError(
-            f"{run}/model/model.safetensors: not the weights of {run}/model/recipe.yaml ({error})"
+            f"{run}/model/model.safetensors", f"not the weights of {run}/model/recipe.yaml ({error})"
         ) from None
     return model.eval(), saved

@@ -183,14 +183,21 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _described(error: Exception) -> dict[str, str]:
-    return {"kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+def _described(error: Exception) -> dict[str, Any]:
+    problems = error.plain() if isinstance(error, UserError) else []
+    return {
+        "kind": type(error).__name__,
+        "message": str(error),
+        "problems": problems,
+        "traceback": traceback.format_exc(),
+    }
 
 
-def _raise(failure: dict[str, str]) -> NoReturn:
-    kinds: dict[str, type[Exception]] = {"UserError": UserError, "Diverged": Diverged}
-    if failure["kind"] in kinds:
-        raise kinds[failure["kind"]](failure["message"])
+def _raise(failure: dict[str, Any]) -> NoReturn:
+    if failure["problems"]:
+        raise UserError.from_plain(failure["problems"])
+    if failure["kind"] == "Diverged":
+        raise Diverged(failure["message"])
     raise RunFailed(f"{failure['kind']}: {failure['message']}\n{failure['traceback']}")
 
 

@@ -51,10 +51,10 @@ class RunDirectory:
         """Raise UserError where the directory holds something."""
         if self.exists():
             raise UserError(
-                f"{self}: a run is here already; continue it with --resume, or choose another directory with --run"
+                str(self), "a run is here already", "continue it with --resume, or choose another directory with --run"
             )
         if self.folder.names():
-            raise UserError(f"{self}: not an empty directory; choose another one with --run")
+            raise UserError(str(self), "not an empty directory", "choose another one with --run")
 
     def write_start(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Write what is known before training."""
@@ -69,7 +69,7 @@ class RunDirectory:
             text = self.folder.read_text(name)
         except FileNotFoundError:
             raise UserError(
-                f"{self}: not a run's directory ({name} is missing); give the one of `manta train`"
+                str(self), f"not a run's directory ({name} is missing)", "give the one of `manta train`"
             ) from None
         return validate(Recipe, parse_yaml(text, name=f"{self}/{name}"))
 
@@ -88,7 +88,7 @@ def read_result(folder: Folder) -> dict[str, Any] | None:
         return None
     result = folder.read_json(RESULT)
     if not isinstance(result, dict) or not {"status", "metrics"} <= result.keys():
-        raise UserError(f"{folder}/{RESULT}: damaged (it lacks status and metrics); restore it, or delete it")
+        raise UserError(f"{folder}/{RESULT}", "damaged (it lacks status and metrics)", "restore it, or delete it")
     return result
 
 

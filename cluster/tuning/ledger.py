@@ -75,10 +75,10 @@ class SweepDirectory:
         """Raise UserError where the directory holds something."""
         if self.exists():
             raise UserError(
-                f"{self}: a sweep or run is here already; continue a sweep with --resume, or choose another --run"
+                str(self), "a sweep or run is here already", "continue a sweep with --resume, or choose another --run"
             )
         if self.folder.names():
-            raise UserError(f"{self}: not an empty directory; choose another one with --run")
+            raise UserError(str(self), "not an empty directory", "choose another one with --run")
 
     def begin(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
         """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
@@ -92,10 +92,10 @@ class SweepDirectory:
         try:
             text = self.folder.read_text(RECIPE)
         except FileNotFoundError:
-            raise UserError(f"{self}: no sweep is here ({RECIPE} is missing); give the directory of one") from None
+            raise UserError(str(self), f"no sweep is here ({RECIPE} is missing)", "give the directory of one") from None
         recipe: Recipe = validate(Recipe, parse_yaml(text, name=f"{self}/{RECIPE}"))
         if recipe.sweep is None:
-            raise UserError(f"{self}: a run, not a sweep; give the directory of `manta sweep`")
+            raise UserError(str(self), "a run, not a sweep", "give the directory of `manta sweep`")
         return recipe
 
     def trial(self, index: int) -> Folder:
@@ -121,7 +121,9 @@ class SweepDirectory:
                 try:
                     found.append(TrialRecord(**json.loads(place.read_bytes(RECORD))))
                 except (TypeError, ValueError) as error:
-                    raise UserError(f"{place}/{RECORD}: damaged ({error}); delete {place} to run it again") from None
+                    raise UserError(
+                        f"{place}/{RECORD}", f"damaged ({error})", f"delete {place} to run it again"
+                    ) from None
         return found
 
     def result(self) -> dict[str, Any] | None:

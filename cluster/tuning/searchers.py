@@ -77,7 +77,7 @@ class OptunaSearcher:
             import optuna
         except ImportError as error:
             raise UserError(
-                f"sweep.searcher: optuna cannot be imported ({error}); pip install optuna, or choose random"
+                "sweep.searcher", f"optuna cannot be imported ({error})", "pip install optuna, or choose random"
             ) from error
         logging.getLogger("optuna").setLevel(logging.WARNING)  # it tells of each trial
         self._optuna = optuna

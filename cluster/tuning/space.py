@@ -26,7 +26,7 @@ from cluster.recipe.distributions import (
 )
 from cluster.recipe.recipe import ChangeSpec, Recipe
 from cluster.recipe.sweep import SweepSpec
-from nn_models.errors import UserError
+from nn_models.errors import Problem, UserError, is_within
 from nn_models.spec import override
 
 Overrides = dict[str, Any]  # dotted path -> plain value, or whole section
@@ -54,11 +54,12 @@ class Space:
         self.num_grid_points: int | None = None if None in points else math.prod(n for n in points if n)
         if spec.searcher == "grid" and self.num_trials > MOST_POINTS:
             raise UserError(
-                f"sweep.space: a grid of {self.num_grid_points:,} points; set sweep.num_trials to at most "
-                f"{MOST_POINTS:,}, or sweep.searcher to random"
+                "sweep.space",
+                f"a grid of {self.num_grid_points:,} points",
+                f"set sweep.num_trials to at most {MOST_POINTS:,}, or sweep.searcher to random",
             )
         if spec.scheduler == "pbt" and self.num_trials < 2:
-            raise UserError("sweep.space: pbt needs 2 trials at least, but the grid has 1 point; add values")
+            raise UserError("sweep.space", "pbt needs 2 trials at least, but the grid has 1 point", "add values")
 
     @property
     def num_trials(self) -> int:
@@ -156,9 +157,9 @@ class Space:
                     if not isinstance(distribution, Choice):
                         break  # the other end would say the same
         if problems:
-            raise UserError("\n".join(dict.fromkeys(problems)))
+            raise UserError.of(problems)
 
-    def _never(self, recipe: Recipe, manifest: Manifest | None, path: str, pinned: Mapping[str, Any]) -> str | None:
+    def _never(self, recipe: Recipe, manifest: Manifest | None, path: str, pinned: Mapping[str, Any]) -> Problem | None:
         """Why a trial whose draws at `path` are `pinned` is always refused; None where it need not be."""
         refusals = []
         for attempt in range(CONTEXTS + 1):
@@ -178,13 +179,17 @@ class Space:
                 if manifest is not None:
                     trial.check(manifest)
             except UserError as error:
-                lines = str(error).splitlines()
-                refusals.append(next((line for line in lines if line.startswith(path)), lines[0]))
+                own = (problem for problem in error.problems if is_within(problem.path, path))
+                refusals.append(next(own, error.problems[0]))
             else:
                 return None
         # where the path exists beside other values, what is wrong with this value there says more
-        own = (line for line in refusals if line.startswith(path) and not line.startswith(f"{path}: unknown field"))
-        return next(own, refusals[0])
+        there = (
+            refusal
+            for refusal in refusals
+            if is_within(refusal.path, path) and not (refusal.path == path and refusal.kind == "unknown field")
+        )
+        return next(there, refusals[0])
 
     def extremes(self) -> Iterator[Overrides]:
         """Overrides among which each option of each choice and both ends of each range occur."""
@@ -310,13 +315,16 @@ def _scaled_integer(value: int, factor: float, least: int, most: int) -> int:
     return min(max(value + (step if factor > 1 else -step), least), most)
 
 
-def _explain(path: str, name: str, distribution: Distribution, value: Any, refusal: str) -> str:
-    """One line for a value that a recipe refuses."""
-    where, _, message = refusal.partition(": ")
-    known_only = message.startswith(("unknown field; ", "unknown kind ")) or " is a value, not a section" in message
-    if known_only and (path == where or path.startswith(f"{where}.")):
-        return f"sweep.space.{path}: {message if path == where else refusal}"
+def _explain(path: str, name: str, distribution: Distribution, value: Any, refusal: Problem) -> Problem:
+    """What is wrong with a value that a recipe refuses."""
+    if refusal.kind and path == refusal.path:
+        return refusal._replace(path=f"sweep.space.{path}")
+    message = f"{refusal.path}: {refusal.message}"
+    if refusal.kind and is_within(path, refusal.path):
+        return Problem(f"sweep.space.{path}", message, refusal.fix)
     if isinstance(distribution, Choice):
         option = option_name(name, distribution, value)
-        return f"sweep.space.{option}: {text(distribution.options[value])} can be in no trial: {refusal}"
-    return f"sweep.space.{name}: {distribution} reaches {value:.6g}, which can be in no trial: {refusal}"
+        drawn = f"{text(distribution.options[value])} can be in no trial"
+        return Problem(f"sweep.space.{option}", f"{drawn}: {message}", refusal.fix)
+    drawn = f"{distribution} reaches {value:.6g}, which can be in no trial"
+    return Problem(f"sweep.space.{name}", f"{drawn}: {message}", refusal.fix)

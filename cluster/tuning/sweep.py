@@ -28,7 +28,7 @@ from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, 
 from cluster.tuning.roster import OpenData, Roster
 from cluster.tuning.space import Space, followed
 from cluster.tuning.target import target
-from nn_models.errors import UserError
+from nn_models.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def sweep(
     """
     recipe = load_recipe(recipe, overrides)
     if recipe.sweep is None:
-        raise UserError(f"sweep: {recipe.name} has no section sweep, which says what to try; add one with a space")
+        raise UserError("sweep", f"{recipe.name} has no section sweep, which says what to try", "add one with a space")
     run = run or new_place(recipe)
     most = _most_fused(fuse)
     directory = SweepDirectory(run)
@@ -114,12 +114,12 @@ def new_place(recipe: Recipe) -> str:
 
 def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> None:
     if not directory.exists():
-        raise UserError(f"--resume: {directory} holds no sweep to continue; check --run, or leave out --resume")
-    began_with = directory.recipe()
-    if recipe != began_with:
+        raise UserError("--resume", f"{directory} holds no sweep to continue", "check --run, or leave out --resume")
+    if recipe != directory.recipe():
         raise UserError(
-            f"--resume: {directory} began with another recipe; continue it with {directory}/recipe.yaml, or start a "
-            "new sweep"
+            "--resume",
+            f"{directory} began with another recipe",
+            f"continue it with {directory}/recipe.yaml, or start a new sweep",
         )
 
 
@@ -131,7 +131,7 @@ def _most_fused(fuse: str | int) -> int | None:
         return 1
     if str(fuse).isdecimal() and int(fuse) >= 2:
         return int(fuse)
-    raise UserError(f"--fuse: {fuse!r} is not auto, off or a number of trials of at least 2 that train together")
+    raise UserError("--fuse", f"{fuse!r} is not auto, off or a number of trials of at least 2 that train together")
 
 
 class _Sweep:
@@ -151,8 +151,9 @@ class _Sweep:
         self.grouped = self.workers.halves or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
             raise UserError(
-                "sweep.scheduler: pbt exchanges the state of trials of one worker only; leave out --workers, or choose "
-                "asha"
+                "sweep.scheduler",
+                "pbt exchanges the state of trials of one worker only",
+                "leave out --workers, or choose asha",
             )
         self.needs = needs_of(recipe, self.workers)
         self.data = OpenData()
@@ -179,8 +180,9 @@ class _Sweep:
         ray = session.ray
         if self.spec.scheduler == "pbt" and concurrency and not session.embedded:
             raise UserError(
-                "--concurrency: the trials of a population run at once as far as the cluster has room for them; leave "
-                "it out, or leave out --address"
+                "--concurrency",
+                "the trials of a population run at once as far as the cluster has room for them",
+                "leave it out, or leave out --address",
             )
         from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
 
@@ -190,9 +192,10 @@ class _Sweep:
         if not room and not (limits and room_for(self.needs, [limits])):
             have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
             raise UserError(
-                f"--workers: a trial needs {self.needs.text}, its own process included, and the cluster has "
-                f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}, so not "
-                "even one fits; ask for fewer workers, or for less with train.cpus_per_worker"
+                "--workers",
+                f"a trial needs {self.needs.text}, its own process included, and the cluster has {have['CPU']:g} CPU "
+                f"and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}, so not even one fits",
+                "ask for fewer workers, or for less with train.cpus_per_worker",
             )
         grown = room_for(self.needs, [limits]) if limits else 0
         self.state.concurrency = max(1, min(concurrency or 10_000, max(room, grown)))
@@ -201,13 +204,13 @@ class _Sweep:
         """Settle whether trials train together, and how many. Raises UserError where they were to, and cannot."""
         reason = why_not(self.base)
         if self.grouped:
-            reason = "--workers: each trial has several processes"
+            reason = Problem("--workers", "each trial has several processes")
         elif self.spec.scheduler == "pbt":
-            reason = "sweep.scheduler: pbt exchanges the state of single trials"
+            reason = Problem("sweep.scheduler", "pbt exchanges the state of single trials")
         elif self.spec.searcher == "optuna":
-            reason = "sweep.searcher: optuna learns from trials that have ended before it chooses the next"
+            reason = Problem("sweep.searcher", "optuna learns from trials that have ended before it chooses the next")
         if reason and most is not None and most > 1:
-            raise UserError(f"--fuse: {most}: these trials cannot train together ({reason}); leave it out")
+            raise UserError("--fuse", f"{most}: these trials cannot train together ({reason})", "leave it out")
         self.fuse_asked = most is not None
         if most is None:
             if reason is None and pays(self.base, self.manifest):
@@ -386,7 +389,7 @@ def replayed(run: str, trial: int) -> Recipe:
     recipe = directory.recipe()
     found = [record for record in directory.records() if record.index == trial]
     if not found:
-        raise UserError(f"{directory}: no trial {trial}; give the number of one in trials.csv")
+        raise UserError(str(directory), f"no trial {trial}", "give the number of one in trials.csv")
     found[0].lineage = directory.lineage(trial)  # the record of one that is still running has none
     return _trial_recipe(recipe, found[0], name=f"{recipe.name}-{found[0].name}")
 

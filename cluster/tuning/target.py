@@ -7,7 +7,7 @@ from cluster.data.manifest import Manifest
 from cluster.recipe.recipe import Recipe
 from nn_models.adversarial import AdversarialSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
-from nn_models.errors import UserError, did_you_mean
+from nn_models.errors import UserError, closest, did_you_mean
 from nn_models.objectives import Objective
 
 Mode = Literal["min", "max"]
@@ -52,20 +52,23 @@ def target(recipe: Recipe, manifest: Manifest | None = None) -> Target:
     if metric is None:
         if best is None:
             raise UserError(
-                f"sweep.metric: {recipe.data.kind} has no classes to compare what {recipe.model.kind} makes by; "
-                f"set it to one of {', '.join(reported(recipe, manifest))}"
+                "sweep.metric",
+                f"{recipe.data.kind} has no classes to compare what {recipe.model.kind} makes by",
+                f"set it to one of {', '.join(reported(recipe, manifest))}",
             )
         metric = best
     known = reported(recipe, manifest)
     if metric not in known:
         why = "; trials are compared while they train, before they are tested" if metric.startswith("test/") else ""
         hint = did_you_mean(metric, known)
-        listed = "" if hint.startswith("known") else f" It reports {', '.join(known)}"
-        raise UserError(f"sweep.metric: this recipe reports no {metric}{why}; {hint}{listed}")
+        listed = f" It reports {', '.join(known)}" if closest(metric, known) else ""
+        raise UserError("sweep.metric", f"this recipe reports no {metric}{why}", f"{hint}{listed}")
     name = metric.partition("/")[2]
     follows = best_mode if metric == best else BEST_OF.get(name)
     if mode is None and follows is None:
-        raise UserError(f"sweep.mode: set it to min or max: whether less or more {metric} is better depends on the use")
+        raise UserError(
+            "sweep.mode", f"set it to min or max: whether less or more {metric} is better depends on the use"
+        )
     found = mode or follows
     assert found is not None
     return Target(metric, found)

@@ -24,13 +24,14 @@ def write_samples(
     generated = generate(run, num=num, label=label, seed=seed, device=device)
     if generated.made.dim() != 4:
         raise UserError(
-            f"{run}: its rows are {generated.made[0].numel()} numbers each, no images; load the generator in Python: "
-            "cluster.inference.generate"
+            run,
+            f"its rows are {generated.made[0].numel()} numbers each, no images",
+            "load the generator in Python: cluster.inference.generate",
         )
     try:
         folder.write_bytes(name, picture(generated))
     except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error}); choose another place") from None
+        raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
     return f"{folder.uri.rstrip('/')}/{name}"
 
 
@@ -48,16 +49,16 @@ def picture(generated: Generated) -> bytes:
 def _place(out: str) -> tuple[Folder, str]:
     """The folder and the name in it. Raises UserError where no PNG file can be written there."""
     if not out.rpartition("/")[2].lower().removesuffix(".png") or not out.lower().endswith(".png"):
-        raise UserError(f"--out: {out!r} is not the name of a PNG file; end it in .png")
+        raise UserError("--out", f"{out!r} is not the name of a PNG file", "end it in .png")
     parent, _, name = out.rpartition("/")
     folder = Folder(parent if parent else "/" if out.startswith("/") else ".")
     local = folder.local
     if local is None:
         return folder, name
     if not local.is_dir():
-        raise UserError(f"--out: {local} is not a folder; make it first, or choose another place")
+        raise UserError("--out", f"{local} is not a folder", "make it first, or choose another place")
     if (local / name).is_dir():
-        raise UserError(f"--out: {local / name} is a folder; give the name of a file in it")
+        raise UserError("--out", f"{local / name} is a folder", "give the name of a file in it")
     if not os.access(local, os.W_OK):
-        raise UserError(f"--out: no permission to write into {local}; choose another place")
+        raise UserError("--out", f"no permission to write into {local}", "choose another place")
     return folder, name

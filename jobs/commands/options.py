@@ -25,6 +25,6 @@ def overrides(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or []:
         path, equals, value = pair.partition("=")
         if not equals or not path:
-            raise UserError(f"--set: {pair!r} is not PATH=VALUE; write for example --set optimizer.lr=3e-4")
+            raise UserError("--set", f"{pair!r} is not PATH=VALUE", "write for example --set optimizer.lr=3e-4")
         changes[path.strip()] = parse_yaml(value, name=f"--set {path}")
     return changes

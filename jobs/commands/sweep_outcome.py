@@ -78,8 +78,9 @@ def _refuse_missing_gpus(recipe: Recipe, workers: int) -> None:
     wanted, have = sum(bundle.get("GPU", 0) for bundle in needs.all), torch.cuda.device_count()
     if wanted > have:
         raise UserError(
-            f"--gpu: a trial needs {needs.text}, and this machine has {have or 'no'} GPU{'s' * (have > 1)}; leave it "
-            "out, ask for fewer workers, or give a cluster's --address"
+            "--gpu",
+            f"a trial needs {needs.text}, and this machine has {have or 'no'} GPU{'s' * (have > 1)}",
+            "leave it out, ask for fewer workers, or give a cluster's --address",
         )
 
 

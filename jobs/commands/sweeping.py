@@ -35,9 +35,11 @@ def sweep(
     from jobs.commands.sweep_outcome import Interrupted, print_sweep, run_sweep
 
     if resume and run is None:
-        raise UserError("--resume: say which sweep to continue with --run DIR")
+        raise UserError("--resume", "say which sweep to continue with --run DIR")
     if retry_failed and not resume:
-        raise UserError("--retry-failed: there are failed trials only in a sweep that goes on; add --resume --run DIR")
+        raise UserError(
+            "--retry-failed", "there are failed trials only in a sweep that goes on", "add --resume --run DIR"
+        )
     try:
         outcome = run_sweep(
             recipe,

@@ -44,7 +44,7 @@ def train(
 
     resolved = load_recipe(recipe, overrides(set_))
     if resume and run is None:
-        raise UserError("--resume: say which run to continue with --run DIR")
+        raise UserError("--resume", "say which run to continue with --run DIR")
     run = new_run_name(resolved) if run is None else run
     try:
         with Progress(resolved.name, epochs=resolved.train.epochs) as progress:

@@ -34,7 +34,7 @@ def evaluate(
     from nn_models.errors import did_you_mean
 
     if split not in SPLITS:
-        raise UserError(f"--split: {split!r} is no split; {did_you_mean(split, SPLITS)}")
+        raise UserError("--split", f"{split!r} is no split", did_you_mean(split, SPLITS))
     source = None if data is None else parse_data(data).resolved(os.getcwd())
     result = evaluate_run(run, data=source, split=split, device=local_device(gpu))
     if as_json:

@@ -133,10 +133,10 @@ def _refuse_what_is_no_run(folder: Folder) -> None:
     if {"recipe.yaml", "result.json", "metrics.jsonl"} & set(names):
         return
     if not folder.exists():
-        raise UserError(f"{folder}: no such directory; name the directory of a run, as given to --run")
+        raise UserError(str(folder), "no such directory", "name the directory of a run, as given to --run")
     runs = [name for name in names[:100] if (folder / name).exists("recipe.yaml")]
     fix = f"name one of the runs in it: {', '.join(runs[:5])}" if runs else "name the directory given to --run"
-    raise UserError(f"{folder}: not a run (it holds no recipe.yaml, metrics.jsonl or result.json); {fix}")
+    raise UserError(str(folder), "not a run (it holds no recipe.yaml, metrics.jsonl or result.json)", fix)
 
 
 def _figures(metrics: Mapping[str, Any], *, of_game: bool) -> list[tuple[str, str]]:

@@ -25,7 +25,9 @@ def write_page(folder: Folder, template: str, **values: Any) -> str:
     try:
         folder.write_bytes("report.html", html.lstrip().encode(errors="replace"))  # a name may hold a lone surrogate
     except OSError as error:
-        raise UserError(f"{folder}/report.html: cannot be written ({error}); make the directory writable") from None
+        raise UserError(
+            f"{folder}/report.html", f"cannot be written ({error})", "make the directory writable"
+        ) from None
     return f"{folder}/report.html"
 
 

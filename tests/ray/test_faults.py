@@ -11,7 +11,7 @@ import torch
 
 import cluster
 from cluster.errors import Diverged, RunFailed
-from nn_models import UserError
+from nn_models.errors import Problem, UserError
 from tests.ray.conftest import EXACT
 from tests.ray.faults import MARK, digests, killing, left_over, steps_done, wait_for, weights
 
@@ -78,8 +78,22 @@ def test_a_damaged_shard_found_while_streaming_is_named(ray, tmp_path):
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)
     streamed = {**EXACT, "data": {"kind": "shards", "path": str(tmp_path / "data"), "shuffle_window": 100}}
-    with pytest.raises(UserError, match=r"train-00000.parquet: the shard"):
+    with pytest.raises(UserError, match=r"train-00000.parquet: the shard") as caught:
         cluster.train(streamed, num_workers=2, run=str(tmp_path / "run"))
+    assert caught.value.path == str(shard)  # its fields come out of the worker
+    assert str(caught.value.fix).startswith("delete")
+
+
+def test_a_user_error_keeps_its_fields_through_ray(ray):
+    problems = (Problem("a.png", "no image", "remove it", names=("data.path",)), Problem("lr", "unknown", None))
+
+    def fail():
+        raise UserError.of(problems)
+
+    with pytest.raises(UserError) as caught:
+        ray.get(ray.remote(num_cpus=0)(fail).remote())
+    assert caught.value.problems == problems
+    assert (caught.value.path, caught.value.message, caught.value.fix) == ("a.png", "no image", "remove it")
 
 
 def test_a_killed_driver_leaves_nothing_behind_and_can_be_continued(undisturbed, tmp_path):

@@ -310,6 +310,21 @@ def test_what_no_trial_can_have(paths, message):
     assert "\n" not in said
 
 
+def test_each_problem_of_a_space_has_its_fields():
+    read = recipe({"model.dropuot": {"choice": [0.1]}, "optimizer": {"choice": [{"kind": "sgd", "nesterov": True}]}})
+    assert read.sweep
+    with pytest.raises(UserError) as caught:
+        Space(read.sweep).check(read)
+    path, option = caught.value.problems
+    assert path[:4] == ("sweep.space.model.dropuot", "unknown field", "did you mean dropout?", "unknown field")
+    assert option[:4] == (
+        "sweep.space.optimizer.choice.0",
+        "{kind: sgd, nesterov: true} can be in no trial: optimizer: nesterov needs a momentum",
+        "set momentum, for instance to 0.9, or nesterov to false",
+        None,
+    )
+
+
 def test_a_wrong_path_does_not_make_others_wrong():
     kinds = {"optimizer.kind": {"choice": ["sgd", "adam"]}, "optimizer.momentum": {"uniform": [0, 0.9]}}
     said = refusal({**kinds, "model.dropuot": {"choice": [0.1]}, "train.epochs": {"randint": [0, 2]}})

@@ -5,12 +5,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from nn_models.errors import UserError, did_you_mean
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
-from nn_models.spec import Spec, override, validate
+from nn_models.spec import Spec, invalid, override, validate
 
 
 class Dense(Spec):
@@ -45,6 +45,47 @@ def refusal(kind, data, prefix=""):
     with pytest.raises(UserError) as caught:
         validate(kind, data, prefix=prefix)
     return str(caught.value)
+
+
+def test_each_problem_has_its_fields():
+    with pytest.raises(UserError) as caught:
+        validate(Plan, {"trian": {}, "net": {"kind": "dens"}})
+    (field,) = caught.value.problems
+    assert field == ("trian", "unknown field", "did you mean train?", "unknown field", ())
+    with pytest.raises(UserError) as caught:
+        validate(Plan, {"net": {"kind": "dens"}, "train": {"epochs": 0, "lr": True}}, prefix="plan")
+    kind, lr = caught.value.problems
+    assert kind == ("plan.net.kind", "unknown kind 'dens'", "did you mean dense?", "unknown kind", ())
+    assert lr == ("plan.train.lr", "must not be true", None, None, ())
+    with pytest.raises(UserError) as caught:
+        override(Plan(), {"train.lr.more": 1})
+    assert caught.value.problems == (
+        ("train.lr.more", "train.lr is a value, not a section", "set it as a whole", "not a section", ()),
+    )
+
+
+def test_a_validators_problem_has_its_fields():
+    class Even(Spec):
+        size: int
+
+        @model_validator(mode="after")
+        def _even(self) -> "Even":
+            if self.size < 0:
+                raise ValueError("is less than nothing; who would want that")
+            if self.size % 2:
+                raise invalid("is odd", f"set {self.size + 1}", field="size" if self.size > 1 else "")
+            return self
+
+    for size, expected in [
+        (3, ("even.size", "is odd", "set 4")),
+        (1, ("even", "is odd", "set 2")),
+        (-1, ("even", "is less than nothing; who would want that", None)),  # text is not taken apart
+    ]:
+        with pytest.raises(UserError) as caught:
+            validate(Even, {"size": size}, prefix="even")
+        assert (caught.value.path, caught.value.message, caught.value.fix) == expected
+    with pytest.raises(ValidationError, match="is odd; set 4"):  # who makes one by hand reads all
+        Even(size=3)
 
 
 def override_refusal(spec, changes):

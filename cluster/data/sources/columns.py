@@ -33,11 +33,12 @@ class ArrayColumns:
         values = np.concatenate([_numbers(table[name], f"{where}, column {name}") for name in self.names], axis=1)
         if values.shape[1] != int(np.prod(self.shape)):
             raise UserError(
-                f"{where}: rows of {values.shape[1]} numbers in {columns} where the first file has {self.shape}; "
-                "mend the file"
+                where,
+                f"rows of {values.shape[1]} numbers in {columns} where the first file has {self.shape}",
+                "mend the file",
             )
         if not np.isfinite(values).all():
-            raise UserError(f"{where}: {columns} hold NaN or infinity; fill or drop those rows")
+            raise UserError(where, f"{columns} hold NaN or infinity", "fill or drop those rows")
         rows = values.reshape(-1, *self.shape)
         return _pixels(rows, f"{where}, column {columns}") if self.dtype == "uint8" else rows
 
@@ -70,8 +71,9 @@ def array_columns(
     if len(columns) == 1 and _is_encoded(kinds[0]):
         if (channels := image_shape[0] if image_shape else channels) not in MODES:
             raise UserError(
-                f"{name}: column {columns[0]} holds encoded images, which cannot be read as {channels} channels; "
-                "set 1 for grey or 3 for colour"
+                name,
+                f"column {columns[0]} holds encoded images, which cannot be read as {channels} channels",
+                "set 1 for grey or 3 for colour",
             )
         if image_shape is None:
             content = _encoded(first[columns[0]][0].as_py())
@@ -79,13 +81,14 @@ def array_columns(
         return ArrayColumns(columns, image_shape, "uint8", resize)
     size = sum(_numbers(first[column], f"{name}, column {column}").shape[1] for column in columns)
     if not size:
-        raise UserError(f"{name}: empty lists in {', '.join(columns)}; drop those rows")
+        raise UserError(name, f"empty lists in {', '.join(columns)}", "drop those rows")
     if image_shape is None:
         return ArrayColumns(columns, (size,), "float32", resize)
     if size != int(np.prod(image_shape)):
         raise UserError(
-            f"data.image_shape: {image_shape} is {int(np.prod(image_shape))} numbers, but rows of "
-            f"{', '.join(columns)} in {name} have {size}"
+            "data.image_shape",
+            f"{image_shape} is {int(np.prod(image_shape))} numbers, but rows of {', '.join(columns)} in {name} have "
+            f"{size}",
         )
     integers = all(pa.types.is_integer(_innermost(kind)) for kind in kinds)
     return ArrayColumns(columns, image_shape, "uint8" if integers else "float32", resize)
@@ -99,10 +102,12 @@ def _labels(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.Chun
             column = column.cast(pa.int64())
         except pa.ArrowInvalid:
             fix = "set data.target_kind to number, or " if or_numbers else ""
-            raise UserError(f"{where}: fractions are no labels; {fix}make them whole numbers") from None
+            raise UserError(
+                where, "fractions are no labels", f"{fix}make them whole numbers", names=("data.target_kind",)
+            ) from None
     elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
         fix = "make them text or whole numbers" + (", or set data.target_kind to number" if or_numbers else "")
-        raise UserError(f"{where}: values of type {column.type} are no labels; {fix}")
+        raise UserError(where, f"values of type {column.type} are no labels", fix, names=("data.target_kind",))
     return column.cast(pa.string())
 
 
@@ -137,10 +142,10 @@ def _numbers(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
         lengths = pc.list_value_length(array).unique()
         if len(lengths) != 1:
             sizes = ", ".join(map(str, lengths.to_pylist()))
-            raise UserError(f"{where}: lists of different lengths ({sizes}); make them equally long")
+            raise UserError(where, f"lists of different lengths ({sizes})", "make them equally long")
         array = array.flatten()
     if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):
-        raise UserError(f"{where}: values of type {array.type} are not numbers; choose numeric columns")
+        raise UserError(where, f"values of type {array.type} are not numbers", "choose numeric columns")
     # not safe: whole numbers past 2^24 are rounded, as fractions are
     return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(rows, -1)
 
@@ -150,7 +155,8 @@ def _pixels(values: NDArray[np.float32], where: str) -> NDArray[np.uint8]:
     bad = values[(values < 0) | (values > 255) | (values != np.floor(values))]
     if len(bad):
         raise UserError(
-            f"{where}: {bad[0]:g} is no pixel; images of whole numbers hold 0 to 255, so rescale them, or store the "
-            "column as floats"
+            where,
+            f"{bad[0]:g} is no pixel",
+            "images of whole numbers hold 0 to 255, so rescale them, or store the column as floats",
         )
     return values.astype(np.uint8)

@@ -68,12 +68,13 @@ class ImageFolderSpec(DrawnTestSpec):
         names = sorted(tree["train"])
         if len(names) < 2:
             raise UserError(
-                f"data.path: {self.path} has {len(names)} class folders; put the images of each class into a folder "
-                f"of its own ({self.path}/cat/1.png, {self.path}/dog/2.png)"
+                "data.path",
+                f"{self.path} has {len(names)} class folders",
+                f"put the images of each class into a folder of its own ({self.path}/cat/1.png, {self.path}/dog/2.png)",
             )
         for name in tree.get("test", {}):
             if name not in names:
-                raise UserError(f"{self.path}/test/{name}: a class without training images; add some or remove it")
+                raise UserError(f"{self.path}/test/{name}", "a class without training images", "add some or remove it")
         folder = Folder(self.path)
         below = len(folder.path) + 1
         label = {name: index for index, name in enumerate(names)}
@@ -92,7 +93,7 @@ class ImageFolderSpec(DrawnTestSpec):
         """What is there now, sorted. Raises UserError where there is no folder, or one of a class without images."""
         folder = Folder(self.path)
         if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
-            raise UserError(f"data.path: {self.path}: no such folder; give the one with a folder for each class")
+            raise UserError("data.path", f"{self.path}: no such folder", "give the one with a folder for each class")
         entries = [(tuple(name.split("/")), info) for name, info in folder.walk()]
         folders = [names for names, info in entries if info.type == fs.FileType.Directory]
         places = {pool: (pool,) for pool in ("train", "test") if (pool,) in folders}
@@ -106,7 +107,7 @@ class ImageFolderSpec(DrawnTestSpec):
             for name, images in tree[pool].items():
                 if not images:
                     where = "/".join([self.path, *place, name])
-                    raise UserError(f"{where}: no images in this class folder; add some or remove it")
+                    raise UserError(where, "no images in this class folder", "add some or remove it")
         return tree
 
 
@@ -121,5 +122,5 @@ def _image(
     try:
         content = folder.read_bytes(name)
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error}); check the file") from None
+        raise UserError(where, f"cannot be read ({error})", "check the file") from None
     return decode_image(content, name=where, channels=channels, size=size, size_field=size_field)  # type: ignore[arg-type]

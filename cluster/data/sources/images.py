@@ -101,11 +101,11 @@ def _idx(folder: Path, name: str) -> Array:
     try:
         content = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; put all four files of Fashion-MNIST there") from None
+        raise UserError(str(path), "missing", "put all four files of Fashion-MNIST there") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
+        raise UserError(str(path), f"cannot be read ({error})", "fetch it again") from None
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != FASHION_MD5[name]:
-        raise UserError(f"{path}: not the published Fashion-MNIST file (its md5 differs); fetch it again")
+        raise UserError(str(path), "not the published Fashion-MNIST file (its md5 differs)", "fetch it again")
     dimensions = content[3]
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
 
@@ -120,8 +120,10 @@ def _torchvision(name: str, where: str, pool: str) -> tuple[Array, Array]:
     except Exception as error:  # torchvision raises whatever its mirrors and archives do
         reason = " ".join(str(error).split())
         raise UserError(
-            f"data.root: {name} is neither in {where} nor could it be downloaded ({reason}); "
-            f"put the files there or give another data.root"
+            "data.root",
+            f"{name} is neither in {where} nor could it be downloaded ({reason})",
+            "put the files there or give another data.root",
+            names=("data.root",),
         ) from None
     images = np.asarray(loaded.data)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
@@ -155,7 +157,7 @@ class _DownloadedSpec(SplitSpec):
     def _place(self) -> str:
         """Where torchvision looks, and downloads to. Raises UserError for a root that is not there."""
         if self.root and not Path(self.root).is_dir():
-            raise UserError(f"data.root: {self.root}: no such folder; give the one with the files of {self.kind}")
+            raise UserError("data.root", f"{self.root}: no such folder", f"give the one with the files of {self.kind}")
         return self.root or str(cache_root() / "downloads")
 
 

@@ -1,13 +1,11 @@
 """pairs: rows of two images, one to start from (the condition) and one to be made of it, for image-to-image models."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, model_validator
-from pydantic_core import PydanticCustomError
 
 from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Source
 from cluster.data.sources.columns import ArrayColumns, Shape, array_columns
@@ -16,6 +14,7 @@ from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpe
 from cluster.data.sources.parquet import ParquetColumns, ParquetFiles, ParquetSpec, class_names, first_row
 from cluster.data.sources.pixels import edges
 from nn_models.errors import UserError
+from nn_models.spec import invalid
 
 UNLABELLED = ("all",)  # the one class of rows without labels
 
@@ -62,18 +61,20 @@ class PairsSpec(DrawnTestSpec):
         columns = [field for field in COLUMN_FIELDS if getattr(self, field) is not None]
         if self.edges_of is None:
             if not columns:
-                raise ValueError(
+                raise invalid(
                     "pairs need either edges_of (a data section of images, to be made from their edges) or path, "
                     "condition and input (image columns of Parquet files)"
                 )
             for field in ("path", "condition", "input"):
                 if field not in columns:
-                    raise _wrong(field, "missing; pairs from Parquet files need path, condition and input")
+                    raise invalid("missing; pairs from Parquet files need path, condition and input", field=field)
             return self
         if columns:
-            raise _wrong(columns[0], "edges_of makes the pairs, and needs no columns; leave out one or the other")
+            raise invalid(
+                "edges_of makes the pairs, and needs no columns", "leave out one or the other", field=columns[0]
+            )
         if misplaced := sorted(OUTER_FIELDS & self.edges_of.model_fields_set):
-            raise _wrong(f"edges_of.{misplaced[0]}", f"belongs to the pairs; set data.{misplaced[0]}")
+            raise invalid("belongs to the pairs", f"set data.{misplaced[0]}", field=f"edges_of.{misplaced[0]}")
         return self
 
     @property
@@ -103,8 +104,9 @@ class PairsSpec(DrawnTestSpec):
         shape, dtype = images.columns.input_shape, images.columns.input_dtype
         if len(shape) != 3 or shape[0] not in (1, 3) or dtype != "uint8":
             raise UserError(
-                f"data.edges_of: {self.edges_of.kind} has rows of shape {shape} {dtype}, which have no edges; give "
-                "images of 1 or 3 channels of whole numbers"
+                "data.edges_of",
+                f"{self.edges_of.kind} has rows of shape {shape} {dtype}, which have no edges",
+                "give images of 1 or 3 channels of whole numbers",
             )
         return EdgePairs(self.edges_of, images)
 
@@ -122,8 +124,9 @@ class PairsSpec(DrawnTestSpec):
             _check_image(array, name)
         if made.shape[1:] != given.shape[1:]:
             raise UserError(
-                f"{name}, row 0: {_size(given)} pixels in column {self.condition} where {self.input} has "
-                f"{_size(made)}; set data.image_shape to resize both"
+                f"{name}, row 0",
+                f"{_size(given)} pixels in column {self.condition} where {self.input} has {_size(made)}",
+                "set data.image_shape to resize both",
             )
         names = class_names(pools["train"], self.target, or_numbers=False) if self.target else UNLABELLED
         columns = Columns(made.shape, "uint8", "label", len(names), names, condition_shape=given.shape)
@@ -159,19 +162,16 @@ def _check_image(array: ArrayColumns, name: str) -> None:
     column = array.names[0]
     if len(array.shape) != 3:
         raise UserError(
-            f"{name}: column {column} holds lists of {array.shape[0]} numbers; set data.image_shape to the images' "
-            "(channels, height, width)"
+            name,
+            f"column {column} holds lists of {array.shape[0]} numbers",
+            "set data.image_shape to the images' (channels, height, width)",
         )
     if array.dtype != "uint8":
-        raise UserError(f"{name}: column {column} holds fractions; the images of a pair are whole numbers of 0 to 255")
+        raise UserError(name, f"column {column} holds fractions; the images of a pair are whole numbers of 0 to 255")
 
 
 def _size(array: ArrayColumns) -> str:
     return "x".join(map(str, array.shape[1:]))
-
-
-def _wrong(field: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("manta_field", "{reason}", {"field": field, "reason": message})
 
 
 @contextmanager
@@ -180,5 +180,5 @@ def _fields_of(section: DataSpec) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        fields = "|".join(type(section).model_fields)
-        raise UserError(re.sub(rf"(?<![\w./-])data\.({fields})\b", r"data.edges_of.\1", str(error))) from None
+        fields = type(section).model_fields
+        raise error.moved({f"data.{field}": f"data.edges_of.{field}" for field in fields}) from None

@@ -37,7 +37,7 @@ class ParquetColumns:
         where = f"{file}, row group {group}"
         for name in table.column_names:
             if table[name].null_count:
-                raise UserError(f"{where}: column {name} has {table[name].null_count} empty values; fill or drop them")
+                raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
         inputs, targets = self.input.read(table, where), self._targets(table, where)
         return (inputs, targets, self.condition.read(table, where)) if self.condition else (inputs, targets)
 
@@ -48,11 +48,12 @@ class ParquetColumns:
         if self.columns.target_kind == "number":
             numbers = _numbers(column, where)
             if not np.isfinite(numbers).all():
-                raise UserError(f"{where}: NaN or infinity; fill or drop those rows")
+                raise UserError(where, "NaN or infinity", "fill or drop those rows")
             if numbers.shape[1] != self.columns.num_outputs:
                 raise UserError(
-                    f"{where}: {numbers.shape[1]} numbers a row where the first file has {self.columns.num_outputs}; "
-                    "mend the file"
+                    where,
+                    f"{numbers.shape[1]} numbers a row where the first file has {self.columns.num_outputs}",
+                    "mend the file",
                 )
             return numbers
         names = _labels(column, where, or_numbers=self.condition is None)
@@ -60,7 +61,7 @@ class ParquetColumns:
         if labels.null_count:
             unknown = names.filter(labels.is_null())[0].as_py()
             raise UserError(
-                f"{where}: no training row has the class {unknown!r}; drop such rows, or add some to train on"
+                where, f"no training row has the class {unknown!r}", "drop such rows, or add some to train on"
             )
         return labels.to_numpy().astype(np.int64)
 
@@ -91,16 +92,16 @@ class ParquetFiles:
                 file = _open(name)
                 for column in columns:
                     if (count := file.schema_arrow.names.count(column)) > 1:
-                        raise UserError(f"{name}: {count} columns are named {column!r}; rename them")
+                        raise UserError(name, f"{count} columns are named {column!r}", "rename them")
                     if not count:
                         hint = did_you_mean(column, file.schema_arrow.names)
-                        raise UserError(f"{name}: no column {column!r}; {hint}")
+                        raise UserError(name, f"no column {column!r}", hint)
                 groups = range(file.metadata.num_row_groups)
                 pools[pool] += [Part(file.metadata.row_group(g).num_rows, (name, g)) for g in groups]
             pools[pool] = [part for part in pools[pool] if part.rows]
             if not pools[pool]:
                 base = self.path if pool == "train" else self.test_path
-                raise UserError(f"{base}: no rows in these Parquet files; give files with data")
+                raise UserError(str(base), "no rows in these Parquet files", "give files with data")
         return pools
 
     def _found(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
@@ -140,7 +141,7 @@ class ParquetSpec(DrawnTestSpec):
         """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""
         inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
         if not inputs:
-            raise UserError("data.input: names no column; give at least one")
+            raise UserError("data.input", "names no column", "give at least one")
         pools = self._files.parts((*inputs, self.target))
         name, first = first_row(pools["train"], [*inputs, self.target])
         array = array_columns(first, name, inputs, image_shape=self.image_shape)
@@ -154,7 +155,7 @@ class ParquetSpec(DrawnTestSpec):
             return Columns(array.shape, array.dtype, "number", numbers.shape[1])
         names = class_names(parts, self.target, or_numbers=True)
         if len(names) < 2:
-            raise UserError(f"{self.path}: column {self.target} holds {len(names)} class; at least two are needed")
+            raise UserError(self.path, f"column {self.target} holds {len(names)} class; at least two are needed")
         return Columns(array.shape, array.dtype, "label", len(names), names)
 
 
@@ -165,10 +166,10 @@ def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     if info.type == fs.FileType.File:
         return [(folder.uri, info)]
     if info.type == fs.FileType.NotFound:
-        raise UserError(f"{field}: {path}: no such file or folder; give Parquet files")
+        raise UserError(field, f"{path}: no such file or folder", "give Parquet files")
     files = [(name, info) for name, info in folder.walk() if name.endswith((".parquet", ".pq")) and info.is_file]
     if not files:
-        raise UserError(f"{field}: {path}: no .parquet files in this folder; give one that has some")
+        raise UserError(field, f"{path}: no .parquet files in this folder", "give one that has some")
     return [((folder / name).uri, info) for name, info in files]
 
 
@@ -177,7 +178,7 @@ def _open(name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name}: not a readable Parquet file ({error}); replace or remove it") from None
+        raise UserError(name, f"not a readable Parquet file ({error})", "replace or remove it") from None
 
 
 def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
@@ -187,7 +188,7 @@ def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
         table = file.read(columns) if group is None else file.read_row_group(group, columns)
         return table.select(columns)  # pyarrow takes a column a.b for a part of the column a
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+        raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
 
 
 def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
@@ -197,10 +198,10 @@ def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Ta
         columns = list(dict.fromkeys(columns))
         first = pa.Table.from_batches([next(_open(name).iter_batches(1, columns=columns))]).select(columns)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name}: damaged Parquet file ({error}); replace or remove it") from None
+        raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
     for column in first.column_names:
         if first[column].null_count:
-            raise UserError(f"{name}, row 0: column {column} has an empty value; fill or drop such rows")
+            raise UserError(f"{name}, row 0", f"column {column} has an empty value", "fill or drop such rows")
     return name, first
 
 
@@ -214,7 +215,7 @@ def class_names(parts: Sequence[Part], target: str, *, or_numbers: bool) -> tupl
     for file in dict.fromkeys(part.what[0] for part in parts):
         column = _read(file, None, [target])[target]
         if column.null_count:
-            raise UserError(f"{file}: column {target} has {column.null_count} empty values; fill or drop them")
+            raise UserError(file, f"column {target} has {column.null_count} empty values", "fill or drop them")
         numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
         names.update(_labels(column, f"{file}, column {target}", or_numbers=or_numbers).unique().to_pylist())
     return tuple(sorted(names, key=int) if numeric else sorted(names))

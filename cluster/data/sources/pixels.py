@@ -27,16 +27,18 @@ def decode_image(
             # Pillow clips larger pixels to 255: a picture of sixteen bits would become all white
             picture = None if mode.startswith(("I", "F")) else image.convert(MODES[channels])
     except UnidentifiedImageError:
-        raise UserError(f"{name}: {len(content)} bytes in no known image format; replace or remove it") from None
+        raise UserError(name, f"{len(content)} bytes in no known image format", "replace or remove it") from None
     except Exception as error:  # decoders raise TypeError, struct.error, … for damaged bytes
-        raise UserError(f"{name}: not a readable image ({error}); replace or remove it") from None
+        raise UserError(name, f"not a readable image ({error})", "replace or remove it") from None
     if picture is None:
-        raise UserError(f"{name}: pixels of more than 8 bits (mode {mode}); convert the images to 8 bits")
+        raise UserError(name, f"pixels of more than 8 bits (mode {mode})", "convert the images to 8 bits")
     if size and own_size != size:
         if size_field:
             raise UserError(
-                f"{name}: {own_size[0]}x{own_size[1]} pixels where the first image has {size[0]}x{size[1]}; "
-                f"set {size_field} to resize them all"
+                name,
+                f"{own_size[0]}x{own_size[1]} pixels where the first image has {size[0]}x{size[1]}",
+                f"set {size_field} to resize them all",
+                names=(size_field,),
             )
         picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)

@@ -13,6 +13,7 @@ from cluster.recipe.recipe import Recipe
 from cluster.tuning.fused.layers import KINDS
 from cluster.tuning.fused.model import FusedModel
 from nn_models.convolutional import CNNSpec
+from nn_models.errors import Problem
 from nn_models.signature import Signature
 
 # What may differ between the trials of a group.
@@ -34,27 +35,27 @@ FUSABLE = (
 MOST_ACTIVATION_BYTES = 4 << 20
 
 
-def why_not(recipe: Recipe, manifest: Manifest | None = None) -> str | None:
-    """Why this recipe's trials cannot be fused, as `path: reason`; None where they can.
+def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
+    """Why this recipe's trials cannot be fused; None where they can.
 
     Your own model is tried out on rows such as the `manifest` says, and refused without one.
     """
     if recipe.adversarial is not None:
-        return "adversarial: the two halves of a GAN take turns"
+        return Problem("adversarial", "the two halves of a GAN take turns")
     if recipe.changes:
-        return "changes: one trial's values would change while the others' do not"
+        return Problem("changes", "one trial's values would change while the others' do not")
     if recipe.train.compile:
-        return "train.compile: torch.compile would compile one trial's model, not the batch of them"
+        return Problem("train.compile", "torch.compile would compile one trial's model, not the batch of them")
     if recipe.train.precision != "fp32":
-        return f"train.precision: {recipe.train.precision}: fused trials are computed in fp32"
+        return Problem("train.precision", f"{recipe.train.precision}: fused trials are computed in fp32")
     if recipe.model.kind == "custom":
         if manifest is None:
-            return "model.kind: custom: whether vmap can batch it is only known with its data"
+            return Problem("model.kind", "custom: whether vmap can batch it is only known with its data")
 
         if reason := unbatchable(recipe, manifest.signature):
-            return f"model.kind: custom: vmap cannot batch it ({reason})"
+            return Problem("model.kind", f"custom: vmap cannot batch it ({reason})")
     elif recipe.model.kind not in KINDS:
-        return f"model.kind: {recipe.model.kind}: no batch of such models is known"
+        return Problem("model.kind", f"{recipe.model.kind}: no batch of such models is known")
     return None
 
 

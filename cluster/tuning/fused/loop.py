@@ -382,6 +382,8 @@ class FusedLoop:
 
 def _refuse(recipes: Sequence[Recipe], splits: Splits) -> None:
     if reason := why_not(recipes[0], splits.manifest):
-        raise UserError(f"{reason}; train such trials one by one")
+        raise UserError(reason.path, reason.message, "train such trials one by one")
     if len(groups(recipes, manifest=splits.manifest)) != 1:
-        raise UserError("trials that differ in more than values which can be batched cannot be fused; group them first")
+        raise UserError(
+            "", "trials that differ in more than values which can be batched cannot be fused", "group them first"
+        )

@@ -51,8 +51,9 @@ class FusedRows:
         if isinstance(self.order, LaneOrder):
             if len(self._orders) > 1:
                 raise UserError(
-                    "train.seed: trials of different seeds cannot be fused where rows are streamed; set data."
-                    "shuffle_window to null, or give them one seed"
+                    "train.seed",
+                    "trials of different seeds cannot be fused where rows are streamed",
+                    "set data.shuffle_window to null, or give them one seed",
                 )
             self._streamed = splits.training(recipe, rank=0, world_size=1, device=device)
             return
