@@ -90,11 +90,6 @@ class HeldRows:
         """The images to start from of these rows as stored, on the device; None where rows are no pairs."""
         return None if self._condition is None else self._gather(self._condition, self._index(ids))
 
-    def conditions(self, ids: RowIds) -> Tensor | None:
-        """(rows, *condition_shape) float32 in [-1, 1], on the device; None where rows are no pairs."""
-        stored = self.stored_condition(ids)
-        return None if stored is None else symmetric(stored)
-
     def _index(self, ids: RowIds) -> Tensor:
         index = torch.from_numpy(ids)
         return index.to(self.device, non_blocking=True) if self.resident else index
