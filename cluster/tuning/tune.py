@@ -167,6 +167,15 @@ class _Population(_Unsaved, PopulationBasedTraining):
         return {CONFIG: self._mutate(trial.config[CONFIG], trial_to_clone.config[CONFIG], self._draws)}, {}
 
 
+class _Median(MedianStoppingRule):
+    """Tune's rule, which reads the metric in the last report of every trial: one that has failed has none there."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """See TrialScheduler."""
+        if self._metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
+
+
 def scheduler_of(
     sweep: SweepSpec,
     epochs: int,
@@ -195,7 +204,7 @@ def scheduler_of(
                 asha._brackets[0].on_result(SimpleNamespace(trial_id=f"past-{index}"), epoch, sign * value)
         return asha
     if sweep.scheduler == "median":
-        median = MedianStoppingRule(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
+        median = _Median(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
         for index, results in past.items():
             median._results[f"past-{index}"] = [{EPOCH: epoch, metric: value} for epoch, value in results]
         return median

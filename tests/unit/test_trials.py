@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from cluster.adversarial.quality import Quality
 from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.recipe.loading import load_recipe
+from cluster.recipe.sweep import SweepSpec
 from cluster.runs.admission import workers_of
 from cluster.training.run_directory import RunDirectory, read_metrics
+from cluster.tuning import tune
 from cluster.tuning.fused.pruning import PruningRule
 from cluster.tuning.messages import CONFIG, FusedConfig, TrialConfig, Where
 from cluster.tuning.trials import EpochTrial, World
@@ -199,3 +202,18 @@ def test_configurations_travel():
         assert copy.deepcopy({CONFIG: config}) == {CONFIG: config}
     assert (member.indices, group.indices, group.index) == ((3,), (3, 5), 3)
     assert group.where == member.where
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_that_failed_is_compared_with_none(scheduler):
+    spec = SweepSpec(space={"optimizer.lr": {"uniform": [0.1, 1]}}, scheduler=scheduler)
+    metric = "validation/loss"
+    tunes = tune.scheduler_of(spec, 9, metric=metric, mode="min", past={}, mutate=lambda trial, *_: trial)
+    running: Any = SimpleNamespace(get_live_trials=list)
+    trials = [tune.tune.experiment.Trial("trial", stub=True) for _ in range(5)]
+    for trial in trials:
+        tunes.on_trial_add(running, trial)
+        assert tunes.on_trial_result(running, trial, {"epoch": 1, metric: 1.0}) == "CONTINUE"
+    tunes.on_trial_complete(running, trials[0], {"epoch": 2, "outcome": "failed", "error": "no memory", "done": True})
+    for trial in trials[1:]:
+        assert tunes.on_trial_result(running, trial, {"epoch": 2, metric: 1.0}) == "CONTINUE"
