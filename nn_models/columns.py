@@ -32,7 +32,8 @@ class Column(Spec):
     """Base of the kinds of columns: a named, typed part of every row."""
 
     noun: ClassVar[str]  # as errors call one value of it
-    scaled: ClassVar[bool] = False  # numbers, of which a model may ask for another scale
+    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale
+    predicted: ClassVar[bool] = False  # one for a row, only ever to be predicted
     kind: str
 
     @property
@@ -115,6 +116,7 @@ class Numbers(Column):
     """Numbers to predict, float32 (size,)."""
 
     noun = "a number"
+    predicted = True
     kind: Literal["numbers"] = "numbers"
     size: PositiveInt
 
@@ -149,6 +151,7 @@ class Label(_Named):
     """One of several classes, int64 ()."""
 
     noun = "a label"
+    predicted = True
     kind: Literal["label"] = "label"
 
     @property
