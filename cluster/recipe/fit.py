@@ -12,16 +12,19 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
     signature = manifest.signature
     recipe.objective.check(recipe.model)
     recipe.objective.check_data(signature, source=recipe.data.kind)
-    _check_halves(recipe, manifest)
+    _check_halves(recipe)
     recipe.objective.build(signature)  # refuses a number of outputs that makes no sense
     _check_changes(recipe)
     if not manifest.rows("train"):
         raise UserError("data", f"{recipe.data.kind} has no training rows", "add some")
+    if recipe.adversarial is not None:
+        for split in ("validation", "test") if manifest.rows("test") else ("validation",):
+            recipe.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
     check_augment(recipe.data.augment, manifest, recipe.columns, source=recipe.data.kind)
     recipe.model.check(signature)
 
 
-def _check_halves(recipe: Recipe, manifest: Manifest) -> None:
+def _check_halves(recipe: Recipe) -> None:
     """The section `adversarial` stands exactly where there are two halves."""
     if recipe.adversarial is None:
         return
@@ -35,11 +38,9 @@ def _check_halves(recipe: Recipe, manifest: Manifest) -> None:
         raise UserError(
             "train.accumulation",
             f"{recipe.train.accumulation} pieces",
-            "the halves of a GAN take each batch at once, so set it to 1, and lower train.global_batch_size or use more "
-            "workers",
+            "the halves of a GAN take each batch at once, so set it to 1, and lower train.global_batch_size or use "
+            "more workers",
         )
-    for split in ("validation", "test") if manifest.rows("test") else ("validation",):
-        recipe.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
 
 
 def _check_changes(recipe: Recipe) -> None:
