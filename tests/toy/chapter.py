@@ -104,7 +104,7 @@ class ToyObjective(Objective):
 class ToyObjectiveSpec(SupervisedSpec):
     """The objective of the toy chapter."""
 
-    reads = reading(input=Tokens, target=Labels)
+    reads = reading(target=Labels)
     takes = frozenset({"elements"})
     counts = "input"
     objective = ToyObjective
@@ -117,7 +117,7 @@ class ToyObjectiveSpec(SupervisedSpec):
 
 
 class ToyTextSpec(SplitSpec):
-    """Windows of a made text, of 1 to 6 tokens; a token's class depends on the tokens before it, in other windows too."""
+    """Windows of a made text, of 1 to 6 tokens; a token's class depends on all before it, in other windows too."""
 
     order: ClassVar[Literal["shuffled", "streams"]] = "streams"
     kind: Literal["toy_text"] = "toy_text"

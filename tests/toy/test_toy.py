@@ -128,9 +128,8 @@ def test_show_rehearses_it_and_other_data_is_refused():
     described = ToyRecipe.model_validate(recipe())
     manifest = prepared(described.data).manifest
     check(described, manifest)
-    assert summarise(described, manifest).num_parameters == sum(
-        p.numel() for p in described.model.build(manifest.signature).parameters()
-    )
+    model = described.model.build(manifest.signature)
+    assert summarise(described, manifest).num_parameters == sum(p.numel() for p in model.parameters())
     digits = ToyRecipe.model_validate({**TOY, "data": {"kind": "digits"}})
-    with pytest.raises(UserError, match="toy_net reads tokens input, but the data has image input"):
+    with pytest.raises(UserError, match="toy_objective needs labels to predict, but digits has a label"):
         check(digits, prepared(digits.data).manifest)

@@ -1,8 +1,8 @@
 """Runs `fit` in several processes over gloo, without Ray: `python -m tests.unit.ranks JOBS`.
 
 JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Where a job says "dies_at", all
-its ranks die in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of each job's
-ranks. All jobs are forked from one process, so that torch and Ray are imported once.
+its ranks die in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of each
+job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
 """
 
 import json
