@@ -104,7 +104,8 @@ class Quality:
         if self._distances:
             found |= zip(DISTANCES, self._distances(seen), strict=True)
         if "label_agreement" in self._names:
-            assert self._features is not None and self._condition is not None
+            assert self._features is not None
+            assert self._condition is not None
             labels = torch.cat([self._features.predict(rows).cpu() for rows in self._batches(made)])
             found["label_agreement"] = float((labels == self._condition).double().mean())
         if "l1" in self._names:
