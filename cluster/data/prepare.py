@@ -110,6 +110,7 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
     manifest = Manifest(
         version=2,
         source=spec.kind,
+        order=spec.order,
         columns={name: _with_statistics(name, stored, converted) for name, stored in source.columns.items()},
         splits={
             split: tuple(part.shards[split] for part in converted if split in part.shards)
@@ -132,6 +133,8 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
             shuffled = np.random.default_rng([spec.split_seed]).permutation(num_rows)
             num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
             num_validation = round(num_rows * spec.validation_fraction)
+            if spec.order == "streams":  # what is held out is the end of the text
+                shuffled = np.arange(num_rows)[::-1]
             splits[shuffled[:num_test]] = SPLITS.index("test")
             splits[shuffled[num_test : num_test + num_validation]] = SPLITS.index("validation")
             if num_test + num_validation >= num_rows:
