@@ -75,7 +75,23 @@ def prepare_data(data: Section, out: Path) -> None:
 def described(out: Path) -> dict[str, Any]:
     """What the manifest says of a data set, by the names of its version 1."""
     content: dict[str, Any] = json.loads((out / MANIFEST).read_text())
-    return content
+    manifest = DataSet(Folder(out)).manifest
+    signature, stored = manifest.signature, manifest.columns["input"]
+    known = {
+        "version": 1,
+        "source": manifest.source,
+        "input_shape": list(signature.input_shape),
+        "input_dtype": stored.dtype,
+        "target_kind": "label" if signature["target"].kind == "label" else "number",
+        "num_outputs": signature.num_outputs,
+        "class_names": list(manifest.class_names),
+        "mean": list(stored.mean),
+        "std": list(stored.std),
+        "splits": content["splits"],
+    }
+    if signature.condition_shape:
+        known["condition_shape"] = list(signature.condition_shape)
+    return known
 
 
 def made_tables(folder: Path) -> dict[str, Section]:
