@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.data.manifest import Manifest
+from cluster.recipe import fit
 from cluster.recipe.distributions import (
     Choice,
     Distribution,
@@ -177,7 +178,7 @@ class Space:
             try:
                 trial = self.trial(recipe, overrides)
                 if manifest is not None:
-                    trial.check(manifest)
+                    fit.check(trial, manifest)
             except UserError as error:
                 own = (problem for problem in error.problems if is_within(problem.path, path))
                 refusals.append(next(own, error.problems[0]))
