@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import torch
 
-from cluster.data.augment import Augmentation
+from cluster.data.augment import Augmentation, augmentation_of
 from cluster.data.layouts import LENGTH
 from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRows
 from cluster.data.manifest import Manifest
@@ -29,7 +29,7 @@ class Splits:
     def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> RowsOfRank:
         """The training rows of one rank."""
         train, manifest = recipe.train, self.manifest
-        augmentation = Augmentation(recipe.data.augment, manifest.signature) if recipe.data.augment else None
+        augmentation = augmentation_of(recipe.data.augment, manifest.signature, recipe.columns)
         reading = self.reading(recipe, device, augmentation=augmentation)
         order = training_order(
             manifest,

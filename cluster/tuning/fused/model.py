@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from cluster.recipe.recipe import Recipe
+from cluster.training.average import NUM_AVERAGED, PREFIX, average_into, decay_at
 from cluster.tuning.fused.layers import free_dropout, widen
 from nn_models.batch import Batch
 from nn_models.objectives import Objective
@@ -118,9 +119,9 @@ class FusedModel:
         """Take the weights as they are now into the moving averages, as MovingAverage does."""
         if self.average is None:
             return
-        stacks, done = self.parameters | self.buffers, self.num_averaged
-        decay = min(self._decay, (1 + done) / (10 + done))
-        torch._foreach_lerp_(list(self.average.values()), [stacks[name] for name in self.average], 1 - decay)
+        stacks = self.parameters | self.buffers
+        decay = decay_at(self._decay, self.num_averaged)
+        average_into(list(self.average.values()), [stacks[name] for name in self.average], decay=decay)
         self.num_averaged += 1
 
     def finite(self) -> Tensor:
@@ -139,8 +140,8 @@ class FusedModel:
         """The state dict of one trial's MovingAverage; None where nothing is averaged."""
         if self.average is None:
             return None
-        weights = {f"module.{key}": weight for key, weight in self.weights(place, averaged=True).items()}
-        return {"n_averaged": torch.tensor(self.num_averaged), **weights}
+        weights = {f"{PREFIX}{key}": weight for key, weight in self.weights(place, averaged=True).items()}
+        return {NUM_AVERAGED: torch.tensor(self.num_averaged), **weights}
 
     @torch.no_grad()
     def load(self, place: int, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> None:
@@ -149,10 +150,10 @@ class FusedModel:
         for key, name in self._names.items():
             stacks[name][place].copy_(weights[key])
         if self.average is not None and averages is not None:
-            self.num_averaged = int(averages["n_averaged"])
+            self.num_averaged = int(averages[NUM_AVERAGED])
             for key, name in self._names.items():
                 if name in self.average:
-                    self.average[name][place].copy_(averages[f"module.{key}"])
+                    self.average[name][place].copy_(averages[f"{PREFIX}{key}"])
 
 
 def _differing(recipes: Sequence[Recipe], device: torch.device) -> dict[str, Tensor]:

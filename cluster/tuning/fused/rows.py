@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.data.augment import Augmentation
+from cluster.data.augment import augmentation_of
 from cluster.data.keys import row_keys
 from cluster.data.order import LaneOrder, Order, training_order
 from cluster.recipe.recipe import Recipe
@@ -83,8 +83,7 @@ class FusedRows:
                 )
             self._streamed = splits.training(recipe, rank=0, world_size=1, device=device)
             return
-        specs = recipe.data.augment
-        self._augmentation = Augmentation(specs, manifest.signature) if specs else None
+        self._augmentation = augmentation_of(recipe.data.augment, manifest.signature, recipe.columns)
         self._reading = splits.reading(recipe, device, augmentation=self._augmentation)
         self._held = splits.held("train", device, names=self._reading.names)
 
