@@ -132,6 +132,7 @@ class FusedLoop:
             if member.note_best(self._objective):
                 member.best_weights = self._model.weights(place, averaged=member.chosen == "averaged")
             progress.next_epoch()
+            progress.ended = progress.without_better(self._train.patience)  # before a checkpoint is saved
             found[member.number] = member.journal.metrics()
         if self._live:
             if self.ended or self._live[0].progress.epoch % self._train.checkpoint_every_epochs == 0:
@@ -326,6 +327,7 @@ class FusedLoop:
                 "optimizer": to_cpu(self._optimizers.state_dict(place)),
                 "average": self._model.averages(place),
                 "generators": [generator],
+                "carry": None,
             }
             best, member.best_weights = member.best_weights, None
             jobs.append((member, state, best))

@@ -112,7 +112,7 @@ class FusedRows:
         columns = cast(dict[str, Tensor], self._reading.scaling(stored))
         if len(places) == 1:
             return FusedBatch(columns, True, places, lambda: keys().flatten())
-        columns = {name: values.view(*ids.shape, *values.shape[1:]) for name, values in columns.items()}
+        columns = {name: values.unflatten(0, ids.shape) for name, values in columns.items()}
         if len(places) == len(seeds):
             return FusedBatch(columns, False, places, keys)
         numbers = {seed: number for number, seed in enumerate(places)}  # some trials share theirs
