@@ -1,6 +1,7 @@
 """Runs `fit` in several processes over gloo, without Ray: `python -m tests.unit.ranks JOBS`.
 
-JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Prints the exit codes of each
+JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Where a job says "dies_at", all
+its ranks die in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of each
 job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
 """
 
@@ -11,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -18,8 +20,10 @@ from torch import distributed
 
 from cluster.data.prepare import prepared
 from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.context import GroupContext, LocalContext
+from cluster.training.journal import Journal
 from cluster.training.loop import fit
 from cluster.training.splits import open_splits
 
@@ -29,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(sys.argv[1])
     _fit(
-        jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0}, 0, Path()
+        jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0, "dies_at": None}, 0, Path()
     )  # imports what torch imports when it is used
     print(json.dumps([_forked(job) for job in jobs]))
 
@@ -57,8 +61,28 @@ def _fork(job: dict, rank: int, store: Path) -> int:
         os._exit(code)
 
 
+def _recipe(job: dict) -> Recipe:
+    if "class" not in job:
+        return load_recipe(job["recipe"])
+    module, name = job["class"].split(":")
+    return getattr(import_module(module), name).model_validate(job["recipe"])
+
+
+def _die_at(step: int) -> None:
+    whole = Journal.stepped
+
+    def stepped(journal: Journal, *steps: int) -> None:
+        if journal.progress.step + 1 == step:
+            os._exit(9)
+        whole(journal, *steps)
+
+    Journal.stepped = stepped
+
+
 def _fit(job: dict, rank: int, store: Path) -> None:
-    recipe = load_recipe(job["recipe"])
+    recipe = _recipe(job)
+    if job.get("dies_at"):
+        _die_at(job["dies_at"])
     splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
     place = {"run": Folder(job["run"]), "splits": splits, "device": torch.device("cpu")}
     if not job["world_size"]:
