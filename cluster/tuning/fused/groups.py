@@ -3,9 +3,10 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import shuffle_window
@@ -127,7 +128,7 @@ def unbatchable(recipe: Recipe, signature: Signature) -> str | None:
     """
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
     with torch.random.fork_rng(devices=[]):
-        rows = signature["input"].imagine(2)
+        rows = cast(Tensor, signature["input"].imagine(2))  # not ragged: see why_not
         if rows.is_floating_point():
             rows = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
         try:

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from cluster.tuning.fused.optimizers import FusedOptimizers, clip_gradients
 from cluster.tuning.fused.rows import FusedBatch, FusedRows
 from nn_models.batch import Place
 from nn_models.errors import UserError
+from nn_models.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class FusedLoop:
         tested = None
         if member.progress.best:
             context = LocalContext(run=member.run, splits=self._splits, device=self._device)
-            objective = member.recipe.objective.build(self._splits.manifest.signature)
+            objective = cast(Objective, member.recipe.objective.build(self._splits.manifest.signature))
             tested = evaluate_best(self._model.plain, objective, recipe=member.recipe, context=context)
         left = "left the group before its last epoch" if member.progress.epoch < self._train.epochs else None
         result = member.journal.result(

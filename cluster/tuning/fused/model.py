@@ -5,7 +5,7 @@ Shapes: T trials, B rows of the batch, M metrics of the objective.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class FusedModel:
         if self._wide:
             self._template = copy.deepcopy(self._template)
             widen(self._template)
-        self.objective: Objective = recipes[0].objective.build(signature)
+        self.objective = cast(Objective, recipes[0].objective.build(signature))
         self._each = _differing(recipes, device)
 
         named = dict(self.plain.named_parameters()) | dict(self.plain.named_buffers())
@@ -162,7 +162,9 @@ def _differing(recipes: Sequence[Recipe], device: torch.device) -> dict[str, Ten
         name: [getattr(recipe.objective, name) for recipe in recipes]
         for name in type(recipes[0].objective).model_fields
     }
-    return {name: torch.tensor(own, device=device) for name, own in values.items() if len(set(own)) > 1}
+    return {
+        name: torch.tensor(own, device=device) for name, own in values.items() if any(value != own[0] for value in own)
+    }
 
 
 def num_parameters(model: nn.Module) -> int:
