@@ -183,6 +183,10 @@ class ObjectiveSpec(Spec):
     takes: ClassVar[frozenset[Gives]]
     counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
     scale: ClassVar[Scale | None] = None  # where the model's would not do
+    # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
+    # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
+    # sums nothing over ranks.
+    fuses: ClassVar[bool] = False
     kind: str
 
     def check(self, model: ModelSpec) -> None:
@@ -281,6 +285,7 @@ class ClassificationSpec(SupervisedSpec):
     reads = reading(target=Label)
     takes = frozenset({"row"})
     objective = Classification
+    fuses = True
     kind: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
 
@@ -305,6 +310,7 @@ class RegressionSpec(SupervisedSpec):
     reads = reading(target=Numbers)
     takes = frozenset({"row"})
     objective = Regression
+    fuses = True
     kind: Literal["regression"] = "regression"
 
     def outputs(self, signature: Signature) -> tuple[int, ...]:
