@@ -3,16 +3,18 @@
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from cluster.recipe.recipe import Recipe
 from nn_models.metrics import LOSS, Metric
 from nn_models.zoo import METRICS
+
+if TYPE_CHECKING:
+    from cluster.recipe.recipe import Recipe
 
 NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm", "rows_digest")
 
@@ -24,7 +26,7 @@ class Progress:
     recipe's objective declares them; without a recipe, any objective. Others stand there by their names.
     """
 
-    def __init__(self, name: str, *, epochs: int, recipe: Recipe | None = None) -> None:
+    def __init__(self, name: str, *, epochs: int, recipe: "Recipe | None" = None) -> None:
         self._recipe = recipe
         self._declared = tuple(METRICS.values()) if recipe is None else recipe.objective.known_metrics()
         self._console = Console(stderr=True)
