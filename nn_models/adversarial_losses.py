@@ -139,11 +139,11 @@ METRICS: dict[str, Metric] = {
         Metric("kernel_floor", None, floor_of="kernel_distance"),
         Metric("label_agreement", "more", short="label agreement"),
         Metric("diversity", "more", short="diversity"),
-        Metric("generator_loss", None, short="generator"),
-        Metric("discriminator_loss", None, short="discriminator"),
+        Metric("generator_loss", None, short="generator", together="loss", label="generator"),
+        Metric("discriminator_loss", None, short="discriminator", together="loss", label="discriminator"),
         Metric("l1", "less", "L1", "L1"),
-        Metric("real_accuracy", None, short="right on real"),
-        Metric("fake_accuracy", None, short="on made"),
+        Metric("real_accuracy", None, short="right on real", together="discriminator accuracy", label="on real rows"),
+        Metric("fake_accuracy", None, short="on made", together="discriminator accuracy", label="on made rows"),
     )
 }
 
