@@ -254,17 +254,14 @@ def any_tree(arity: int, nodes: int, generator: np.random.Generator) -> tuple[li
     grow(nodes, None)
     order: list[int] = []  # the nodes as they stand: any whose children all stand before it comes next
     while len(order) < nodes:
-        ready = [
-            n for n in parents if n not in order and all(c in order for c, parent in parents.items() if parent == n)
-        ]
-        order.append(int(generator.choice(ready)))
+        waiting = {parent for child, parent in parents.items() if child not in order}
+        order.append(int(generator.choice([node for node in parents if node not in {*waiting, *order}])))
     children = [[-1] * arity for _ in range(nodes)]
     for child, parent in parents.items():
         if parent is not None:
             places = children[order.index(parent)]
-            places[int(generator.choice([place for place, taken in enumerate(places) if taken < 0]))] = order.index(
-                child
-            )
+            free = [place for place, taken in enumerate(places) if taken < 0]
+            places[int(generator.choice(free))] = order.index(child)
     level: list[int] = []
     for below in children:
         level.append(1 + max((level[child] for child in below if child >= 0), default=-1))
