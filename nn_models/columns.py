@@ -308,20 +308,20 @@ class Tree(_Named):
         return Forest.of(fields["words"], fields["children"], fields["level"], lengths)
 
     def imagine(self, rows: int) -> "Value":
-        """See Column: trees of a root over as many leaves as it may have."""
+        """See Column: trees of a root over two leaves, or over one node after the other where it has one child."""
         import torch
 
-        from nn_models.batch import Forest
-
-        nodes = rows * (self.arity + 1)
-        leaves = rows * self.arity
-        return Forest(
-            words=_zeros(nodes, dtype="int64"),
-            children=_zeros(nodes, self.arity, dtype="int64"),
-            levels=(0, leaves),
-            places=torch.arange(nodes),
-            roots=torch.arange(leaves, nodes),
-        )
+        with torch.device("cpu"):  # where they can be laid together
+            none = [-1] * self.arity
+            root, level = ([0, 1, *none[2:]], [0, 0, 1]) if self.arity > 1 else ([1], [0, 1, 2])
+            children = [none, none if self.arity > 1 else [0], root]
+            words = [0 if height == 0 else -1 for height in level]
+            fields = {
+                name: torch.tensor(values * rows, dtype=torch.int32)
+                for name, values in (("words", words), ("children", children), ("level", level))
+            }
+            forest = self.lay(fields, torch.full((rows,), len(level)), len(level))
+        return forest.to(torch.get_default_device())
 
 
 AnyColumn = Annotated[

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
 from nn_models.columns import AnyColumn, Column
-from nn_models.errors import UserError
+from nn_models.errors import UserError, did_you_mean
 from nn_models.spec import Spec, invalid
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
     from nn_models.batch import Batch
+
+
+SHORT = ("input_shape", "num_outputs", "condition_shape")
 
 
 class Signature(Spec):
@@ -27,20 +31,22 @@ class Signature(Spec):
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or not set(data) & {"input_shape", "num_outputs", "condition_shape"}:
+        if not isinstance(data, Mapping) or not set(data) & set(SHORT):
             return data
-        rest = dict(data)
+        for field in data:
+            if field not in SHORT:
+                raise invalid("unknown field", did_you_mean(str(field), SHORT), field=str(field), kind="unknown field")
+        given = {name: value for name, value in data.items() if value is not None}
         columns = {
-            name: _of_shape(shape)
-            for name, shape in (
-                ("input", rest.pop("input_shape", None)),
-                ("condition", rest.pop("condition_shape", None)),
-            )
-            if shape is not None
+            name: _of_shape(given[field], field)
+            for name, field in (("input", "input_shape"), ("condition", "condition_shape"))
+            if field in given
         }
-        if (num_outputs := rest.pop("num_outputs", None)) is not None:
-            columns["target"] = {"kind": "label", "size": num_outputs}
-        return {"columns": columns, **rest}
+        if "num_outputs" in given:
+            if not _positive(given["num_outputs"]):
+                raise invalid(f"must be a number above 0, not {given['num_outputs']!r}", field="num_outputs")
+            columns["target"] = {"kind": "label", "size": int(given["num_outputs"])}
+        return {"columns": columns}
 
     def __contains__(self, name: str) -> bool:
         return name in self.columns
@@ -87,9 +93,15 @@ class Signature(Spec):
         return Batch(columns, Place.of(rows), lambda: torch.arange(rows))
 
 
-def _of_shape(shape: Any) -> Any:
-    if isinstance(shape, (list, tuple)) and len(shape) == 3:
-        return {"kind": "image", "shape": shape}
-    if isinstance(shape, (list, tuple)) and len(shape) == 1:
-        return {"kind": "features", "size": shape[0]}
-    raise invalid(f"must be (channels, height, width) or (features,), not {shape!r}", field="input_shape")
+def _of_shape(shape: Any, field: str) -> dict[str, Any]:
+    if isinstance(shape, (list, tuple)) and all(_positive(size) for size in shape):
+        if len(shape) == 3:
+            return {"kind": "image", "shape": [int(size) for size in shape]}
+        if len(shape) == 1 and field == "input_shape":
+            return {"kind": "features", "size": int(shape[0])}
+    features = " or (features,)" if field == "input_shape" else ""
+    raise invalid(f"must be (channels, height, width){features}, numbers above 0, not {shape!r}", field=field)
+
+
+def _positive(size: Any) -> bool:
+    return isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
