@@ -32,6 +32,7 @@ from cluster.data.rows import Rows
 from cluster.data.scaling import Scaling
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.errors import Diverged
+from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -105,7 +106,7 @@ def run(tmp_path):
 
 def context(recipe: Recipe, path: Path) -> LocalContext:
     splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
-    recipe.check(splits.manifest)
+    check(recipe, splits.manifest)
     return LocalContext(run=Folder(path), splits=splits, device=CPU)
 
 
