@@ -14,6 +14,7 @@ from cluster.adversarial.halves import (
     Turn,
     noise,
     seed_of,
+    turn_of,
 )
 from cluster.adversarial.players import LocalPlayers, alone
 from cluster.data.prepare import prepared
@@ -21,6 +22,7 @@ from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.training.splits import open_splits
 from nn_models.signature import Signature
+from tests.unit import made
 
 STEPS = 20
 DCGAN = {
@@ -84,6 +86,20 @@ def test_twenty_steps_equal_the_plain_loop_bit_for_bit():
     ours, theirs = players.kept("plain"), monolithic(recipe, STEPS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("window", [None, 256], ids=["held", "streamed"])
+def test_real_images_are_from_minus_one_to_one(window):
+    """As they are stored, by arithmetic of its own: 0 to 255 become -1 to 1, wherever the rows come from."""
+    recipe = load_recipe(DCGAN, {"data.shuffle_window": window})
+    data = prepared(recipe.data)
+    rows = open_splits(data, window=window).training(recipe, rank=0, world_size=1, device=torch.device("cpu"))
+    stored = torch.from_numpy(made.split_rows(data, "train").columns["input"].values.copy())
+    (batch,) = next(rows.batches(0))
+    turn = turn_of(recipe, batch, step=0, batch_start=0, factor=1.0)
+    # float32, whose last bit depends on the way to the number
+    torch.testing.assert_close(turn.real, stored[batch.place.ids] / 127.5 - 1, atol=1e-6, rtol=0)
+    assert turn.condition is None
 
 
 def test_averaged_weights_come_with_averaged_running_statistics():
