@@ -198,9 +198,8 @@ class Coordinator:
             factor = self.watch.learning_rate_factor * self.recipe.schedule.factor(end - 1, self.num_steps)
             rate = self.recipe.optimizer.lr * factor
             sums, counts = self._sums(played_sums)
-            self.journal.interval(
-                sums, weight=played_sums[ROWS], counts=counts, rows_per_s=rows / elapsed, learning_rate=rate
-            )
+            weight = float(played_sums[ROWS])  # a checkpoint holds no numbers of NumPy
+            self.journal.interval(sums, weight=weight, counts=counts, rows_per_s=rows / elapsed, learning_rate=rate)
         if progress.step % self.epoch_steps == 0:
             self.journal.epoch_trained()
         return bool(np.isfinite(played.sums).all())

@@ -177,6 +177,15 @@ def test_lost_halves_go_on_from_the_last_checkpoint(whole, tmp_path, lost):
         assert mine == theirs
 
 
+def test_lost_halves_go_on_from_a_checkpoint_within_an_epoch(whole, tmp_path):
+    Losing.lost, Losing.played = (3, 8), 0
+    recipe = {**TINY, "train": TINY["train"] | {"checkpoint_every_steps": 8}}
+    result = coordinate(recipe, tmp_path / "run", Losing)
+    assert result["restarts"] == 2
+    assert result["metrics"] == whole.metrics
+    assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
+
+
 def test_halves_that_are_lost_too_often_fail_the_run(tmp_path):
     Losing.lost, Losing.played = (1, 2, 3, 4, 5), 0
     with pytest.raises(RunFailed, match=r"train.max_failures allows \(3\)"):

@@ -472,7 +472,7 @@ def test_pairs_are_made_from_the_held_out_conditions(tmp_path):
     assert torch.cat(copier.sources).shape == (100, 0)
     torch.testing.assert_close(torch.cat(copier.conditions), edges)
     assert quality.measure(lambda _, condition: condition)["l1"] == pytest.approx(float((edges - real).abs().mean()))
-    unlabelled = quality_of(without_classes(data, Label(names=("all",))), Pix2PixSpec(), None)
+    unlabelled = quality_of(without_classes(data, Label(names=("all",))), Pix2PixSpec(), None, num_images=100)
     assert unlabelled.best_metric == "l1"
     assert list(unlabelled.measure(Copier(real))) == ["diversity", "l1"]
 
