@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import Field, PositiveInt, model_validator
 
 from nn_models.errors import UserError
-from nn_models.spec import Spec
+from nn_models.spec import Spec, invalid
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
     from torch import Tensor
@@ -144,7 +144,11 @@ class _Named(Column):
     @model_validator(mode="before")
     @classmethod
     def _as_many_as_names(cls, data: Any) -> Any:
-        return {**data, "size": len(data["names"])} if isinstance(data, Mapping) and data.get("names") else data
+        if not isinstance(data, Mapping) or not isinstance(names := data.get("names"), (list, tuple)) or not names:
+            return data
+        if data.get("size", len(names)) != len(names):
+            raise invalid(f"{data['size']} where there are {len(names)} names", field="size")
+        return {**data, "size": len(names)}
 
 
 class Label(_Named):

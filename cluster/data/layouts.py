@@ -80,7 +80,7 @@ class Dense:
         values = self.values
         if values.ndim == 1:
             return {name: pa.array(values)}
-        flat = np.ascontiguousarray(values).reshape(len(values), -1)
+        flat = np.ascontiguousarray(values).reshape(len(values), math.prod(values.shape[1:]))
         if flat.dtype == np.uint8:
             packed = pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
@@ -157,12 +157,13 @@ class Ragged:
 
     @classmethod
     def from_arrow(cls, table: pa.Table, name: str, fields: Mapping[str, RaggedField]) -> Self:
-        """The column of this name from all its fields."""
+        """The column of this name from all its fields, without a copy where each is one chunk."""
         found: dict[str, Array] = {}
         for field, described in fields.items():
             chunks = table[f"{name}.{field}"].chunks
             flat = [chunk.flatten().to_numpy() for chunk in chunks] or [np.empty(0)]
-            found[field] = np.concatenate(flat).astype(described.dtype, copy=False).reshape(-1, *described.shape)
+            values = flat[0] if len(flat) == 1 else np.concatenate(flat)  # one chunk is not copied
+            found[field] = values.astype(described.dtype, copy=False).reshape(-1, *described.shape)
         return cls.of(found, table[f"{name}.{LENGTH}"].to_numpy())
 
     def collate(self, column: Column, device: torch.device) -> Value:

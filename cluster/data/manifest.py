@@ -90,9 +90,11 @@ class Manifest(Spec):
     @classmethod
     def _lifted(cls, data: Any) -> Any:
         """Version 1 knew an input, a target and an image to start from. Its Parquet columns are the same."""
-        if isinstance(data, Mapping) and "columns" not in data and "input_shape" in data:
-            return _from_version_1(data)
-        return data
+        if not isinstance(data, Mapping):
+            return data
+        if (version := data.get("version", 2)) not in (1, 2):
+            raise invalid(f"must be 1 or 2, not {version!r}", AGAIN, field="version")
+        return _from_version_1(data) if version == 1 or "input_shape" in data else data
 
     @model_validator(mode="after")
     def _fits_itself(self) -> Self:
@@ -108,6 +110,10 @@ class Manifest(Spec):
     def signature(self) -> Signature:
         """What the model must fit."""
         return Signature(columns={name: stored.column for name, stored in self.columns.items()})
+
+    def content(self) -> dict[str, Any]:
+        """For manifest.json: without what was left at its default."""
+        return {"version": self.version, **self.model_dump(mode="json", exclude_unset=True)}
 
     def rows(self, split: str) -> NonNegativeInt:
         """Rows in a split; 0 where there is no such split."""
@@ -143,22 +149,35 @@ def read_manifest(folder: Folder) -> Manifest:
     return validate(Manifest, content, prefix=f"{folder}/{MANIFEST}")
 
 
+VERSION_1 = {
+    "version", "input_shape", "input_dtype", "condition_shape", "target_kind", "num_outputs", "class_names", "mean",
+    "std",
+}  # fmt: skip
+
+
 def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    shape, names = data["input_shape"], data.get("class_names") or ()
-    described = {"kind": "image", "shape": shape} if len(shape) == 3 else {"kind": "features", "size": shape[0]}
-    if len(shape) not in (1, 3):
-        raise invalid("input_shape, mean and std do not fit each other", AGAIN)
-    if data.get("target_kind") == "label" and len(names) != data.get("num_outputs"):
+    shape, names, given = data.get("input_shape"), data.get("class_names") or (), data.get("condition_shape")
+    if not isinstance(shape, (list, tuple)) or len(shape) not in (1, 3):
+        raise invalid(f"must be (channels, height, width) or (features,), not {shape!r}", AGAIN, field="input_shape")
+    if (kind := data.get("target_kind")) not in ("label", "number"):
+        raise invalid(f"must be label or number, not {kind!r}", AGAIN, field="target_kind")
+    if kind == "label" and (not isinstance(names, (list, tuple)) or len(names) != data.get("num_outputs")):
         raise invalid("num_outputs is not the number of class_names", AGAIN)
-    label = data.get("target_kind") == "label"
-    target = {"kind": "label", "names": names} if label else {"kind": "numbers", "size": data.get("num_outputs")}
-    moments = {name: data.get(name) for name in ("mean", "std")}
+    image = {"kind": "image", "shape": shape} if len(shape) == 3 else {"kind": "features", "size": shape[0]}
+    label = {"kind": "label", "names": names, "size": data.get("num_outputs")}
     columns: dict[str, Any] = {
-        "input": {"column": described, "dtype": data.get("input_dtype"), **moments},
-        "target": {"column": target, "dtype": "int64" if label else "float32"},
+        "input": {
+            "column": image,
+            "dtype": data.get("input_dtype"),
+            **{name: data[name] for name in ("mean", "std") if name in data},
+        },
+        "target": {"column": label, "dtype": "int64"}
+        if kind == "label"
+        else {"column": {"kind": "numbers", "size": data.get("num_outputs")}, "dtype": "float32"},
     }
-    if condition := data.get("condition_shape"):
-        image = {"kind": "image", "shape": condition}
-        columns["condition"] = {"column": image, "dtype": "uint8", "moments": False}
-    kept = {name: data[name] for name in ("source", "splits") if name in data}
-    return {"columns": columns, **kept}
+    if given is not None:
+        if not isinstance(given, (list, tuple)) or list(given[1:]) != list(shape[1:]):
+            raise invalid("condition_shape and the input do not fit each other", AGAIN)
+        columns["condition"] = {"column": {"kind": "image", "shape": given}, "dtype": "uint8", "moments": False}
+    rest = {name: value for name, value in data.items() if name not in VERSION_1}
+    return {"version": 2, "columns": columns, **rest}

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.data.layouts import LENGTH
-from cluster.data.manifest import Shard, StoredColumn, read_manifest
-from cluster.data.rows import Rows, table_rows
+from cluster.data.manifest import MANIFEST, Shard, StoredColumn, read_manifest
+from cluster.data.rows import Rows, no_rows, table_rows
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -58,6 +58,7 @@ class DataSet:
         """Raises UserError where there is no manifest, or a shard is missing or has another size than it should."""
         self.folder = where if isinstance(where, Folder) else Folder(where)
         self.manifest = read_manifest(self.folder)
+        self._schema = no_rows(self.manifest).to_arrow().schema
         for shards in self.manifest.splits.values():
             for shard in shards:
                 self._check_size(shard)
@@ -90,7 +91,13 @@ class DataSet:
         content = self.folder.read_buffer(shard.file)
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             raise self._damaged(shard, "does not have the checksum of the manifest: it is corrupt")
-        return pq.read_table(pa.BufferReader(content))
+        return self._described(shard, pq.read_table(pa.BufferReader(content)))
+
+    def _described(self, shard: Shard, table: pa.Table) -> pa.Table:
+        """The shard's rows, if they are what the manifest says."""
+        if not table.schema.equals(self._schema):
+            raise self._damaged(shard, f"does not hold the columns that {MANIFEST} says")
+        return table
 
     def lengths(self, split: str, column: str) -> NDArray[np.int32]:
         """(rows,): elements that each row of a split has of a ragged column, read without the rows themselves."""
@@ -130,7 +137,7 @@ class DataSet:
             # page checksums do not cover the footer, which says how many rows there are
             if table.num_rows != shard.row_groups[index]:
                 raise self._damaged(shard, f"has {table.num_rows} rows in row group {index}: it is corrupt")
-            yield table_rows(table, self.manifest)
+            yield table_rows(self._described(shard, table), self.manifest)
 
 
 SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cluster.adversarial.halves import DISCRIMINATOR, GENERATOR, DiscriminatorHalf, Turn, noise, seed_of
+from cluster.adversarial.halves import (
+    DISCRIMINATOR,
+    GENERATOR,
+    DiscriminatorHalf,
+    GeneratorHalf,
+    Turn,
+    noise,
+    seed_of,
+)
 from cluster.adversarial.players import LocalPlayers, alone
 from cluster.data.prepare import prepared
 from cluster.recipe.loading import load_recipe
@@ -45,14 +53,12 @@ def monolithic(recipe: Recipe, steps: int) -> dict[str, torch.Tensor]:
         torch.optim.Adam(half.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
         for half in (generator, discriminator)
     )
-    mean, std = data.manifest.mean[0], data.manifest.std[0]
     step = 0
     for epoch in range(recipe.train.epochs):
-        for batch in rows.batches(epoch, 0):
+        for (batch,) in rows.batches(epoch, 0):
             if step == steps:
                 break
-            pixels = ((batch.inputs.double() * std + mean) * 255).round()  # back to the stored bytes
-            real = torch.add(torch.tensor(-1.0), pixels.to(torch.uint8), alpha=1 / 127.5)
+            real = torch.add(torch.tensor(-1.0), batch.stored["input"], alpha=1 / 127.5)  # of bytes
             size = len(real)
             stream = torch.Generator().manual_seed(seed_of(recipe.train.seed, 2, step))
             fake = generator(torch.randn(size, recipe.model.noise_size, generator=stream))
@@ -75,9 +81,59 @@ def test_twenty_steps_equal_the_plain_loop_bit_for_bit():
     players = LocalPlayers(recipe, open_splits(prepared(recipe.data), window=None), device=torch.device("cpu"))
     players.play(0, 7, 1.0)
     players.play(7, STEPS - 7, 1.0)
-    ours, theirs = players.kept(), monolithic(recipe, STEPS)
+    ours, theirs = players.kept("plain"), monolithic(recipe, STEPS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_averaged_weights_come_with_averaged_running_statistics():
+    """The generator's moving average against one in float64, after each step of the plain weights."""
+    recipe = load_recipe(DCGAN, {"train.ema_decay": 0.5})
+    players = LocalPlayers(recipe, open_splits(prepared(recipe.data), window=None), device=torch.device("cpu"))
+    average = {name: value.double() for name, value in players.kept("plain").items()}
+    for step in range(STEPS):
+        players.play(step, 1, 1.0)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in players.kept("plain").items():
+            average[name] = decay * average[name] + (1 - decay) * value.double()
+    found = players.kept("averaged")
+    statistics = [name for name in found if name.startswith("generator.") and "running" in name]
+    assert len(statistics) == 4  # mean and variance of two layers
+    for name, value in found.items():
+        if name.startswith("generator.") and value.is_floating_point():
+            torch.testing.assert_close(value.double(), average[name], atol=1e-6, rtol=1e-6)  # float32, 20 steps
+            assert not torch.equal(value, players.kept("plain")[name])
+
+
+def test_replicas_are_given_the_mean_of_all_running_statistics():
+    recipe = load_recipe(DCGAN, {"train.ema_decay": 0.5})
+    signature = Signature(input_shape=(1, 8, 8), num_outputs=10)
+    halves = [
+        GeneratorHalf(recipe, signature, device=torch.device("cpu"), reduce=lambda tensors: together(tensors))
+        for _ in range(2)
+    ]
+    for place, half in enumerate(halves):
+        turn = Turn(0, torch.zeros(8, 1, 8, 8), None, 8 * place, 16, counts=True, factor=1.0, generator_learns=True)
+        half.learn(torch.ones_like(half.make(turn)))
+    mine, others = (
+        {
+            f"{which}.{name}": value.clone()
+            for which in ("plain", "averaged")
+            for name, value in half.weights(which).named_buffers()
+            if value.is_floating_point()
+        }
+        for half in halves
+    )
+    assert all(not torch.equal(value, others[name]) for name, value in mine.items())
+
+    def together(tensors):
+        for tensor, other in zip(tensors, others.values(), strict=True):
+            tensor.add_(other)
+
+    halves[0].average_buffers(2)
+    for name, value in mine.items():
+        which, _, buffer = name.partition(".")
+        assert torch.equal(halves[0].weights(which).get_buffer(buffer), (value + others[name]) / 2)
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non_saturating"])

@@ -110,14 +110,14 @@ def test_digits_and_their_edges():
     data = prepared(PairsSpec(edges_of=DigitsSpec(), test_fraction=0.2))
     plain = prepared(DigitsSpec())
     assert data.manifest.source == "pairs"
-    assert data.manifest.condition_shape == data.manifest.input_shape == (1, 8, 8)
+    assert data.manifest.signature.condition_shape == data.manifest.signature.input_shape == (1, 8, 8)
     assert data.manifest.signature.condition_shape == (1, 8, 8)
     assert data.manifest.class_names == plain.manifest.class_names
     for split in SPLITS:
         ours, theirs = made.split_rows(data, split), made.split_rows(plain, split)
-        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
-        np.testing.assert_array_equal(ours.targets, theirs.targets)
-        np.testing.assert_array_equal(ours.condition, edges(theirs.inputs))
+        np.testing.assert_array_equal(ours.columns["input"].values, theirs.columns["input"].values)
+        np.testing.assert_array_equal(ours.columns["target"].values, theirs.columns["target"].values)
+        np.testing.assert_array_equal(ours.columns["condition"].values, edges(theirs.columns["input"].values))
         assert theirs.condition is None
 
 
@@ -127,9 +127,9 @@ def test_edges_of_the_users_own_images(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.new("RGB", (6, 5), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
     manifest = prepared(PairsSpec(edges_of=ImageFolderSpec(path=str(tmp_path), image_size=(8, 7)))).manifest
-    assert (manifest.input_shape, manifest.condition_shape) == ((3, 8, 7), (1, 8, 7))
+    assert (manifest.signature.input_shape, manifest.signature.condition_shape) == ((3, 8, 7), (1, 8, 7))
     inner = made.images(tmp_path / "parquet", 40, shape=(3, 6, 5))
-    assert prepared(PairsSpec(edges_of=inner)).manifest.condition_shape == (1, 6, 5)
+    assert prepared(PairsSpec(edges_of=inner)).manifest.signature.condition_shape == (1, 6, 5)
 
 
 @pytest.mark.parametrize(
@@ -238,42 +238,55 @@ def train_rows(section: dict):
 
 def test_two_columns_of_encoded_images(table):
     manifest, rows = train_rows(table(condition_channels=1, target="animal"))
-    assert (manifest.input_shape, manifest.condition_shape, manifest.input_dtype) == ((3, 6, 7), (1, 6, 7), "uint8")
+    assert (manifest.signature.input_shape, manifest.signature.condition_shape, manifest.columns["input"].dtype) == (
+        (3, 6, 7),
+        (1, 6, 7),
+        "uint8",
+    )
     assert manifest.class_names == ("cat", "cow", "dog")
-    np.testing.assert_array_equal(rows.inputs, PHOTOS.transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(rows.condition, SKETCHES[:, None])
-    assert [manifest.class_names[label] for label in rows.targets] == LABELS
+    np.testing.assert_array_equal(rows.columns["input"].values, PHOTOS.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(rows.columns["condition"].values, SKETCHES[:, None])
+    assert [manifest.class_names[label] for label in rows.columns["target"].values] == LABELS
     manifest, rows = train_rows(table())  # read in colour, both of them
-    assert manifest.condition_shape == (3, 6, 7)
-    np.testing.assert_array_equal(rows.condition, np.repeat(SKETCHES[:, None], 3, axis=1))
+    assert manifest.signature.condition_shape == (3, 6, 7)
+    np.testing.assert_array_equal(rows.columns["condition"].values, np.repeat(SKETCHES[:, None], 3, axis=1))
 
 
 def test_images_are_resized_together(table):
     _, rows = train_rows(table(image_shape=[3, 4, 5], condition_channels=1))
-    assert rows.inputs.shape == (ROWS, 3, 4, 5)
-    assert rows.condition.shape == (ROWS, 1, 4, 5)
+    assert rows.columns["input"].values.shape == (ROWS, 3, 4, 5)
+    assert rows.columns["condition"].values.shape == (ROWS, 1, 4, 5)
     small = [png(image[:3, :3]) for image in SKETCHES]
-    assert train_rows(table(sketches=small, image_shape=[3, 6, 7]))[1].condition.shape == (ROWS, 3, 6, 7)
+    assert train_rows(table(sketches=small, image_shape=[3, 6, 7]))[1].columns["condition"].values.shape == (
+        ROWS,
+        3,
+        6,
+        7,
+    )
 
 
 def test_two_columns_of_lists(table):
     photos = PHOTOS.transpose(0, 3, 1, 2).reshape(ROWS, -1)
     section = table(photos.tolist(), SKETCHES.tolist(), image_shape=[3, 6, 7], condition_channels=1)
     _, rows = train_rows(section)
-    np.testing.assert_array_equal(rows.inputs.reshape(ROWS, -1), photos)
-    np.testing.assert_array_equal(rows.condition[:, 0], SKETCHES)
+    np.testing.assert_array_equal(rows.columns["input"].values.reshape(ROWS, -1), photos)
+    np.testing.assert_array_equal(rows.columns["condition"].values[:, 0], SKETCHES)
 
 
 def test_one_column_may_be_both(table):
     _, rows = train_rows(table(condition="photo", condition_channels=1))  # to learn to colour pictures
     grey = [np.asarray(Image.fromarray(photo).convert("L")) for photo in PHOTOS]
-    np.testing.assert_array_equal(rows.condition[:, 0], grey)
+    np.testing.assert_array_equal(rows.columns["condition"].values[:, 0], grey)
 
 
 def test_rows_without_labels_are_of_one_class(table):
     manifest, rows = train_rows(table())
-    assert (manifest.target_kind, manifest.class_names, manifest.num_outputs) == ("label", ("all",), 1)
-    assert rows.targets.tolist() == [0] * ROWS
+    assert (manifest.columns["target"].column.kind, manifest.class_names, manifest.signature.num_outputs) == (
+        "label",
+        ("all",),
+        1,
+    )
+    assert rows.columns["target"].values.tolist() == [0] * ROWS
 
 
 def test_a_test_split_that_stands_apart(table, tmp_path):
@@ -417,7 +430,7 @@ def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augm
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_row_comes_with_what_it_is_made_from(window, world_size, pairs):
     stored = made.split_rows(pairs, "train")
-    expected = torch.from_numpy(stored.condition.astype(np.float32)) / 127.5 - 1
+    expected = torch.from_numpy(stored.columns["condition"].values.astype(np.float32)) / 127.5 - 1
     seen = 0
     for rank in range(world_size):
         for batch in training(pairs, window=window, rank=rank, world_size=world_size).batches(1, 0):
@@ -453,7 +466,9 @@ def test_conditions_of_held_rows(pairs, tmp_path):
     rows = HeldRows(pairs.table("test"), pairs.manifest, CPU)
     ids = np.array([3, 0, 3])
     assert torch.equal(rows.conditions(ids), rows.stored_condition(ids) / 127.5 - 1)
-    np.testing.assert_array_equal(rows.stored_condition(ids), made.split_rows(pairs, "test").condition[ids])
+    np.testing.assert_array_equal(
+        rows.stored_condition(ids), made.split_rows(pairs, "test").columns["condition"].values[ids]
+    )
     stored, _, _ = next(rows.pass_over(7, rank=0, world_size=1))
     assert len(stored) == 7
     plain = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
@@ -476,8 +491,11 @@ def test_both_images_are_moved_alike(table):
     copies = table(condition="photo")  # each image is to be made from itself
     data = prepared(validate(AnyDataSpec, copies | {"augment": MOVING} | ALL, prefix="data"))
     specs = load_recipe(GAN | {"data": copies | {"augment": MOVING}}).data.augment
-    augmentation = Augmentation(specs, shape=data.manifest.input_shape, seed=0)
-    normal = [torch.tensor(part).reshape(-1, 1, 1) for part in (data.manifest.mean, data.manifest.std)]
+    augmentation = Augmentation(specs, shape=data.manifest.signature.input_shape, seed=0)
+    normal = [
+        torch.tensor(part).reshape(-1, 1, 1)
+        for part in (data.manifest.columns["input"].mean, data.manifest.columns["input"].std)
+    ]
     changed: dict[int, torch.Tensor] = {}
     for window in (None, 10):
         for batch in training(data, window=window, batch=8, augmentation=augmentation).batches(0, 0):
@@ -486,7 +504,7 @@ def test_both_images_are_moved_alike(table):
             torch.testing.assert_close(batch.inputs * normal[1] + normal[0], made_of, atol=1e-5, rtol=0)
             for row, image in zip(batch.ids.tolist(), batch.condition, strict=True):
                 assert torch.equal(changed.setdefault(row, image), image)  # held or streamed
-    plain = made.split_rows(data, "train").condition
+    plain = made.split_rows(data, "train").columns["condition"].values
     same = [np.array_equal(((changed[row] + 1) * 127.5).round().numpy(), plain[row]) for row in changed]
     assert sum(same) < 5
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from cluster.data.manifest import StoredColumn
 from cluster.data.prepare import prepared
 from cluster.data.sources import images as named
 from cluster.data.sources.base import DataSpec
@@ -21,6 +22,7 @@ from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.pixels import decode_image
+from nn_models.columns import Label, Numbers
 from nn_models.errors import UserError
 from tests.unit import made
 
@@ -46,12 +48,12 @@ def refusal(spec: DataSpec) -> str:
 
 def test_digits_are_scikit_learns():
     data = prepared(DigitsSpec())
-    assert data.manifest.input_shape == (1, 8, 8)
+    assert data.manifest.signature.input_shape == (1, 8, 8)
     assert data.manifest.class_names == tuple("0123456789")
     splits = [made.split_rows(data, split) for split in ("train", "validation", "test")]
     assert [len(rows.ids) for rows in splits] == [1258, 180, 359]
-    ours = np.concatenate([rows.inputs for rows in splits]).reshape(-1, 64)
-    targets = np.concatenate([rows.targets for rows in splits])
+    ours = np.concatenate([rows.columns["input"].values for rows in splits]).reshape(-1, 64)
+    targets = np.concatenate([rows.columns["target"].values for rows in splits])
     bunch = load_digits()
     theirs = np.round(bunch.data * 255 / 16)
 
@@ -62,7 +64,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_digits_of_another_size():
-    assert prepared(DigitsSpec(image_size=(12, 10))).manifest.input_shape == (1, 12, 10)
+    assert prepared(DigitsSpec(image_size=(12, 10))).manifest.signature.input_shape == (1, 12, 10)
 
 
 # -- Fashion-MNIST, MNIST, CIFAR-10 ----------------------------------------------------------------------------------
@@ -93,9 +95,9 @@ def test_fashion_mnist_from_a_root(fashion):
         "test": 20,
     }
     test = made.split_rows(data, "test")
-    assert test.inputs.shape == (20, 1, 28, 28)
-    assert test.inputs.ravel().tolist() == [number % 256 for number in range(20 * 784)]
-    assert test.targets.tolist() == [3] * 20
+    assert test.columns["input"].values.shape == (20, 1, 28, 28)
+    assert test.columns["input"].values.ravel().tolist() == [number % 256 for number in range(20 * 784)]
+    assert test.columns["target"].values.tolist() == [3] * 20
 
 
 def test_fashion_mnist_unpacked_and_in_torchvisions_folders(fashion, tmp_path):
@@ -139,14 +141,15 @@ def test_fashion_mnist_with_a_missing_file(fashion):
 @pytest.mark.skipif(not named.DEBIAN_FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_debians_fashion_mnist():
     source = FashionMNISTSpec().open()
-    assert source.columns.input_shape == (1, 28, 28)
+    assert source.columns["input"].column.row_shape == (1, 28, 28)
     assert {pool: sum(part.rows for part in parts) for pool, parts in source.pools.items()} == {
         "train": 60_000,
         "test": 10_000,
     }
-    inputs, targets = source.load(source.pools["test"][0])
-    assert np.bincount(targets).tolist() == [1000] * 10
-    assert inputs.mean() == pytest.approx(73.1466, abs=1e-4)  # that of all test pixels, published as 0.2868
+    loaded = source.load(source.pools["test"][0])
+    assert np.bincount(loaded["target"].values).tolist() == [1000] * 10
+    # that of all test pixels, published as 0.2868
+    assert loaded["input"].values.mean() == pytest.approx(73.1466, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -191,16 +194,16 @@ def test_mnist_and_cifar10_as_torchvision_hands_them_over(tmp_path, monkeypatch)
     named._read.cache_clear()
     mnist, cifar = (prepared(spec(root=str(tmp_path))) for spec in (MNISTSpec, CIFAR10Spec))
     named._read.cache_clear()
-    assert mnist.manifest.input_shape == (1, 28, 28)
+    assert mnist.manifest.signature.input_shape == (1, 28, 28)
     np.testing.assert_array_equal(
-        made.split_rows(mnist, "test").inputs[:, 0], MNIST(str(tmp_path), False, True).data.numpy()
+        made.split_rows(mnist, "test").columns["input"].values[:, 0], MNIST(str(tmp_path), False, True).data.numpy()
     )
-    assert cifar.manifest.input_shape == (3, 32, 32)
+    assert cifar.manifest.signature.input_shape == (3, 32, 32)
     assert cifar.manifest.class_names[3] == "cat"
     theirs = CIFAR10(str(tmp_path), False, True)
     rows = made.split_rows(cifar, "test")
-    np.testing.assert_array_equal(rows.inputs[:, 2], theirs.data[..., 2])  # channels first
-    assert rows.targets.tolist() == theirs.targets
+    np.testing.assert_array_equal(rows.columns["input"].values[:, 2], theirs.data[..., 2])  # channels first
+    assert rows.columns["target"].values.tolist() == theirs.targets
 
 
 # -- image_folder ----------------------------------------------------------------------------------------------------
@@ -229,18 +232,20 @@ def animals(tmp_path) -> Path:
 def test_a_folder_for_each_class(animals):
     data = prepared(ImageFolderSpec(path=str(animals), validation_fraction=0, test_fraction=0.2))
     assert data.manifest.class_names == ("cat", "dog")
-    assert data.manifest.input_shape == (3, 5, 6)
+    assert data.manifest.signature.input_shape == (3, 5, 6)
     rows = [made.split_rows(data, split) for split in ("train", "test")]
     found = sorted(
-        (int(label), *image[:, 0, 0].tolist()) for r in rows for label, image in zip(r.targets, r.inputs, strict=True)
+        (int(label), *image[:, 0, 0].tolist())
+        for r in rows
+        for label, image in zip(r.columns["target"].values, r.columns["input"].values, strict=True)
     )
     assert found == [(0, number, 0, 0) for number in range(5)] + [(1, 200, 200, 200)] * 5
 
 
 def test_grey_pictures(animals):
     data = prepared(ImageFolderSpec(path=str(animals), channels=1, test_fraction=0.2))
-    assert data.manifest.input_shape == (1, 5, 6)
-    assert 200 in made.split_rows(data, "train").inputs
+    assert data.manifest.signature.input_shape == (1, 5, 6)
+    assert 200 in made.split_rows(data, "train").columns["input"].values
 
 
 def test_train_and_test_folders(tmp_path):
@@ -254,7 +259,7 @@ def test_train_and_test_folders(tmp_path):
         "validation": 2,
         "test": 8,
     }
-    assert made.split_rows(data, "test").inputs[:, 0].min() == 100
+    assert made.split_rows(data, "test").columns["input"].values[:, 0].min() == 100
 
 
 def test_a_class_that_only_the_test_folder_has(tmp_path):
@@ -302,7 +307,7 @@ def test_pictures_of_different_sizes_need_an_image_size(animals):
         f"{animals}/dog/large.png: 9x12 pixels where the first image has 5x6; set data.image_size to resize them all"
     )
     data = prepared(ImageFolderSpec(path=str(animals), image_size=(4, 7)))
-    assert data.manifest.input_shape == (3, 4, 7)
+    assert data.manifest.signature.input_shape == (3, 4, 7)
 
 
 def test_pictures_in_palette_or_with_transparency_or_one_bit(tmp_path):
@@ -310,8 +315,7 @@ def test_pictures_in_palette_or_with_transparency_or_one_bit(tmp_path):
         ending = "tif" if mode == "CMYK" else "png"
         draw(tmp_path / name / f"1.{ending}", mode=mode, colour=(255, 255, 255))
     source = ImageFolderSpec(path=str(tmp_path)).open()
-    inputs, _ = source.load(source.pools["train"][0])
-    assert (inputs == 255).all()
+    assert (source.load(source.pools["train"][0])["input"].values == 255).all()
 
 
 def test_pictures_of_sixteen_bits_are_refused(tmp_path):
@@ -385,10 +389,10 @@ def test_encoded_images(wrapped, table):
     encoded = [png(number) for number in range(ROWS)]
     column = [{"bytes": content, "path": "1.png"} for content in encoded] if wrapped else encoded
     manifest, rows = train_rows(table(column))
-    assert (manifest.input_shape, manifest.input_dtype) == ((3, 4, 3), "uint8")
-    assert rows.inputs[:, 0, 0, 0].tolist() == list(range(ROWS))
+    assert (manifest.signature.input_shape, manifest.columns["input"].dtype) == ((3, 4, 3), "uint8")
+    assert rows.columns["input"].values[:, 0, 0, 0].tolist() == list(range(ROWS))
     manifest, rows = train_rows(table(column, image_shape=(1, 2, 2)))
-    assert rows.inputs.shape == (ROWS, 1, 2, 2)
+    assert rows.columns["input"].values.shape == (ROWS, 1, 2, 2)
 
 
 def test_encoded_images_of_different_sizes_need_an_image_shape(table):
@@ -398,7 +402,7 @@ def test_encoded_images_of_different_sizes_need_an_image_shape(table):
         "rows.parquet, row group 0, column x, row 1: 8x8 pixels where the first image has 4x3; set data.image_shape "
         "to resize them all"
     )
-    assert train_rows(table(column, image_shape=(3, 4, 3)))[0].input_shape == (3, 4, 3)
+    assert train_rows(table(column, image_shape=(3, 4, 3)))[0].signature.input_shape == (3, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -428,28 +432,29 @@ PIXELS = (np.arange(ROWS * 12) % 256).reshape(ROWS, 12)
 )
 def test_images_as_lists(kind, table):
     manifest, rows = train_rows(table(pa.array(PIXELS.tolist(), kind), image_shape=(3, 2, 2)))
-    assert manifest.input_dtype == "uint8"
-    np.testing.assert_array_equal(rows.inputs.reshape(ROWS, 12), PIXELS)
+    assert manifest.columns["input"].dtype == "uint8"
+    np.testing.assert_array_equal(rows.columns["input"].values.reshape(ROWS, 12), PIXELS)
 
 
 def test_images_as_lists_of_lists(table):
     manifest, rows = train_rows(table(PIXELS.reshape(ROWS, 3, 4).tolist(), image_shape=(1, 3, 4)))
-    assert manifest.input_dtype == "uint8"
-    np.testing.assert_array_equal(rows.inputs, PIXELS.reshape(ROWS, 1, 3, 4))
+    assert manifest.columns["input"].dtype == "uint8"
+    np.testing.assert_array_equal(rows.columns["input"].values, PIXELS.reshape(ROWS, 1, 3, 4))
 
 
 def test_images_of_floats_keep_their_values(table):
     manifest, rows = train_rows(table((PIXELS / 255).tolist(), image_shape=(3, 2, 2)))
-    assert (manifest.input_dtype, manifest.input_shape) == ("float32", (3, 2, 2))
-    np.testing.assert_allclose(rows.inputs.reshape(ROWS, 12), PIXELS / 255, rtol=1e-7)  # float64 in the file
+    assert (manifest.columns["input"].dtype, manifest.signature.input_shape) == ("float32", (3, 2, 2))
+    found = rows.columns["input"].values.reshape(ROWS, 12)
+    np.testing.assert_allclose(found, PIXELS / 255, rtol=1e-7)  # float64 in the file
 
 
 def test_images_as_one_column_a_pixel(table):
     columns = {f"pixel{number}": PIXELS[:, number] for number in range(12)} | {"y": LABELS}
     names = tuple(f"pixel{number}" for number in range(12))
     manifest, rows = train_rows(table(columns, input=names, image_shape=(3, 2, 2)))
-    assert manifest.input_dtype == "uint8"
-    np.testing.assert_array_equal(rows.inputs.reshape(ROWS, 12), PIXELS)
+    assert manifest.columns["input"].dtype == "uint8"
+    np.testing.assert_array_equal(rows.columns["input"].values.reshape(ROWS, 12), PIXELS)
 
 
 @pytest.mark.parametrize("value", [256, -1, 70_000])
@@ -476,9 +481,9 @@ def test_a_wrong_image_shape(shape, table):
 def test_several_columns_and_lists_are_put_side_by_side(table):
     columns = {"a": X, "b": np.arange(ROWS), "c": PIXELS[:, :2].tolist(), "d": [row % 2 == 0 for row in range(ROWS)]}
     manifest, rows = train_rows(table(columns | {"y": LABELS}, input=("a", "b", "c", "d")))
-    assert manifest.input_shape == (5,)
+    assert manifest.signature.input_shape == (5,)
     want = np.column_stack([X, np.arange(ROWS), PIXELS[:, :2], np.arange(ROWS) % 2 == 0]).astype(np.float32)
-    np.testing.assert_array_equal(rows.inputs, want)
+    np.testing.assert_array_equal(rows.columns["input"].values, want)
 
 
 @pytest.mark.parametrize(
@@ -487,13 +492,13 @@ def test_several_columns_and_lists_are_put_side_by_side(table):
 def test_numbers_of_any_type(kind, table):
     values = np.arange(ROWS).astype(kind.to_pandas_dtype())
     manifest, rows = train_rows(table(pa.array(values, kind)))
-    assert manifest.input_dtype == "float32"
-    assert rows.inputs[:, 0].tolist() == list(range(ROWS))
+    assert manifest.columns["input"].dtype == "float32"
+    assert rows.columns["input"].values[:, 0].tolist() == list(range(ROWS))
 
 
 def test_whole_numbers_that_float32_must_round(table):
     _, rows = train_rows(table(np.full(ROWS, 20_000_001)))
-    assert rows.inputs[0, 0] == 20_000_000
+    assert rows.columns["input"].values[0, 0] == 20_000_000
 
 
 LABEL_COLUMNS = {
@@ -512,17 +517,18 @@ LABEL_COLUMNS = {
 def test_labels_of_any_type(kind, table):
     column, names = LABEL_COLUMNS[kind]
     manifest, rows = train_rows(table(y=column, row_group_size=7))
-    assert (manifest.target_kind, manifest.class_names, manifest.num_outputs) == ("label", names, len(names))
-    told = [names[label] for label in rows.targets]
+    assert manifest.signature["target"] == Label(names=names, size=len(names))
+    assert manifest.columns["target"].dtype == "int64"
+    told = [names[label] for label in rows.columns["target"].values]
     assert told == [str(value).lower() if kind == "bool" else str(value) for value in column.to_pylist()]
 
 
 def test_labels_that_were_saved_as_floats(table):
     y = [float(number) for number in LABELS]
-    assert train_rows(table(y=y))[0].target_kind == "number"
+    assert train_rows(table(y=y))[0].signature["target"] == Numbers(size=1)
     manifest, rows = train_rows(table(y=y, target_kind="label"))
     assert manifest.class_names == ("0", "1", "2")
-    assert rows.targets.tolist() == LABELS
+    assert rows.columns["target"].values.tolist() == LABELS
 
 
 @pytest.mark.parametrize(
@@ -552,12 +558,13 @@ def test_what_are_no_labels(column, message, table):
 
 def test_numbers_to_predict(table):
     manifest, rows = train_rows(table(y=X.astype(np.float64)))
-    assert (manifest.target_kind, manifest.num_outputs, manifest.class_names) == ("number", 1, ())
-    np.testing.assert_array_equal(rows.targets[:, 0], X)
+    assert manifest.columns["target"] == StoredColumn(column=Numbers(size=1), dtype="float32")
+    assert manifest.class_names == ()
+    np.testing.assert_array_equal(rows.columns["target"].values[:, 0], X)
     manifest, rows = train_rows(table(y=np.column_stack([X, 2 * X]).tolist()))
-    assert manifest.num_outputs == 2
-    np.testing.assert_array_equal(rows.targets[:, 1], 2 * X)
-    assert train_rows(table(y=LABELS, target_kind="number"))[0].num_outputs == 1
+    assert manifest.signature["target"] == Numbers(size=2)
+    np.testing.assert_array_equal(rows.columns["target"].values[:, 1], 2 * X)
+    assert train_rows(table(y=LABELS, target_kind="number"))[0].signature["target"] == Numbers(size=1)
 
 
 @pytest.mark.parametrize(
@@ -621,9 +628,9 @@ def test_two_columns_of_one_name(tmp_path):
 def test_columns_with_dots(table):
     columns = {"petal": X, "petal.length": 2 * X, "petal.notes": [None] * ROWS, "class.name": LABELS}
     _, rows = train_rows(table(columns, input="petal", target="class.name"))
-    np.testing.assert_array_equal(rows.inputs[:, 0], X)
+    np.testing.assert_array_equal(rows.columns["input"].values[:, 0], X)
     _, rows = train_rows(table(columns, input=("petal.length", "petal", "petal"), target="class.name"))
-    np.testing.assert_array_equal(rows.inputs, np.column_stack([2 * X, X, X]))
+    np.testing.assert_array_equal(rows.columns["input"].values, np.column_stack([2 * X, X, X]))
 
 
 def test_a_column_that_a_later_file_lacks(table, tmp_path):
@@ -658,7 +665,7 @@ def test_labels_as_numbers_in_one_file_and_as_text_in_another(table, tmp_path):
     table(y=[str(number) for number in LABELS], name="2.parquet")
     manifest, rows = train_rows(ParquetSpec(path=str(tmp_path), input="x", target="y"))
     assert manifest.class_names == ("0", "1", "2")
-    assert rows.targets.tolist() == LABELS * 2
+    assert rows.columns["target"].values.tolist() == LABELS * 2
 
 
 def test_a_folder_of_files_of_several_row_groups(table, tmp_path):
@@ -673,7 +680,9 @@ def test_a_folder_of_files_of_several_row_groups(table, tmp_path):
     (tmp_path / "._0.parquet").write_text("macOS's notes")
     for path in (str(tmp_path), f"file://{tmp_path}"):
         _, rows = train_rows(ParquetSpec(path=path, input="x", target="y"))
-        np.testing.assert_array_equal(rows.inputs[:, 0], np.concatenate([X + number for number in range(5)]))
+        np.testing.assert_array_equal(
+            rows.columns["input"].values[:, 0], np.concatenate([X + number for number in range(5)])
+        )
     _, rows = train_rows(ParquetSpec(path=f"file://{tmp_path}/sub%20folder/3.pq", input="x", target="y"))
     assert len(rows.ids) == ROWS
 
@@ -683,7 +692,7 @@ def test_dictionaries_that_differ_between_row_groups(table, tmp_path):
     table(y=pa.array(["c", "b"] * (ROWS // 2)).dictionary_encode(), name="2.parquet", row_group_size=5)
     manifest, rows = train_rows(ParquetSpec(path=str(tmp_path), input="x", target="y"))
     assert manifest.class_names == ("a", "b", "c")
-    assert rows.targets.tolist() == [0, 1] * (ROWS // 2) + [2, 1] * (ROWS // 2)
+    assert rows.columns["target"].values.tolist() == [0, 1] * (ROWS // 2) + [2, 1] * (ROWS // 2)
 
 
 @pytest.mark.parametrize(
@@ -728,8 +737,8 @@ def test_a_test_split_that_stands_apart(table, tmp_path):
         "validation": 3,
         "test": 30,
     }
-    np.testing.assert_array_equal(made.split_rows(data, "test").inputs[:, 0], X + 10)
-    assert data.manifest.mean[0] < 1  # the test rows are no part of it
+    np.testing.assert_array_equal(made.split_rows(data, "test").columns["input"].values[:, 0], X + 10)
+    assert data.manifest.columns["input"].mean[0] < 1  # the test rows are no part of it
 
 
 def test_a_class_that_only_the_test_split_has(table, tmp_path):
@@ -750,7 +759,7 @@ def test_a_missing_test_path(table, tmp_path):
 def test_one_row(table):
     manifest, rows = train_rows(table(X[:1], [1.0]))
     assert manifest.rows("train") == len(rows.ids) == 1
-    assert manifest.std == (1.0,)
+    assert manifest.columns["input"].std == (1.0,)
     assert "column y holds 1 class" in refusal(table(X[:1], [1]))
 
 
