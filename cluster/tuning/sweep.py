@@ -151,7 +151,7 @@ class _Sweep:
         check(self.base, self.manifest)
         self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
-        self.grouped = self.workers.halves or self.workers.most > 1
+        self.grouped = self.workers.coordinated or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
             raise UserError(
                 "sweep.scheduler",
@@ -240,7 +240,7 @@ class _Sweep:
             path=list(sys.path),
         )
         # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
-        nested = self.grouped and not self.workers.halves
+        nested = self.grouped and not self.workers.coordinated
         listening = tune.Listening(
             on_start=roster.on_start,
             on_epoch=roster.on_epoch,
