@@ -8,7 +8,7 @@ Shapes: B rows of the batch, C channels, H and W height and width; logits are (B
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
@@ -20,7 +20,7 @@ from nn_models.columns import Image, Label
 from nn_models.errors import UserError
 from nn_models.metrics import Metric, Reported
 from nn_models.model import ModelSpec
-from nn_models.objectives import ObjectiveSpec, at_least_float32
+from nn_models.objectives import ObjectiveSpec, at_least_float32, check_outputs
 from nn_models.signature import Signature
 from nn_models.spec import invalid
 
@@ -139,11 +139,11 @@ METRICS: dict[str, Metric] = {
         Metric("kernel_floor", None, floor_of="kernel_distance"),
         Metric("label_agreement", "more", short="label agreement"),
         Metric("diversity", "more", short="diversity"),
-        Metric("generator_loss", None, short="generator"),
-        Metric("discriminator_loss", None, short="discriminator"),
+        Metric("generator_loss", None, short="generator", together="loss", label="generator"),
+        Metric("discriminator_loss", None, short="discriminator", together="loss", label="discriminator"),
         Metric("l1", "less", "L1", "L1"),
-        Metric("real_accuracy", None, short="right on real"),
-        Metric("fake_accuracy", None, short="on made"),
+        Metric("real_accuracy", None, short="right on real", together="discriminator accuracy", label="on real rows"),
+        Metric("fake_accuracy", None, short="on made", together="discriminator accuracy", label="on made rows"),
     )
 }
 
@@ -207,6 +207,14 @@ class AdversarialObjectiveSpec(ObjectiveSpec):
         if self.gradient_penalty is None:
             return 10.0 if self.loss == "wasserstein" else 0.0
         return self.gradient_penalty
+
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """See ObjectiveSpec: rows that the generator makes, and what the discriminator says of them."""
+        spec, batch = cast(AdversarialSpec, description), signature.imagine(2)
+        condition = batch[spec.given] if spec.given else None
+        made = model(torch.zeros(2, spec.noise_size), condition)
+        model.discriminator(made, condition)
+        check_outputs(made, (2, *signature.input_shape), model=spec.kind, source=source)
 
     @classmethod
     def known_metrics(cls) -> tuple[Metric, ...]:

@@ -225,6 +225,11 @@ class CNNSpec(ModelSpec):
         """The module: images of `signature.input_shape` -> (B, num_outputs)."""
         return CNN(signature.input_shape, signature.num_outputs, **self.settings())
 
+    def feature_map_size(self, signature: Signature) -> int:
+        """See ModelSpec."""
+        _, height, width = signature.input_shape
+        return self.channels[0] * height * width
+
 
 class AlexNetSpec(ModelSpec):
     """AlexNet (Krizhevsky et al. 2012): five convolutions and three dense layers."""

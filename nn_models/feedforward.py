@@ -70,3 +70,7 @@ class MLPSpec(ModelSpec):
     def build(self, signature: Signature) -> MLP:
         """The module: rows of `signature.input_shape` -> (B, num_outputs)."""
         return MLP(signature.input_size, signature.num_outputs, **self.settings())
+
+    def feature_map_size(self, signature: Signature) -> int:
+        """See ModelSpec."""
+        return 0

@@ -50,6 +50,14 @@ class ModelSpec(Spec):
     def build(self, signature: Signature) -> "nn.Module":
         """The module, freshly initialised from torch's global generator."""
 
+    def feature_map_size(self, signature: Signature) -> int | None:
+        """Numbers that the first convolution makes of one row, 0 without convolutions.
+
+        Fused trials are quicker than one after the other while all of theirs fit a cache. None where they are not, or
+        where that was not measured: such models are fused only where that is asked for.
+        """
+        return None
+
     def settings(self) -> dict[str, Any]:
         """All fields but the kind, as the module's constructor takes them."""
         return {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}

@@ -183,6 +183,10 @@ class ObjectiveSpec(Spec):
     takes: ClassVar[frozenset[Gives]]
     counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
     scale: ClassVar[Scale | None] = None  # where the model's would not do
+    # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
+    # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
+    # sums nothing over ranks.
+    fuses: ClassVar[bool] = False
     kind: str
 
     def check(self, model: ModelSpec) -> None:
@@ -212,6 +216,13 @@ class ObjectiveSpec(Spec):
                 raise UserError("objective.kind", f"{self.kind} needs {wanted} to predict, but {source} has {has}", fix)
             check_column(signature, name, kinds, path="objective.kind", reads=f"{self.kind} needs {wanted}", fix=fix)
 
+    @abstractmethod
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """Send two imaginary rows through the model as training will, on the device that is current.
+
+        Raises UserError where what comes out has another shape than rows of the source need.
+        """
+
     @classmethod
     @abstractmethod
     def known_metrics(cls) -> tuple[Metric, ...]:
@@ -226,6 +237,17 @@ class ObjectiveSpec(Spec):
         """The metrics of each epoch. Without a signature, rows are taken to have all that could be measured."""
 
 
+def check_outputs(outputs: Any, wanted: tuple[int, ...], *, model: str, source: str) -> None:
+    """Raise UserError where outputs for two rows have another shape than is wanted."""
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            "model",
+            f"{model} gives {got} for 2 rows where {source} needs {wanted}",
+            "its last layer must have one output a class",
+        )
+
+
 class SupervisedSpec(ObjectiveSpec):
     """Base of the objectives that train one net by one loss."""
 
@@ -235,6 +257,22 @@ class SupervisedSpec(ObjectiveSpec):
     def known_metrics(cls) -> tuple[Metric, ...]:
         """See ObjectiveSpec."""
         return (LOSS, *cls.objective.metrics)
+
+    def outputs(self, signature: Signature) -> tuple[int, ...] | None:
+        """The shape of what a model must give for a row; None where the objective itself finds out."""
+        return None
+
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """See ObjectiveSpec."""
+        wanted = self.outputs(signature)
+
+        def watched(*values: Any) -> Any:
+            outputs = model(*values)
+            if wanted is not None:  # before the loss, which would say less of it
+                check_outputs(outputs, (2, *wanted), model=description.kind, source=source)
+            return outputs
+
+        self.build(signature).measure(watched, signature.imagine(2))
 
     def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
         """See ObjectiveSpec."""
@@ -247,8 +285,13 @@ class ClassificationSpec(SupervisedSpec):
     reads = reading(target=Label)
     takes = frozenset({"row"})
     objective = Classification
+    fuses = True
     kind: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
+
+    def outputs(self, signature: Signature) -> tuple[int, ...]:
+        """See SupervisedSpec."""
+        return (signature.num_outputs,)
 
     def build(self, signature: Signature) -> Classification:
         """The objective. Raises UserError where there are too few classes."""
@@ -267,7 +310,12 @@ class RegressionSpec(SupervisedSpec):
     reads = reading(target=Numbers)
     takes = frozenset({"row"})
     objective = Regression
+    fuses = True
     kind: Literal["regression"] = "regression"
+
+    def outputs(self, signature: Signature) -> tuple[int, ...]:
+        """See SupervisedSpec."""
+        return (signature.num_outputs,)
 
     def build(self, signature: Signature) -> Regression:
         """The objective."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColum
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.data.sources.prepared import ShardsSpec
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -65,8 +64,8 @@ def prepared(spec: DataSpec) -> DataSet:
 
     Raises UserError where the data is missing or damaged.
     """
-    if isinstance(spec, ShardsSpec):
-        return DataSet(spec.path)
+    if spec.prepared_at:
+        return DataSet(spec.prepared_at)
     folder = cache_root() / "data" / f"{spec.kind}-{cache_key(spec)}"
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -99,17 +98,18 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
 
     `mapper` converts parts elsewhere (Ray Data for large sources). Raises UserError for bad content.
     """
-    if not isinstance(spec, SplitSpec):
+    if spec.prepared_at:
         raise UserError("data.kind", f"{spec.kind} is prepared already", "prepare another source")
     source = spec.open()
     out.create()
     if out.names():
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
-    slots = _deal(source, spec)
+    slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
     manifest = Manifest(
         version=2,
         source=spec.kind,
+        order=spec.order,
         columns={name: _with_statistics(name, stored, converted) for name, stored in source.columns.items()},
         splits={
             split: tuple(part.shards[split] for part in converted if split in part.shards)
@@ -132,6 +132,8 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
             shuffled = np.random.default_rng([spec.split_seed]).permutation(num_rows)
             num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
             num_validation = round(num_rows * spec.validation_fraction)
+            if spec.order == "streams":  # what is held out is the end of the text
+                shuffled = np.arange(num_rows)[::-1]
             splits[shuffled[:num_test]] = SPLITS.index("test")
             splits[shuffled[num_test : num_test + num_validation]] = SPLITS.index("validation")
             if num_test + num_validation >= num_rows:

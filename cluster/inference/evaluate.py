@@ -1,21 +1,21 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from cluster.data.loader import HeldRows
 from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.data.sources.base import DataSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
 from cluster.training.context import LocalContext
-from cluster.training.evaluation import EVALUATION_ROWS, evaluate
+from cluster.training.evaluation import evaluate
 from cluster.training.journal import prefixed
 from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
+from nn_models.objectives import Objective
 
 
 def evaluate_run(
@@ -44,7 +44,7 @@ def evaluate_run(
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
-    if recipe.adversarial is not None:
+    if recipe.model.gives == "halves":
         from cluster.adversarial.features import open_features
         from cluster.adversarial.quality import measured
 
@@ -55,26 +55,27 @@ def evaluate_run(
                 "the quality of what is made is measured by a classifier of them, so add some",
             )
         found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
-        rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split), theirs.rows("train"))
+        assert recipe.adversarial is not None  # it stands where there are halves
+        rows_used = recipe.adversarial.quality.num_rows(theirs, split)
         return {
             "metrics": jsonable(prefixed(split, found)),
             "rows": rows_used,
             "run": folder.uri,
             "data": other.folder.uri,
         }
-    rows = HeldRows(other.table(split), ours, device)
-    context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
+    splits = Splits(ours, other.folder.uri, {split: other.table(split)})  # scaled as in training
+    rows = splits.evaluation(split, recipe, rank=0, world_size=1, device=device)
+    assert rows is not None  # there is one
     metrics = evaluate(
         model.to(device),
         rows,
-        recipe.supervised.build(ours.num_outputs),
-        context=context,
+        cast(Objective, recipe.objective.build(ours.signature)),
+        context=LocalContext(run=folder, splits=splits, device=device),
         precision=recipe.train.precision,
-        batch_size=EVALUATION_ROWS,
     )
     return {
         "metrics": jsonable(prefixed(split, metrics)),
-        "rows": rows.num_rows,
+        "rows": rows.order.num_rows,
         "run": folder.uri,
         "data": other.folder.uri,
     }
@@ -82,6 +83,12 @@ def evaluate_run(
 
 def _row(manifest: Manifest) -> str:
     """All that must be the same for a model to read rows."""
-    inputs, given = (" x ".join(map(str, shape or ())) for shape in (manifest.input_shape, manifest.condition_shape))
-    pair = f"{given} -> " if given else ""
-    return f"{pair}{inputs} {manifest.input_dtype} with {manifest.num_outputs} {manifest.target_kind} outputs"
+    signature = manifest.signature
+    pair = f"{signature['condition'].extent} -> " if "condition" in signature else ""
+    row = f"{signature['input'].extent} {manifest.columns['input'].dtype}"
+    if "target" not in signature:
+        return pair + row
+    target = signature["target"]
+    if not target.predicted:
+        return f"{pair}{row} with {target.describe()}"
+    return f"{pair}{row} with {target.num_outputs} {target.noun.split()[-1]} outputs"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
+from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_other_recipe, refuse_what_cannot_start, workers_of
@@ -92,7 +93,7 @@ def train(
         if address and not workers.most:
             raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
         data = prepared(recipe.data)
-        recipe.check(data.manifest)
+        check(recipe, data.manifest)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import torch
 
-from cluster.data.augment import Augmentation
+from cluster.data.augment import Augmentation, augmentation_of
 from cluster.data.layouts import LENGTH
 from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRows
 from cluster.data.manifest import Manifest
@@ -29,7 +29,7 @@ class Splits:
     def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> RowsOfRank:
         """The training rows of one rank."""
         train, manifest = recipe.train, self.manifest
-        augmentation = Augmentation(recipe.data.augment, manifest.signature) if recipe.data.augment else None
+        augmentation = augmentation_of(recipe.data.augment, manifest.signature, recipe.columns)
         reading = self.reading(recipe, device, augmentation=augmentation)
         order = training_order(
             manifest,
@@ -45,9 +45,16 @@ class Splits:
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
     def evaluation(
-        self, split: str, recipe: Recipe, *, rank: int, world_size: int, device: torch.device
+        self,
+        split: str,
+        recipe: Recipe,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        batch_size: int = EVALUATION_ROWS,
     ) -> RowsOfRank | None:
-        """One rank's share of a split to evaluate on; None where there is no such split."""
+        """One rank's share of a split to evaluate on, so many rows a step; None where there is no such split."""
         if split not in self.tables:
             return None
         reading = self.reading(recipe, device)
@@ -56,7 +63,7 @@ class Splits:
         if self.manifest.order == "streams":  # as many as in training: each begins without what came before it
             order = StreamOrder(rows.num_rows, num_streams=recipe.train.global_batch_size, weights=weights)
         else:
-            order = InOrder(rows.num_rows, batch_size=EVALUATION_ROWS, weights=weights)
+            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights)
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
     def held(self, split: str, device: torch.device, *, names: frozenset[str]) -> Held:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -46,6 +46,8 @@ class DataSpec(Spec):
     # Fields about how rows are used; all others decide what is prepared.
     TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window"})
 
+    # "streams": rows are windows of one text, in its order, and a split is a stretch of it
+    order: ClassVar[Literal["shuffled", "streams"]] = "shuffled"
     kind: str
     augment: tuple[AnyAugmentSpec, ...] = Field((), description="random changes to training images, in order")
     shuffle_window: PositiveInt | None = Field(
@@ -63,6 +65,11 @@ class DataSpec(Spec):
     def fingerprint(self) -> str:
         """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
         return ""
+
+    @property
+    def prepared_at(self) -> str | None:
+        """The folder of data that is prepared already; None for a source."""
+        return None
 
     def open(self) -> Source:
         """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""
