@@ -173,28 +173,27 @@ def values_of(batch: Batch) -> dict[str, list]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_a_step_is_cut_into_pieces(world_size, kind, window, sets):
     counts = "input" if kind == "ragged" else None
-    for wanted in (2, 3, 7, 100):
-        steps: dict[int, int] = {}  # pieces of each step: equally many on all ranks
-        for rank in range(world_size):
-            rows = training(sets[kind], window=window, rank=rank, world_size=world_size, batch=41, counts=counts)
-            for step, (cut, batch) in enumerate(zip(rows.batches(1, pieces=wanted), whole(rows, 1), strict=True)):
-                place = batch.place
-                assert steps.setdefault(step, len(cut)) == len(cut)
+    num_pieces: dict[tuple[int, int], int] = {}  # of a step: equally many on all ranks
+    for rank in range(world_size):
+        rows = training(sets[kind], window=window, rank=rank, world_size=world_size, batch=41, counts=counts)
+        uncut = [(batch.place, values_of(batch), batch.keys.tolist()) for batch in whole(rows, 1)]
+        for wanted in (3, 100):
+            steps = zip(rows.batches(1, pieces=wanted), uncut, strict=True)
+            for step, (cut, (place, values, keys)) in enumerate(steps):
+                assert num_pieces.setdefault((wanted, step), len(cut)) == len(cut)
                 assert len(cut) == min(wanted, max(1, place.global_rows // world_size))
-                sizes = [piece.place.num_rows for piece in cut]
+                places, sizes = [piece.place for piece in cut], [piece.place.num_rows for piece in cut]
                 assert max(sizes) - min(sizes) <= 1
-                assert [row for piece in cut for row in piece.place.ids.tolist()] == place.ids.tolist()
-                assert [piece.place.start for piece in cut] == [place.start + sum(sizes[:k]) for k in range(len(cut))]
-                assert sum(piece.place.weight for piece in cut) == place.weight
-                assert {(piece.place.global_rows, piece.place.global_weight) for piece in cut} == {
+                assert [row for part in places for row in part.ids.tolist()] == place.ids.tolist()
+                assert [part.start for part in places] == [place.start + sum(sizes[:k]) for k in range(len(cut))]
+                assert sum(part.weight for part in places) == place.weight
+                assert {(part.global_rows, part.global_weight) for part in places} == {
                     (place.global_rows, place.global_weight)
                 }
                 found = [values_of(piece) for piece in cut]
-                assert {name: [row for piece in found for row in piece[name]] for name in batch.columns} == values_of(
-                    batch
-                )
-                keys = [key for piece in cut for key in piece.keys[: piece.place.num_rows].tolist()]
-                assert keys == batch.keys[: place.num_rows].tolist()
+                assert {name: [row for piece in found for row in piece[name]] for name in values} == values
+                drawn = [key for piece in cut for key in piece.keys[: piece.place.num_rows].tolist()]
+                assert drawn == keys[: place.num_rows]
 
 
 # -- rows that differ in length --------------------------------------------------------------------------------------
