@@ -12,13 +12,8 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-<<<<<<< HEAD
 from functools import partial
 from importlib import import_module
-=======
-from datetime import timedelta
-from functools import partial
->>>>>>> pins
 from pathlib import Path
 
 import torch
@@ -37,12 +32,8 @@ from cluster.training.splits import open_splits
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(sys.argv[1])
-<<<<<<< HEAD
     # imports what torch imports when it is used
     _fit(jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0, "dies_at": None}, 0)
-=======
-    _fit(jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0}, 0)  # imports what torch imports when it is used
->>>>>>> pins
     print(json.dumps([forked(partial(_fit, job), world_size=job["world_size"]) for job in jobs]))
 
 
@@ -64,24 +55,10 @@ def _fork(work: Callable[[int], None], rank: int, world_size: int, store: Path) 
             # torch 2.15 advises an argument that torch 2.11 does not know
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             if world_size:
-<<<<<<< HEAD
                 join(f"file://{store}", rank, world_size=world_size, timeout_s=120)
             work(rank)
             if world_size:
                 leave()
-=======
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-                distributed.init_process_group(
-                    "gloo",
-                    init_method=f"file://{store}",
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=timedelta(seconds=120),
-                )
-            work(rank)
-            if world_size:
-                distributed.destroy_process_group()
->>>>>>> pins
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -89,7 +66,6 @@ def _fork(work: Callable[[int], None], rank: int, world_size: int, store: Path) 
         os._exit(code)
 
 
-<<<<<<< HEAD
 def _recipe(job: dict) -> Recipe:
     if "class" not in job:
         return load_recipe(job["recipe"])
@@ -115,13 +91,6 @@ def _fit(job: dict, rank: int) -> None:
     splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
     place = {"run": Folder(job["run"]), "splits": splits, "device": torch.device("cpu")}
     result = fit(recipe, context=GroupContext(**place) if job["world_size"] else LocalContext(**place))
-=======
-def _fit(job: dict, rank: int) -> None:
-    recipe = load_recipe(job["recipe"])
-    splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
-    place = {"run": Folder(job["run"]), "splits": splits, "device": torch.device("cpu")}
-    result = fit(recipe, context=DistributedContext(**place) if job["world_size"] else LocalContext(**place))
->>>>>>> pins
     if job["world_size"] and rank == 0:
         (Path(job["run"]) / "result.json").write_text(json.dumps(result))
 
