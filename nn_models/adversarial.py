@@ -21,9 +21,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
-from nn_models.activations import initialise
+from nn_models.activations import initialise, initialise_like_dcgan, normalise_spectrum
 from nn_models.columns import Image, Label
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
@@ -80,27 +79,6 @@ class AdversarialSpec(ModelSpec):
     def build(self, signature: Signature) -> Halves:
         """Both halves, the generator drawn first; calling the module runs the generator."""
         return Halves(self.build_generator(signature), self.build_discriminator(signature))
-
-
-def normalise_spectrum(layer: nn.Module) -> nn.Module:
-    """Divide the layer's weight, seen as a matrix, by its largest singular value (Miyato et al. 2018, eq. 8).
-
-    The singular value comes from one power iteration each time the layer runs in training, after 15 at the start.
-    """
-    return parametrizations.spectral_norm(layer)
-
-
-def initialise_like_dcgan(module: nn.Module) -> None:
-    """Weights N(0, 0.02) (Radford et al. 2015, section 4), normalisation's gains N(1, 0.02), biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-        elif isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)):
-            nn.init.normal_(layer.weight, 1.0, 0.02)
-        else:
-            continue
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 # -- dense ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nn_models.adversarial import MAX_WIDENING, SLOPE, AdversarialSpec, initialise_like_dcgan, normalise_spectrum
+from nn_models.activations import initialise_like_dcgan, normalise_spectrum
+from nn_models.adversarial import MAX_WIDENING, SLOPE, AdversarialSpec
 from nn_models.columns import Image
 from nn_models.errors import UserError
 from nn_models.model import reading

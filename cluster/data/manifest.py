@@ -113,7 +113,8 @@ class Manifest(Spec):
 
     def content(self) -> dict[str, Any]:
         """For manifest.json: without what was left at its default."""
-        return {"version": self.version, **self.model_dump(mode="json", exclude_unset=True)}
+        usual = {"order"} if self.order == "shuffled" else set()
+        return {"version": self.version, **self.model_dump(mode="json", exclude_unset=True, exclude=usual)}
 
     def rows(self, split: str) -> NonNegativeInt:
         """Rows in a split; 0 where there is no such split."""

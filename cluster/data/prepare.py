@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColum
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.data.sources.prepared import ShardsSpec
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -65,8 +64,8 @@ def prepared(spec: DataSpec) -> DataSet:
 
     Raises UserError where the data is missing or damaged.
     """
-    if isinstance(spec, ShardsSpec):
-        return DataSet(spec.path)
+    if spec.prepared_at:
+        return DataSet(spec.prepared_at)
     folder = cache_root() / "data" / f"{spec.kind}-{cache_key(spec)}"
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -99,13 +98,13 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
 
     `mapper` converts parts elsewhere (Ray Data for large sources). Raises UserError for bad content.
     """
-    if not isinstance(spec, SplitSpec):
+    if spec.prepared_at:
         raise UserError("data.kind", f"{spec.kind} is prepared already", "prepare another source")
     source = spec.open()
     out.create()
     if out.names():
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
-    slots = _deal(source, spec)
+    slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
     manifest = Manifest(
         version=2,

@@ -14,6 +14,7 @@ from cluster.adversarial.halves import (
     Turn,
     noise,
     seed_of,
+    turn_of,
 )
 from cluster.adversarial.players import LocalPlayers, alone
 from cluster.data.prepare import prepared
@@ -21,6 +22,7 @@ from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.training.splits import open_splits
 from nn_models.signature import Signature
+from tests.unit import made
 
 STEPS = 20
 DCGAN = {
@@ -86,6 +88,20 @@ def test_twenty_steps_equal_the_plain_loop_bit_for_bit():
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("window", [None, 256], ids=["held", "streamed"])
+def test_real_images_are_from_minus_one_to_one(window):
+    """As they are stored, by arithmetic of its own: 0 to 255 become -1 to 1, wherever the rows come from."""
+    recipe = load_recipe(DCGAN, {"data.shuffle_window": window})
+    data = prepared(recipe.data)
+    rows = open_splits(data, window=window).training(recipe, rank=0, world_size=1, device=torch.device("cpu"))
+    stored = torch.from_numpy(made.split_rows(data, "train").columns["input"].values.copy())
+    (batch,) = next(rows.batches(0))
+    turn = turn_of(recipe, batch, step=0, batch_start=0, factor=1.0)
+    # float32, whose last bit depends on the way to the number
+    torch.testing.assert_close(turn.real, stored[batch.place.ids] / 127.5 - 1, atol=1e-6, rtol=0)
+    assert turn.condition is None
+
+
 def test_averaged_weights_come_with_averaged_running_statistics():
     """The generator's moving average against one in float64, after each step of the plain weights."""
     recipe = load_recipe(DCGAN, {"train.ema_decay": 0.5})
@@ -106,34 +122,30 @@ def test_averaged_weights_come_with_averaged_running_statistics():
 
 
 def test_replicas_are_given_the_mean_of_all_running_statistics():
+    """Of those beside the moving average too. The other replica is here, and what it has is added by hand."""
     recipe = load_recipe(DCGAN, {"train.ema_decay": 0.5})
     signature = Signature(input_shape=(1, 8, 8), num_outputs=10)
-    halves = [
-        GeneratorHalf(recipe, signature, device=torch.device("cpu"), reduce=lambda tensors: together(tensors))
-        for _ in range(2)
-    ]
+    of_the_other: list[torch.Tensor] = []
+
+    def reduce(tensors):
+        for tensor, other in zip(tensors, of_the_other, strict=bool(of_the_other)):
+            tensor.add_(other)
+
+    def statistics(half):
+        both = [half.weights(which).named_buffers() for which in ("plain", "averaged")]
+        return [value for buffers in both for _, value in buffers if value.is_floating_point()]
+
+    halves = [GeneratorHalf(recipe, signature, device=torch.device("cpu"), reduce=reduce) for _ in range(2)]
     for place, half in enumerate(halves):
         turn = Turn(0, torch.zeros(8, 1, 8, 8), None, 8 * place, 16, counts=True, factor=1.0, generator_learns=True)
         half.learn(torch.ones_like(half.make(turn)))
-    mine, others = (
-        {
-            f"{which}.{name}": value.clone()
-            for which in ("plain", "averaged")
-            for name, value in half.weights(which).named_buffers()
-            if value.is_floating_point()
-        }
-        for half in halves
-    )
-    assert all(not torch.equal(value, others[name]) for name, value in mine.items())
-
-    def together(tensors):
-        for tensor, other in zip(tensors, others.values(), strict=True):
-            tensor.add_(other)
-
+    mine = [value.clone() for value in statistics(halves[0])]
+    of_the_other += statistics(halves[1])
+    assert len(mine) == 8  # mean and variance of two layers, and their averages
+    assert not any(torch.equal(value, other) for value, other in zip(mine, of_the_other, strict=True))
     halves[0].average_buffers(2)
-    for name, value in mine.items():
-        which, _, buffer = name.partition(".")
-        assert torch.equal(halves[0].weights(which).get_buffer(buffer), (value + others[name]) / 2)
+    for found, value, other in zip(statistics(halves[0]), mine, of_the_other, strict=True):
+        assert torch.equal(found, (value + other) / 2)
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non_saturating"])

@@ -1,6 +1,7 @@
 """The coordinator with both halves in this process: looks, the best, restarts, resuming, collapse."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,10 @@ def coordinate(recipe: Any, run: Path, players: type[LocalPlayers]) -> dict[str,
         start=lambda: players(recipe, splits, device=torch.device("cpu")),
         replicas=1,
     )
-    return coordinator.run()
+    with closing(coordinator):
+        for _ in coordinator.epochs():
+            pass
+        return coordinator.conclude()
 
 
 @pytest.mark.parametrize("lost", [(1,), (2,), (3,), (2, 3, 5)])
@@ -175,6 +179,15 @@ def test_lost_halves_go_on_from_the_last_checkpoint(whole, tmp_path, lost):
             [line | {"time_s": 0, "rows_per_s": 0} for line in lines(r, split)] for r in (tmp_path / "run", whole.run)
         )
         assert mine == theirs
+
+
+def test_lost_halves_go_on_from_a_checkpoint_within_an_epoch(whole, tmp_path):
+    Losing.lost, Losing.played = (3, 8), 0
+    recipe = {**TINY, "train": TINY["train"] | {"checkpoint_every_steps": 8}}
+    result = coordinate(recipe, tmp_path / "run", Losing)
+    assert result["restarts"] == 2
+    assert result["metrics"] == whole.metrics
+    assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
 
 
 def test_halves_that_are_lost_too_often_fail_the_run(tmp_path):

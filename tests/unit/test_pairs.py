@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +16,29 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from scipy import ndimage
 
-from cluster.data.augment import Augmentation
-from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining
+from cluster.data.augment import augmentation_of
+from cluster.data.layouts import Dense
+from cluster.data.loader import Held, HeldRows, Reading, StreamedRows
 from cluster.data.manifest import SPLITS
 from cluster.data.order import training_order
 from cluster.data.prepare import cache_key, prepared
 from cluster.data.rows import Rows
 from cluster.data.shards import ROW_GROUP_BYTES, DataSet, write_shard
+from cluster.data.sources.base import labels, pixels
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec, FashionMNISTSpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.pixels import edges
+from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import summarise
 from cluster.storage import Folder
 from jobs.commands.printing import print_manifest, print_summary
+from nn_models.batch import Batch
+from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made
@@ -118,7 +124,7 @@ def test_digits_and_their_edges():
         np.testing.assert_array_equal(ours.columns["input"].values, theirs.columns["input"].values)
         np.testing.assert_array_equal(ours.columns["target"].values, theirs.columns["target"].values)
         np.testing.assert_array_equal(ours.columns["condition"].values, edges(theirs.columns["input"].values))
-        assert theirs.condition is None
+        assert list(theirs.columns) == ["input", "target"]
 
 
 def test_edges_of_the_users_own_images(tmp_path):
@@ -238,11 +244,8 @@ def train_rows(section: dict):
 
 def test_two_columns_of_encoded_images(table):
     manifest, rows = train_rows(table(condition_channels=1, target="animal"))
-    assert (manifest.signature.input_shape, manifest.signature.condition_shape, manifest.columns["input"].dtype) == (
-        (3, 6, 7),
-        (1, 6, 7),
-        "uint8",
-    )
+    assert (manifest.signature.input_shape, manifest.signature.condition_shape) == ((3, 6, 7), (1, 6, 7))
+    assert manifest.columns["input"].dtype == manifest.columns["condition"].dtype == "uint8"
     assert manifest.class_names == ("cat", "cow", "dog")
     np.testing.assert_array_equal(rows.columns["input"].values, PHOTOS.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(rows.columns["condition"].values, SKETCHES[:, None])
@@ -257,12 +260,8 @@ def test_images_are_resized_together(table):
     assert rows.columns["input"].values.shape == (ROWS, 3, 4, 5)
     assert rows.columns["condition"].values.shape == (ROWS, 1, 4, 5)
     small = [png(image[:3, :3]) for image in SKETCHES]
-    assert train_rows(table(sketches=small, image_shape=[3, 6, 7]))[1].columns["condition"].values.shape == (
-        ROWS,
-        3,
-        6,
-        7,
-    )
+    _, rows = train_rows(table(sketches=small, image_shape=[3, 6, 7]))
+    assert rows.columns["condition"].values.shape == (ROWS, 3, 6, 7)
 
 
 def test_two_columns_of_lists(table):
@@ -281,11 +280,7 @@ def test_one_column_may_be_both(table):
 
 def test_rows_without_labels_are_of_one_class(table):
     manifest, rows = train_rows(table())
-    assert (manifest.columns["target"].column.kind, manifest.class_names, manifest.signature.num_outputs) == (
-        "label",
-        ("all",),
-        1,
-    )
+    assert manifest.signature["target"] == Label(names=("all",), size=1)
     assert rows.columns["target"].values.tolist() == [0] * ROWS
 
 
@@ -377,33 +372,33 @@ def test_bad_files_are_named(fields, message, table):
 
 
 def test_row_groups_hold_both_images_within_their_bytes(tmp_path):
-    rows = Rows(
-        np.arange(100),
-        np.zeros((100, 3, 100, 300), np.uint8),
-        np.zeros(100, np.int64),
-        np.zeros((100, 3, 100, 300), np.uint8),
-    )
-    shard = write_shard(Folder(tmp_path), "a.parquet", rows)
+    images = Dense(np.zeros((100, 3, 100, 300), np.uint8))
+    rows = Rows(np.arange(100), {"input": images, "target": Dense(np.zeros(100, np.int64)), "condition": images})
+    columns = {"input": pixels((3, 100, 300)), "target": labels(("all",)), "condition": pixels((3, 100, 300))}
+    shard = write_shard(Folder(tmp_path), "a.parquet", rows, columns)
     assert max(shard.row_groups) == ROW_GROUP_BYTES // 180_000
     assert pq.read_schema(tmp_path / "a.parquet").names == ["row", "input", "target", "condition"]
 
 
 def test_other_sources_are_written_as_ever(tmp_path):
     data = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    assert "condition_shape" not in (tmp_path / "out" / "manifest.json").read_text()
+    assert "condition" not in (tmp_path / "out" / "manifest.json").read_text()
     assert data.table("train").column_names == ["row", "input", "target"]
     assert data.manifest.signature.condition_shape is None
 
 
-def test_a_manifest_whose_images_do_not_fit_each_other_is_refused(tmp_path):
+def test_shards_that_do_not_fit_the_condition_are_named(tmp_path):
     data = made.written(PairsSpec(edges_of=DigitsSpec()), tmp_path / "out")
     assert data.manifest.row_bytes == 64 + 64 + 8
     file = tmp_path / "out" / "manifest.json"
     content = json.loads(file.read_text())
-    assert content["condition_shape"] == [1, 8, 8]
-    file.write_text(json.dumps(content | {"condition_shape": [1, 9, 9]}))
-    with pytest.raises(UserError, match="condition_shape and the input do not fit each other; prepare the data again"):
-        DataSet(str(tmp_path / "out"))
+    assert content["columns"]["condition"]["column"]["shape"] == [1, 8, 8]
+    content["columns"]["condition"]["column"]["shape"] = [1, 9, 9]
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match=r"parquet: the shard does not hold the columns that manifest.json says; delete"
+    ):
+        DataSet(str(tmp_path / "out")).verify()
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------
@@ -418,25 +413,34 @@ def pairs(tmp_path_factory) -> DataSet:
     return made.written(PairsSpec(edges_of=made.images(folder / "in", 800, shape=(3, 6, 7))), folder / "out")
 
 
-def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augmentation=None):
+def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augmentation=None) -> Iterator[Batch]:
+    """A rank's batches of epoch 1, from -1 to 1 as pix2pix reads them."""
     order = training_order(data.manifest, global_batch_size=batch, seed=0, window=window)
-    place = {"rank": rank, "world_size": world_size, "augmentation": augmentation}
-    if window is None:
-        return HeldTraining(HeldRows(data.table("train"), data.manifest, CPU), order, **place)
-    return StreamedTraining(data, order, device=CPU, **place)
+    names = set(data.manifest.columns)
+    reading = Reading(data.manifest, CPU, names=names, scale="symmetric", seed=0, augmentation=augmentation)
+    rows = (
+        HeldRows(
+            Held(data.table("train"), data.manifest, CPU, names=names), order, reading, rank=rank, world_size=world_size
+        )
+        if window is None
+        else StreamedRows(data, order, reading, rank=rank, world_size=world_size)
+    )
+    return (batch for (batch,) in rows.batches(1))
 
 
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_row_comes_with_what_it_is_made_from(window, world_size, pairs):
-    stored = made.split_rows(pairs, "train")
-    expected = torch.from_numpy(stored.columns["condition"].values.astype(np.float32)) / 127.5 - 1
+    stored = made.split_rows(pairs, "train").columns["condition"].values
+    expected = torch.from_numpy(stored.astype(np.float32)) / 127.5 - 1
     seen = 0
     for rank in range(world_size):
-        for batch in training(pairs, window=window, rank=rank, world_size=world_size).batches(1, 0):
-            assert batch.condition.dtype == torch.float32
-            assert torch.equal(batch.condition, expected[batch.ids])
-            seen += len(batch.ids)
+        for batch in training(pairs, window=window, rank=rank, world_size=world_size):
+            ids = batch.place.ids
+            assert batch["condition"].dtype == torch.float32
+            assert torch.equal(batch["condition"][: len(ids)], expected[ids])
+            np.testing.assert_array_equal(batch.stored["condition"][: len(ids)].numpy(), stored[ids])
+            seen += len(ids)
     assert seen == 640
     assert expected.min() == -1
     assert expected.max() <= 1
@@ -448,33 +452,24 @@ def test_a_row_that_stands_in_has_a_condition_too(window, pairs):
     empty = [
         batch
         for rank in range(world_size)
-        for batch in training(pairs, window=window, batch=8, rank=rank, world_size=world_size).batches(0, 0)
-        if not batch.num_rows
+        for batch in training(pairs, window=window, batch=8, rank=rank, world_size=world_size)
+        if not batch.place.num_rows
     ]
     assert empty
-    assert {tuple(batch.condition.shape) for batch in empty} == {(1, 1, 6, 7)}
+    assert {tuple(batch["condition"].shape) for batch in empty} == {(1, 1, 6, 7)}
 
 
-def test_resuming_at_a_step_gives_the_same_conditions(pairs):
-    for window in (None, WINDOW):
-        whole = list(training(pairs, window=window).batches(2, 0))
-        tail = list(training(pairs, window=window).batches(2, 7))
-        assert all(torch.equal(a.condition, b.condition) for a, b in zip(whole[7:], tail, strict=True))
-
-
-def test_conditions_of_held_rows(pairs, tmp_path):
-    rows = HeldRows(pairs.table("test"), pairs.manifest, CPU)
-    ids = np.array([3, 0, 3])
-    assert torch.equal(rows.conditions(ids), rows.stored_condition(ids) / 127.5 - 1)
-    np.testing.assert_array_equal(
-        rows.stored_condition(ids), made.split_rows(pairs, "test").columns["condition"].values[ids]
-    )
-    stored, _, _ = next(rows.pass_over(7, rank=0, world_size=1))
-    assert len(stored) == 7
+def test_rows_of_other_sources_have_no_condition(tmp_path):
     plain = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    assert HeldRows(plain.table("test"), plain.manifest, CPU).conditions(ids) is None
-    assert all(batch.condition is None for batch in training(plain).batches(0, 0))
-    assert all(batch.condition is None for batch in training(plain, window=20).batches(0, 0))
+    for window in (None, 20):
+        assert not any("condition" in batch for batch in training(plain, window=window))
+
+
+def test_a_condition_has_no_mean_and_deviation(pairs):
+    assert (pairs.manifest.columns["condition"].mean, pairs.manifest.columns["condition"].std) == ((), ())
+    message = "data: no mean and deviation of its condition are kept, which standard inputs need; choose a model that"
+    with pytest.raises(UserError, match=message):
+        Reading(pairs.manifest, CPU, names={"input", "condition"}, scale="standard", seed=0)
 
 
 # -- augmentation ----------------------------------------------------------------------------------------------------
@@ -491,21 +486,15 @@ def test_both_images_are_moved_alike(table):
     copies = table(condition="photo")  # each image is to be made from itself
     data = prepared(validate(AnyDataSpec, copies | {"augment": MOVING} | ALL, prefix="data"))
     specs = load_recipe(GAN | {"data": copies | {"augment": MOVING}}).data.augment
-    augmentation = Augmentation(specs, shape=data.manifest.signature.input_shape, seed=0)
-    normal = [
-        torch.tensor(part).reshape(-1, 1, 1)
-        for part in (data.manifest.columns["input"].mean, data.manifest.columns["input"].std)
-    ]
+    augmentation = augmentation_of(specs, data.manifest.signature, {"input", "condition"})
     changed: dict[int, torch.Tensor] = {}
     for window in (None, 10):
-        for batch in training(data, window=window, batch=8, augmentation=augmentation).batches(0, 0):
-            made_of = (batch.condition + 1) / 2
-            # float32: back from [-1, 1], and from the deviations that the inputs are measured in
-            torch.testing.assert_close(batch.inputs * normal[1] + normal[0], made_of, atol=1e-5, rtol=0)
-            for row, image in zip(batch.ids.tolist(), batch.condition, strict=True):
+        for batch in training(data, window=window, batch=8, augmentation=augmentation):
+            assert torch.equal(batch.stored["input"], batch.stored["condition"])
+            for row, image in zip(batch.place.ids.tolist(), batch.stored["condition"], strict=True):
                 assert torch.equal(changed.setdefault(row, image), image)  # held or streamed
     plain = made.split_rows(data, "train").columns["condition"].values
-    same = [np.array_equal(((changed[row] + 1) * 127.5).round().numpy(), plain[row]) for row in changed]
+    same = [np.array_equal(changed[row].numpy(), plain[row]) for row in changed]
     assert sum(same) < 5
 
 
@@ -514,13 +503,14 @@ def test_what_would_change_them_otherwise_is_refused(kind, pairs):
     augment = [{"kind": "horizontal_flip"}, {"kind": kind}]
     for section in ({"kind": "pairs", "edges_of": {"kind": "digits"}}, {"kind": "shards", "path": "x"}):
         with pytest.raises(UserError) as caught:
-            load_recipe(GAN | {"data": section | {"augment": augment}}).check(pairs.manifest)
+            check(load_recipe(GAN | {"data": section | {"augment": augment}}), pairs.manifest)
         assert str(caught.value) == (
             f"data.augment: {kind} would not change both images of a pair alike; leave it out, and use "
             "horizontal_flip, random_crop, rotation, resized_crop"
         )
-    load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}, "augment": MOVING}}).check(
-        pairs.manifest
+    check(
+        load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}, "augment": MOVING}}),
+        pairs.manifest,
     )
 
 
@@ -530,17 +520,19 @@ def test_what_would_change_them_otherwise_is_refused(kind, pairs):
 def test_pix2pix_takes_pairs_and_nothing_else(capsys):
     recipe = load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}}})
     data = prepared(recipe.data)
-    recipe.check(data.manifest)
+    check(recipe, data.manifest)
     print_summary(recipe, data.manifest, summarise(recipe, data.manifest), as_json=False)
     assert "1 x 8 x 8 -> 1 x 8 x 8 uint8 of 10 classes" in capsys.readouterr().out
     with pytest.raises(UserError, match="the data has only one image a row; choose a data set of image pairs"):
-        recipe.check(prepared(DigitsSpec()).manifest)
+        check(recipe, prepared(DigitsSpec()).manifest)
 
 
 def test_prepared_pairs_are_described(pairs, table, capsys):
     print_manifest("there", pairs.manifest, as_json=False)
     assert "source           pairs; 1 x 6 x 7 -> 3 x 6 x 7 uint8 of 3 classes" in capsys.readouterr().out
     print_manifest("there", pairs.manifest, as_json=True)
-    assert json.loads(capsys.readouterr().out)["condition_shape"] == [1, 6, 7]
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"path": "there", **pairs.manifest.content()}
+    assert told["columns"]["condition"]["column"]["shape"] == [1, 6, 7]
     print_manifest("there", train_rows(table())[0], as_json=False)
     assert "3 x 6 x 7 -> 3 x 6 x 7 uint8 of 1 class\n" in capsys.readouterr().out

@@ -472,7 +472,7 @@ def test_pairs_are_made_from_the_held_out_conditions(tmp_path):
     assert torch.cat(copier.sources).shape == (100, 0)
     torch.testing.assert_close(torch.cat(copier.conditions), edges)
     assert quality.measure(lambda _, condition: condition)["l1"] == pytest.approx(float((edges - real).abs().mean()))
-    unlabelled = quality_of(without_classes(data, Label(names=("all",))), Pix2PixSpec(), None)
+    unlabelled = quality_of(without_classes(data, Label(names=("all",))), Pix2PixSpec(), None, num_images=100)
     assert unlabelled.best_metric == "l1"
     assert list(unlabelled.measure(Copier(real))) == ["diversity", "l1"]
 
@@ -553,7 +553,7 @@ def test_rollbacks_lower_the_learning_rate_and_are_bounded():
         factors.append(watch.learning_rate_factor)
     assert [verdict.action for verdict in verdicts] == ["rollback", "rollback", "stop"]
     assert factors == [0.5, 0.25, 0.25]
-    assert watch.rollbacks == 2
+    assert watch.state()["rollbacks"] == 2
     assert "after 2 of 2 rollbacks" in verdicts[-1].reason
     assert CollapseWatch(CollapseSpec(patience=1, max_rollbacks=0)).look(FINE, accuracy=1.0).action == "stop"
 

@@ -66,6 +66,11 @@ class DataSpec(Spec):
         """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
         return ""
 
+    @property
+    def prepared_at(self) -> str | None:
+        """The folder of data that is prepared already; None for a source."""
+        return None
+
     def open(self) -> Source:
         """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""
         raise NotImplementedError
