@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,18 @@ def _play(recipe: Recipe, data: DataSet, splits: Splits, features: Features | No
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = run if rank == 0 else Folder(elsewhere) / "run"
         RunDirectory(folder).begin(recipe, {})
-        Coordinator(
+        coordinator = Coordinator(
             recipe,
             data,
             run=folder,
             features=features,
             start=lambda: ReplicaPlayers(recipe, splits),
             replicas=WORLD_SIZE,
-        ).run()
+        )
+        with closing(coordinator):
+            for _ in coordinator.epochs():
+                pass
+            coordinator.conclude()
 
 
 class ReplicaPlayers(LocalPlayers):
