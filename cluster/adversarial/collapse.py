@@ -83,11 +83,6 @@ class CollapseWatch:
         return Verdict("rollback", reason)
 
     @property
-    def rollbacks(self) -> int:
-        """How often both halves were to return to the best checkpoint."""
-        return self._seen.rollbacks
-
-    @property
     def learning_rate_factor(self) -> float:
         """What the recipe's learning rates are now multiplied by."""
         return self._spec.learning_rate_factor**self._seen.rollbacks

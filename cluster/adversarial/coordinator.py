@@ -38,7 +38,7 @@ from cluster.errors import RunFailed
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
-from cluster.training.journal import Journal
+from cluster.training.journal import Journal, prefixed
 from cluster.training.progress import Progress, means
 
 logger = logging.getLogger(__name__)
@@ -95,23 +95,13 @@ class Coordinator:
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Train, from the newest checkpoint where there is one, and measure the best generator on the test split.
-
-        Raises what `epochs` raises.
-        """
-        try:
-            for _ in self.epochs():
-                pass
-            return self.conclude()
-        finally:
-            self.close()
-
     def epochs(self) -> Iterator[dict[str, float]]:
         """All epochs that are left, each when it is asked for: its metrics, named as in result.json.
 
+        Those of the validation split are among them where the epoch ended with a look.
+
         Halves whose processes die are started again, up to the recipe's max_failures times, from the newest
-        checkpoint. Raises RunFailed where they die more often.
+        checkpoint, and epochs since then are told again. Raises RunFailed where they die more often.
         """
         while True:
             try:
@@ -150,11 +140,12 @@ class Coordinator:
             self.progress.game["untrained"] = dict(self.progress.validation)
         while not self.ended:
             done = self.progress.epoch
-            self._segment(self.players)
+            looked = self._segment(self.players)
             if self.progress.epoch > done:
-                yield self.journal.metrics()
+                yield self.journal.metrics() if looked else prefixed("train", self.progress.train)
 
-    def _segment(self, players: Players) -> None:
+    def _segment(self, players: Players) -> bool:
+        """Play to the next checkpoint or epoch's end; whether it ended with a look."""
         progress, journal = self.progress, self.journal
         first, steps = progress.step, self._segment_steps()
         began = time.perf_counter()
@@ -163,7 +154,7 @@ class Coordinator:
         if journal.first_step_at is None:
             journal.first_step_at = time.time() - elapsed * (1 - 1 / steps)
         finite = self._take_in(played, first, steps, elapsed)
-        ended_epoch = progress.step % self.epoch_steps == 0
+        ended_epoch, looks = progress.step % self.epoch_steps == 0, False
         if not finite:
             sums, counts = self._sums(played.sums.sum(0))
             found = dict(zip(journal.names, means(sums, 0, counts), strict=True))
@@ -181,6 +172,7 @@ class Coordinator:
         due = progress.epoch % self.train.checkpoint_every_epochs == 0 if ended_epoch else bool(within)
         if due or progress.ended or progress.step == self.num_steps:
             self._checkpoint(players)
+        return looks
 
     def _segment_steps(self) -> int:
         """To the epoch's end, or to a checkpoint within it."""

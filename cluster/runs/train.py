@@ -2,12 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
@@ -26,6 +26,7 @@ from cluster.runtime import (
     refuse_unplaceable,
     warn_about_cores,
 )
+from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.run_directory import RunDirectory, environment, new_run_name, result_of
 from cluster.training.splits import Splits, open_splits
@@ -33,6 +34,10 @@ from nn_models.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from cluster.adversarial.coordinator import Coordinator
+    from cluster.training.checkpoints import Background
+    from cluster.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +150,16 @@ def run_here(
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
         finally:
-            result = result_of(status, directory, began)
-            result["num_workers"] = num_workers
-            directory.write_result(result)
+            result = write_end(status, directory, num_workers=num_workers, began=began)
+    return result
+
+
+def write_end(
+    status: dict[str, Any], directory: RunDirectory, *, num_workers: int | tuple[int, int], began: float
+) -> dict[str, Any]:
+    """Leave result.json of a run that has ended so. Returns what it says."""
+    result = {**result_of(status, directory, began), "num_workers": num_workers}
+    directory.write_result(result)
     return result
 
 
@@ -159,28 +171,55 @@ def _fit(
     workers: Workers,
     session: RaySession | None,
 ) -> dict[str, Any]:
-    """What the training returns, run in this process or in Ray workers."""
-    if recipe.adversarial is not None:
-        return _fit_halves(recipe, data, splits, directory, workers, session)
-    if session is not None:
+    """What the training returns, driven from this process or run in Ray Train's workers."""
+    if session is not None and not workers.coordinated:
         from cluster.training.ray_train import train_on_ray
 
         return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
-    from cluster.training.loop import fit
+    with closing(open_training(recipe, data, splits, directory.folder, workers, session)) as training:
+        for _ in training.epochs():
+            pass
+        return training.conclude()
 
-    context = LocalContext(run=directory.folder, splits=splits, device=local_device(workers.use_gpu))
-    return {**fit(recipe, context=context), "restarts": 0}
+
+class Training(Protocol):
+    """A run that one process drives epoch by epoch. `close` must be called at the end."""
+
+    background: "Background"  # writes its checkpoints and weights
+
+    @property
+    def progress(self) -> "Progress":
+        """Where it stands."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether no epoch is left."""
+
+    def epochs(self) -> Iterator[dict[str, float]]:
+        """All epochs that are left, each when it is asked for: its metrics, named as in result.json."""
+
+    def conclude(self) -> dict[str, Any]:
+        """Evaluate the best weights on the test split. Returns what result.json holds of the run."""
+
+    def close(self) -> None:
+        """Finish what is being written, and leave no process behind."""
 
 
-def _fit_halves(
-    recipe: Recipe,
-    data: DataSet,
-    splits: Splits,
-    directory: RunDirectory,
-    workers: Workers,
-    session: RaySession | None,
-) -> dict[str, Any]:
-    """The same for a GAN: its halves in this process, or in Ray actors."""
+def open_training(
+    recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
+) -> Training:
+    """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray."""
+    if workers.coordinated:
+        return coordinator_of(recipe, data, splits, run, workers, session)
+    from cluster.training.loop import Loop
+
+    return Loop(recipe, LocalContext(run=run, splits=splits, device=local_device(workers.use_gpu)))
+
+
+def coordinator_of(
+    recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
+) -> "Coordinator":
+    """The coordinator of a GAN's halves, which are in this process, or in Ray actors."""
     from cluster.adversarial.coordinator import Coordinator
     from cluster.adversarial.features import open_features
     from cluster.adversarial.players import LocalPlayers, Players
@@ -191,14 +230,13 @@ def _fit_halves(
         from cluster.adversarial.actors import ActorPlayers
 
         tables = session.references(splits.tables)
-        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "session": session}
+        world: dict[str, Any] = {"pairs": workers.replicas, "bundle": workers.bundle, "session": session}
         start = partial(ActorPlayers, recipe, splits, tables, **world)
-    coordinator = Coordinator(
+    return Coordinator(
         recipe,
         data,
-        run=directory.folder,
+        run=run,
         features=open_features(data, device=device),
         start=start,
-        replicas=max(1, workers.pairs),
+        replicas=max(1, workers.replicas),
     )
-    return coordinator.run()

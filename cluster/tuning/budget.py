@@ -116,7 +116,7 @@ class Needs:
 
 def needs_of(recipe: Recipe, workers: Workers) -> Needs:
     """What a trial of such workers holds: its driver counts."""
-    if workers.halves:
+    if workers.coordinated:
         return Needs([{"CPU": 1}, *[workers.bundle] * workers.most], [])
     if workers.most <= 1:
         return Needs([workers.bundle], [])

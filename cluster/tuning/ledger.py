@@ -168,8 +168,6 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-EPOCH = "epoch"  # in what a trial reports: epochs done, which is Tune's time
-
 SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
 
 

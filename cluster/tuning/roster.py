@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from cluster.recipe.fit import check
 from cluster.recipe.recipe import Recipe
 from cluster.training.run_directory import RESULT, RunDirectory, read_metrics, result_of
 from cluster.training.splits import Splits, open_splits
-from cluster.tuning.ledger import ENDED, EPOCH, Status, SweepDirectory, SweepListener, SweepState, TrialRecord
+from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, SweepState, TrialRecord
+from cluster.tuning.messages import EPOCH, TrialConfig, Where
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Space
 from cluster.tuning.target import Target, history
@@ -24,34 +26,29 @@ class OpenData:
     """The data of a sweep's trials. Those that use the same rows share them."""
 
     def __init__(self) -> None:
-        self.opened: dict[tuple[str, int | None], tuple[DataSet, Splits]] = {}  # by folder and shuffle window
+        self.opened: dict[Where, tuple[DataSet, Splits]] = {}
 
     def of(self, recipe: Recipe) -> tuple[DataSet, Splits]:
         """The data of a trial. Raises UserError where it cannot be had."""
         data = prepared(recipe.data)
-        where = data.folder.uri, recipe.data.shuffle_window
+        where = where_of(data, recipe)
         if where not in self.opened:
             self.opened[where] = data, open_splits(data, window=recipe.data.shuffle_window)
         return self.opened[where]
 
 
+def where_of(data: DataSet, recipe: Recipe) -> Where:
+    """Which rows of its prepared data a recipe uses."""
+    return Where(data.folder.uri, recipe.data.shuffle_window)
+
+
 class Roster:
     """What Tune asks for trials, and tells how they went."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        space: Space,
-        target: Target,
-        directory: SweepDirectory,
-        data: OpenData,
-        common: dict[str, Any],
-    ) -> None:
-        """`common` is in the configuration of every trial, beside what is its own."""
+    def __init__(self, recipe: Recipe, space: Space, target: Target, directory: SweepDirectory, data: OpenData) -> None:
         assert recipe.sweep is not None
         self._base, self._spec = recipe.model_copy(update={"sweep": None}), recipe.sweep
         self._space, self._target, self._directory, self._data = space, target, directory, data
-        self.common = common
         self._searcher = make_searcher(self._spec, space, target.mode)
         self.state = SweepState(target, space.num_trials, 1)
         self.past: dict[int, list[tuple[int, float]]] = {}  # (epoch, value) of trials that ended before a resumption
@@ -117,13 +114,13 @@ class Roster:
         """Trials that have not ended."""
         return self._space.num_trials - len(self.state.records) + len(self._waiting)
 
-    def put_back(self, configs: Sequence[Mapping[str, Any]]) -> None:
+    def put_back(self, trials: Sequence[TrialConfig]) -> None:
         """Have trials that were asked for asked for again."""
-        self._waiting = [self.state.records[config["index"]] for config in configs]
+        self._waiting = [self.state.records[trial.index] for trial in trials]
 
     # -- what Tune asks and tells ------------------------------------------------------------------------------------
 
-    def next(self) -> dict[str, Any] | None:
+    def next(self) -> TrialConfig | None:
         """The next trial: one that was interrupted, or a new sample, which the recipe may refuse."""
         if self._waiting:
             record = self._waiting.pop(0)
@@ -147,27 +144,24 @@ class Roster:
             return self._config(record, recipe)
         return None
 
-    def _config(self, record: TrialRecord, recipe: Recipe) -> dict[str, Any]:
+    def _config(self, record: TrialRecord, recipe: Recipe) -> TrialConfig:
         data, _ = self._data.of(recipe)
-        return {
-            **self.common,
-            "index": record.index,
-            "overrides": record.overrides,
-            "recipe": recipe.model_dump(mode="json"),
-            "run": self._directory.trial(record.index).uri,
-            "data": (data.folder.uri, recipe.data.shuffle_window),
-            "validates": bool(data.manifest.rows("validation")),
-        }
+        return TrialConfig(
+            index=record.index,
+            overrides=record.overrides,
+            recipe=recipe,
+            run=self._directory.trial(record.index).uri,
+            where=where_of(data, recipe),
+        )
 
-    def mutated(self, config: Mapping[str, Any], donor: Mapping[str, Any], draw: int) -> dict[str, Any]:
-        """The recipient's configuration with the donor's values, mutated."""
-        rng = np.random.default_rng([self._spec.seed, config["index"], draw])
-        overrides = self._space.perturb(donor["overrides"], rng)
-        record, theirs = self.state.records[config["index"]], self.state.records[donor["index"]]
+    def mutated(self, trial: TrialConfig, donor: TrialConfig, draw: int) -> TrialConfig:
+        """The recipient with the donor's values, mutated."""
+        rng = np.random.default_rng([self._spec.seed, trial.index, draw])
+        overrides = self._space.perturb(donor.overrides, rng)
+        record, theirs = self.state.records[trial.index], self.state.records[donor.index]
         record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
         self._changed(record)
-        recipe = self._space.trial(self._base, overrides)
-        return {**config, "overrides": overrides, "recipe": recipe.model_dump(mode="json")}
+        return replace(trial, overrides=overrides, recipe=self._space.trial(self._base, overrides))
 
     def on_start(self, index: int, failures: int) -> None:
         """A trial begins, or begins again after so many failures."""

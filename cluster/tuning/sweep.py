@@ -25,7 +25,9 @@ from cluster.training.run_directory import environment
 from cluster.training.splits import Splits
 from cluster.tuning.budget import longest_trial, needs_of, room_for, rungs
 from cluster.tuning.fused.groups import groups, pays, why_not
+from cluster.tuning.fused.pruning import PruningRule
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, TrialRecord
+from cluster.tuning.messages import FusedConfig
 from cluster.tuning.roster import OpenData, Roster
 from cluster.tuning.space import Space, followed
 from cluster.tuning.target import target
@@ -149,7 +151,7 @@ class _Sweep:
         check(self.base, self.manifest)
         self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
-        self.grouped = self.workers.halves or self.workers.most > 1
+        self.grouped = self.workers.coordinated or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
             raise UserError(
                 "sweep.scheduler",
@@ -160,13 +162,9 @@ class _Sweep:
         self.data = OpenData()
         refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
         self.most_fused, self.fuse_asked = 1, False
-        common = {
-            "environment": environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=""),
-            "use_gpu": use_gpu,
-            "workers": self.workers,
-            "num_workers": num_workers,
-        }
-        self.roster = Roster(recipe, self.space, self.target, directory, self.data, common)
+        self.num_workers = num_workers
+        self.environment = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
+        self.roster = Roster(recipe, self.space, self.target, directory, self.data)
         self.state = self.roster.state
 
     def embedded_cpus(self, concurrency: int | None) -> int:
@@ -224,27 +222,34 @@ class _Sweep:
         """All trials that are left."""
         from cluster.tuning import tune
         from cluster.tuning.fused.trial import FusedTrial
-        from cluster.tuning.trials import GroupTrial, OneWorkerTrial, World
+        from cluster.tuning.trials import EpochTrial, RayTrainTrial, World
 
         roster = self.roster
         roster.listener = listener
-        roster.common["embedded"] = session.embedded
         status = "stopped"
         stored = {
             where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
             for where, (_, splits) in self.data.opened.items()
         }
-        world = World(data=stored, threads=self.workers.cpus, path=list(sys.path))
+        world = World(
+            data=stored,
+            workers=self.workers,
+            num_workers=self.num_workers if self.grouped else 0,
+            environment=self.environment,
+            embedded=session.embedded,
+            path=list(sys.path),
+        )
         # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
-        nested = self.grouped and not self.workers.halves
+        nested = self.grouped and not self.workers.coordinated
         listening = tune.Listening(
             on_start=roster.on_start,
             on_epoch=roster.on_epoch,
             on_end=roster.on_end,
             tidy=session.remove_orphaned_groups if nested else None,
         )
-        trainable: Any = GroupTrial if self.grouped else OneWorkerTrial
-        next_trial, left, scheduler = roster.next, roster.left, None
+        trainable: Any = RayTrainTrial if nested else EpochTrial
+        next_trial: tune.Next = roster.next
+        left, scheduler = roster.left, None
         together = self._fused_groups() if self.most_fused > 1 else None
         if together:
             trainable = FusedTrial
@@ -279,41 +284,36 @@ class _Sweep:
                 _tidy_up(session)
         return self.outcome(result)
 
-    def _fused_groups(self) -> list[dict[str, Any]]:
+    def _fused_groups(self) -> list[FusedConfig]:
         """All trials that are left, in groups that can train together; none where that was not asked for, nor pays.
 
         It does not pay where groups are small. And dropout draws otherwise in a group than alone, so that the best
         trial's recipe would not give the same figures again.
         """
-        configs = []
-        while (config := self.roster.next()) is not None:
-            configs.append(config)
-        recipes = [Recipe.model_validate(config["recipe"]) for config in configs]
+        trials = []
+        while (trial := self.roster.next()) is not None:
+            trials.append(trial)
+        recipes = [trial.recipe for trial in trials]
         found_groups = []
-        for places in _side_by_side(configs):
+        for places in _side_by_side([trial.run for trial in trials]):
             together = groups([recipes[place] for place in places], self.most_fused, manifest=self.manifest)
             found_groups += [[places[number] for number in group] for group in together]
         drops = any(getattr(recipe.model, "dropout", 0) for recipe in recipes)
-        if not self.fuse_asked and (drops or len(configs) < SMALLEST_GROUP * len(found_groups)):
+        if not self.fuse_asked and (drops or len(trials) < SMALLEST_GROUP * len(found_groups)):
             self.most_fused = 1
-            self.roster.put_back(configs)
+            self.roster.put_back(trials)
             return []
-        budget_epochs = longest_trial(self.recipe, self.space)
-        pruning = {
-            "scheduler": self.spec.scheduler,
-            "metric": self.target.metric,
-            "mode": self.target.mode,
-            "rungs": rungs(budget_epochs, self.spec.grace_epochs, self.spec.reduction_factor),
-            "reduction_factor": self.spec.reduction_factor,
-            "grace_epochs": self.spec.grace_epochs,
-        }
-        found = []
-        for group in found_groups:
-            members = [{name: configs[place][name] for name in ("index", "recipe", "run")} for place in group]
-            first = configs[group[0]]
-            shared = {name: first[name] for name in ("data", "environment", "use_gpu")}
-            found.append({"index": first["index"], "members": members, "pruning": pruning, **shared})
-        return found
+        spec, epochs = self.spec, longest_trial(self.recipe, self.space)
+        assert spec.scheduler != "pbt"  # see fuse
+        rule = PruningRule(
+            scheduler=spec.scheduler,
+            metric=self.target.metric,
+            mode=self.target.mode,
+            rungs=tuple(rungs(epochs, spec.grace_epochs, spec.reduction_factor)),
+            reduction_factor=spec.reduction_factor,
+            grace_epochs=spec.grace_epochs,
+        )
+        return [FusedConfig(tuple(trials[place] for place in group), rule) for group in found_groups]
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -364,11 +364,11 @@ def _tidy_up(session: RaySession) -> None:
         time.sleep(0.1)
 
 
-def _side_by_side(configs: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Places of the trials that stand at the same step: only these can train together."""
+def _side_by_side(runs: Sequence[str]) -> list[list[int]]:
+    """Places of the runs that stand at the same step: only these can train together."""
     found: dict[int | None, list[int]] = defaultdict(list)
-    for place, config in enumerate(configs):
-        found[Checkpoints(Folder(config["run"]) / "checkpoints", keep=1).newest_step()].append(place)
+    for place, run in enumerate(runs):
+        found[Checkpoints(Folder(run) / "checkpoints", keep=1).newest_step()].append(place)
     return list(found.values())
 
 

@@ -4,11 +4,14 @@ Tune's checkpoints carry a trial to another one's actor (population-based traini
 from the checkpoints in its run directory, as any run does.
 """
 
+import math
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +21,36 @@ from ray import tune
 
 from cluster.data.shards import DataSet
 from cluster.errors import Diverged
-from cluster.recipe.recipe import Recipe
-from cluster.runs.train import run_here
-from cluster.runtime import RaySession, device_name
+from cluster.runs.train import Training, open_training, run_here, write_end
+from cluster.runtime import RaySession, Workers, device_name
 from cluster.storage import Folder
-from cluster.training.context import LocalContext
-from cluster.training.loop import Loop
-from cluster.training.run_directory import RunDirectory, result_of
+from cluster.training.run_directory import RESULT, RunDirectory
 from cluster.training.splits import Splits, open_splits
-from cluster.tuning.ledger import EPOCH, LINEAGE
+from cluster.tuning.ledger import LINEAGE
+from cluster.tuning.messages import CONFIG, DONE, EPOCH, ERROR, OUTCOME, TrialConfig, Where
 from cluster.tuning.space import followed
 from nn_models.errors import UserError
 
 WEIGHTS = "model/model.safetensors"
-OUTCOME = "outcome"  # finished | failed: in the last result of a trial that ended by itself
-ERROR = "error"
 ABORT_TIMEOUT_S = 30
-Where = tuple[str, int | None]  # a prepared data set's folder, and the shuffle window, which decides what is held
 BESIDE_METRICS = ("time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
 
+@dataclass(frozen=True)
 class World:
     """What all trials of a sweep have in common; sent once through the object store."""
 
-    def __init__(self, *, data: Mapping[Where, tuple[Splits, dict[str, Any]]], threads: int, path: list[str]) -> None:
-        """`data` has the splits (their tables as references) of the data that is known beforehand."""
-        self.data, self.threads, self.path = data, threads, path
+    data: Mapping[Where, tuple[Splits, dict[str, Any]]]  # what is known beforehand, with its tables as references
+    workers: Workers  # of each trial
+    num_workers: int  # of each trial, as its result.json says: 0 where it trains in its own process
+    environment: Mapping[str, Any]  # environment.json, but for the device
+    embedded: bool  # whether Ray is one of our own, on this machine alone
+    path: list[str]  # sys.path of the driver
 
     def enter(self) -> None:
         """Make this process a place for trials."""
         sys.path.extend(part for part in self.path if part not in sys.path)
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.workers.cpus)
 
 
 class Trial(tune.Trainable):
@@ -60,7 +62,7 @@ class Trial(tune.Trainable):
         self.world = world
         world.enter()
         self._tables: dict[Where, Splits] = {}
-        self.began = False
+        self.began, self.done = False, 0
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Trainable: this process takes the next trial."""
@@ -72,13 +74,13 @@ class Trial(tune.Trainable):
         """See Trainable: the next epoch."""
         try:
             if not self.began:
+                self.done = 0
                 self.begin()
                 self.began = True
             return self.advance()
         except (Diverged, UserError) as error:  # would only happen again
-            done = self.epochs_done()
             self.end()
-            return {EPOCH: done, OUTCOME: "failed", ERROR: str(error), "done": True}
+            return {EPOCH: self.done, OUTCOME: "failed", ERROR: str(error), DONE: True}
 
     def cleanup(self) -> None:
         """See Trainable."""
@@ -86,21 +88,20 @@ class Trial(tune.Trainable):
 
     def splits(self) -> Splits:
         """The trial's data; its tables are views into shared memory, but where the space is of the data itself."""
-        where = self.where
+        where = self.config[CONFIG].where
         if where not in self._tables and where in self.world.data:
             splits, references = self.world.data[where]
             held = dict(zip(references, ray.get(list(references.values())), strict=True))
             self._tables[where] = Splits(splits.manifest, splits.where, held)
         elif where not in self._tables:
-            folder, window = where
-            self._tables[where] = open_splits(DataSet(folder), window=window)
+            self._tables[where] = open_splits(DataSet(where.folder), window=where.window)
         return self._tables[where]
 
     @property
-    def where(self) -> Where:
-        """The folder of the trial's data, and its shuffle window."""
-        folder, window = self.config["data"]
-        return folder, window
+    def trial(self) -> TrialConfig:
+        """What the sweep says of the trial."""
+        found: TrialConfig = self.config[CONFIG]
+        return found
 
     def begin(self) -> None:
         """Open the run, or go on with it."""
@@ -114,21 +115,27 @@ class Trial(tune.Trainable):
         """Close the run, whether or not it has come to its end."""
         raise NotImplementedError
 
-    def epochs_done(self) -> int:
-        """Epochs that are behind."""
-        return 0
-
     def open_run(self) -> None:
         """Begin the trial's run directory, where that has not been done."""
-        self.recipe = Recipe.model_validate(self.config["recipe"])
-        self.directory = RunDirectory(Folder(self.config["run"]))
+        self.directory = RunDirectory(Folder(self.trial.run))
         self.started = time.time()
-        if not self.directory.exists():
-            self.directory.write_start(self.recipe, self.facts())
+        if self.directory.exists():
+            self.directory.folder.delete(RESULT)  # of an attempt that failed
+        else:
+            self.directory.write_start(self.trial.recipe, self.facts())
+
+    def write_end(self, status: dict[str, Any]) -> None:
+        """Leave result.json of a run that has ended so."""
+        write_end(status, self.directory, num_workers=self.world.num_workers, began=self.started)
 
     def facts(self) -> dict[str, Any]:
         """environment.json of a trial in this process."""
-        return {**self.config["environment"], "device": device_name(self.config["use_gpu"])}
+        return {**self.world.environment, "device": device_name(self.world.workers.use_gpu)}
+
+    def session(self) -> RaySession:
+        """Ray, for a run that has processes of its own."""
+        _, stored = self.world.data.get(self.trial.where, (None, None))
+        return RaySession(ray, embedded=self.world.embedded, placed=self.world.workers.coordinated, stored=stored)
 
     # -- what population-based training exchanges --------------------------------------------------------------------
 
@@ -149,7 +156,7 @@ class Trial(tune.Trainable):
         """See Trainable: the run goes on from another's state, or from an earlier one of its own."""
         self.end()
         self.began = False
-        given, run = Folder(str(checkpoint)), Folder(self.config["run"])
+        given, run = Folder(str(checkpoint)), Folder(self.trial.run)
         for old in (run / "checkpoints").names() if run.exists("checkpoints") else []:
             (run / "checkpoints").delete(old)
         run.delete(WEIGHTS)  # the best of a past that is left behind
@@ -163,11 +170,11 @@ class Trial(tune.Trainable):
         if {**lineage[-1], EPOCH: 0} != {**own, EPOCH: 0}:
             lineage.append(own)
         run.write_json(LINEAGE, lineage)
-        recipe = followed(Recipe.model_validate(self.config["recipe"]), lineage)
+        recipe = followed(self.trial.recipe, lineage)
         RunDirectory(run).write_start(recipe, self.facts())  # what trains this run again
 
     def _own(self, epoch: int) -> dict[str, Any]:
-        return {EPOCH: epoch, "trial": self.config["index"], "set": self.config["overrides"]}
+        return {EPOCH: epoch, "trial": self.trial.index, "set": dict(self.trial.overrides)}
 
     @staticmethod
     def _epochs_in(given: Folder) -> int:
@@ -180,50 +187,68 @@ class Trial(tune.Trainable):
         """Return once all that is to be written is."""
 
 
-class OneWorkerTrial(Trial):
-    """The ordinary loop in this process, one epoch a step."""
+class EpochTrial(Trial):
+    """One epoch a step, driven from this process: the ordinary loop, or the coordinator of a GAN's halves."""
 
-    loop: Loop | None = None
+    training: Training | None = None
 
     def begin(self) -> None:
         """See Trial."""
         self.open_run()
-        device = torch.device("cuda" if self.config["use_gpu"] else "cpu")
-        context = LocalContext(run=self.directory.folder, splits=self.splits(), device=device)
-        self.loop = Loop(self.recipe, context)
-        self.epochs: Iterator[dict[str, float]] = self.loop.epochs()
+        trial, workers = self.trial, self.world.workers
+        session = self.session() if workers.coordinated and workers.most else None
+        data, run = DataSet(trial.where.folder), self.directory.folder
+        with self._failing():
+            self.training = open_training(trial.recipe, data, self.splits(), run, workers, session)
+            self.epochs = self.training.epochs()
 
     def advance(self) -> dict[str, Any]:
         """See Trial. The last epoch's step also measures the test split."""
-        assert self.loop is not None
-        metrics = next(self.epochs, None)
-        last = metrics is None or self.loop.ended
-        if not last:
-            return {EPOCH: self.epochs_done(), **metrics}  # type: ignore[dict-item]  # there are some
-        result = self.loop.conclude()
-        ended = {"status": "finished", **result, "restarts": 0, "num_workers": 0}
-        self.directory.write_result(result_of(ended, self.directory, self.started))
-        self.end()
-        return {EPOCH: result["epochs"], **result["metrics"], OUTCOME: "finished", "done": True}
+        assert self.training is not None
+        with self._failing():
+            while (metrics := next(self.epochs, None)) is not None and not self.training.ended:
+                epoch = self.training.progress.epoch
+                if self._compared(metrics) and epoch > self.done:  # those trained again after a restart are known
+                    self.done = epoch
+                    return {EPOCH: epoch, **finite(metrics)}
+            result = self.training.conclude()
+            self.end()
+            self.write_end({"status": "finished", **result})
+        return {EPOCH: result["epochs"], **finite(result["metrics"]), OUTCOME: "finished", DONE: True}
 
-    def epochs_done(self) -> int:
-        """See Trial."""
-        return self.loop.progress.epoch if self.loop else 0
+    def _compared(self, metrics: Mapping[str, float]) -> bool:
+        """Whether trials are compared after an epoch with such metrics: not where a GAN's was not looked at."""
+        validated = any(name.startswith("validation/") for name in metrics)
+        return validated or not self.splits().manifest.rows("validation")
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Close a run that fails in the block, and leave its result.json."""
+        try:
+            yield
+        except Exception as error:
+            if self.training:
+                self.done = self.training.progress.epoch
+            try:
+                self.end()
+            finally:
+                self.write_end({"status": "failed", "error": str(error)})
+            raise
 
     def settle(self) -> None:
         """See Trial."""
-        if self.loop:
-            self.loop.background.wait()
+        if self.training:
+            self.training.background.wait()
 
     def end(self) -> None:
         """See Trial."""
-        loop, self.loop = self.loop, None
-        if loop:
-            loop.close()
+        training, self.training = self.training, None
+        if training:
+            training.close()
 
 
-class GroupTrial(Trial):
-    """A run that has processes of its own (Ray Train's workers, or a GAN's halves), followed from a thread."""
+class RayTrainTrial(Trial):
+    """A run in Ray Train's workers, followed from a thread by the lines of metrics that they write."""
 
     thread: threading.Thread | None = None
 
@@ -232,26 +257,23 @@ class GroupTrial(Trial):
         self.open_run()
         self.lines: queue.Queue[Any] = queue.Queue()
         self.last: dict[str, Any] = {}
-        self.done = 0
         self.over = False  # whether it has said how it ended
+        self.validates = bool(self.splits().manifest.rows("validation"))
         self.thread = threading.Thread(target=self._work, name="run", daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
         try:
-            config, workers = self.config, self.config["workers"]
-            stored = self.world.data[self.where][1] if self.where in self.world.data else None
-            session = RaySession(ray, embedded=config["embedded"], placed=workers.halves, stored=stored)
             result = run_here(
-                self.recipe,
-                DataSet(self.where[0]),
+                self.trial.recipe,
+                DataSet(self.trial.where.folder),
                 self.splits(),
                 self.directory,
-                workers,
-                session if workers.most else None,
-                num_workers=config["num_workers"],
+                self.world.workers,
+                self.session(),
+                num_workers=self.world.num_workers,
                 listener=self.lines.put,
-                began=time.time(),
+                began=self.started,
             )
             self.lines.put(result)
         except BaseException as error:
@@ -266,40 +288,38 @@ class GroupTrial(Trial):
                 raise item
             if "metrics" in item:  # what the run returned
                 self.end()
-                return {EPOCH: item["epochs"], **item["metrics"], OUTCOME: "finished", "done": True}
-            split = item["split"]
+                return {EPOCH: item["epochs"], **finite(item["metrics"]), OUTCOME: "finished", DONE: True}
+            split, trained = item["split"], bool(item.get("end_of_epoch"))
             named = {
                 f"{split}/{name}": value
                 for name, value in item.items()
                 if isinstance(value, float) and name not in BESIDE_METRICS
             }
-            ended = item["epoch"] + 1 if item.get("end_of_epoch") else self.done
-            if split == "validation" and item["step"] and named:
-                self.done = max(self.done, item["epoch"] + 1)
-                self.last = {**self.last, **named}
-                return {EPOCH: self.done, **self.last}
-            if ended > self.done:
+            if trained:
                 self.last = named
-                if not self.config["validates"]:
-                    self.done = ended
-                    return {EPOCH: self.done, **self.last}
-
-    def epochs_done(self) -> int:
-        """See Trial."""
-        return self.done if self.thread else 0
+            elif split == "validation":
+                self.last = {**self.last, **named}
+            is_last = split == "validation" if self.validates else trained
+            if is_last and item["epoch"] >= self.done:  # epochs trained again after a restart are known
+                self.done = item["epoch"] + 1
+                return {EPOCH: self.done, **self.last}
 
     def end(self) -> None:
         """See Trial. What a run that still goes on holds is given back before this returns."""
         thread, self.thread = self.thread, None
-        placed = self.config["workers"].halves  # these are in the trial's own placement group
-        if thread and thread.is_alive() and not self.over and not placed:
+        if thread and thread.is_alive() and not self.over:
             from cluster.training.ray_train import abort_runs
 
             abort_runs()
             thread.join(ABORT_TIMEOUT_S)
             if (self.directory.result() or {}).get("status") == "failed":  # as it looks from inside
-                self.directory.write_result(result_of({"status": "stopped"}, self.directory, self.started))
+                self.write_end({"status": "stopped"})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Trainable: a process whose run still goes on takes no other."""
         return False
+
+
+def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Those that are numbers: schedulers compare no others."""
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}

@@ -46,13 +46,20 @@ from ray.tune.schedulers import (  # noqa: E402
 )
 from ray.tune.search import Searcher  # noqa: E402
 
-from cluster.tuning.fused.trial import LEFT, MEMBERS  # noqa: E402
-from cluster.tuning.ledger import EPOCH  # noqa: E402
-from cluster.tuning.trials import ERROR, OUTCOME  # noqa: E402
+from cluster.tuning.messages import (  # noqa: E402
+    CONFIG,
+    EPOCH,
+    ERROR,
+    LEFT,
+    MEMBERS,
+    OUTCOME,
+    Config,
+    TrialConfig,
+)
 
 # (recipient's configuration, donor's, a number that differs each time) -> the recipient's new one
-Mutate = Callable[[Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
-Next = Callable[[], "Mapping[str, Any] | None"]
+Mutate = Callable[[TrialConfig, TrialConfig, int], TrialConfig]
+Next = Callable[[], Config | None]
 
 
 class _Unsaved:
@@ -72,7 +79,7 @@ class Suggestions(_Unsaved, Searcher):
     def suggest(self, trial_id: str) -> Any:
         """See Searcher."""
         config = self._next()
-        return Searcher.FINISHED if config is None else dict(config)
+        return Searcher.FINISHED if config is None else {CONFIG: config}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """See Searcher: the Listening callback has been told already."""
@@ -107,7 +114,7 @@ class Listening(_Unsaved, tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback."""
-        for index in _indices(trial):
+        for index in _config(trial).indices:
             self._on_start(index, trial.num_failures)
 
     def on_trial_result(
@@ -115,7 +122,7 @@ class Listening(_Unsaved, tune.Callback):
     ) -> None:
         """See Callback. A group of fused trials reports on each, and on those that have ended."""
         if MEMBERS not in result:
-            self._on_epoch(trial.config["index"], result)
+            self._on_epoch(_config(trial).index, result)
             return
         for index, metrics in result[MEMBERS].items():
             self._on_epoch(index, metrics)
@@ -125,24 +132,23 @@ class Listening(_Unsaved, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback. What did not end by itself was stopped by the scheduler."""
         result = trial.last_result or {}
-        if MEMBERS in trial.config:  # its members have been told of one by one, unless all failed together
-            for index in _indices(trial) if ERROR in result else ():
-                self._on_end(index, "failed", result[ERROR])
+        if MEMBERS in result:  # each has been told of; where all have failed together, the result names none
             return
-        self._on_end(trial.config["index"], result.get(OUTCOME, "pruned"), result.get(ERROR))
+        for index in _config(trial).indices:
+            self._on_end(index, result.get(OUTCOME, "pruned"), result.get(ERROR))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See Callback. Called once the retries are used up."""
         text = Path(trial.error_file).read_text() if trial.error_file and Path(trial.error_file).exists() else ""
         lines = text.strip().splitlines() or ["its process died"]
-        for index in _indices(trial):
+        for index in _config(trial).indices:
             self._on_end(index, "failed", lines[-1])
 
 
-def _indices(trial: Any) -> list[int]:
-    """The sweep's trials that are one of Tune's."""
-    members = trial.config.get(MEMBERS)
-    return [trial.config["index"]] if members is None else [member["index"] for member in members]
+def _config(trial: Any) -> Config:
+    """Ours, of one of Tune's trials."""
+    found: Config = trial.config[CONFIG]
+    return found
 
 
 class _Population(_Unsaved, PopulationBasedTraining):
@@ -158,7 +164,16 @@ class _Population(_Unsaved, PopulationBasedTraining):
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self._draws += 1
-        return self._mutate(trial.config, trial_to_clone.config, self._draws), {}
+        return {CONFIG: self._mutate(trial.config[CONFIG], trial_to_clone.config[CONFIG], self._draws)}, {}
+
+
+class _Median(MedianStoppingRule):
+    """Tune's rule, which reads the metric in the last report of every trial: one that has failed has none there."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """See TrialScheduler."""
+        if self._metric in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 def scheduler_of(
@@ -189,7 +204,7 @@ def scheduler_of(
                 asha._brackets[0].on_result(SimpleNamespace(trial_id=f"past-{index}"), epoch, sign * value)
         return asha
     if sweep.scheduler == "median":
-        median = MedianStoppingRule(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
+        median = _Median(**common, grace_period=sweep.grace_epochs, min_samples_required=3)
         for index, results in past.items():
             median._results[f"past-{index}"] = [{EPOCH: epoch, metric: value} for epoch, value in results]
         return median
@@ -200,6 +215,7 @@ def scheduler_of(
             perturbation_interval=sweep.perturb_every(epochs),
             custom_explore_fn=lambda config: config,  # see _get_new_config
             log_config=False,
+            require_attrs=False,  # a metric that is no finite number is left out
         )
     return FIFOScheduler()
 
@@ -231,7 +247,7 @@ def run_trials(
                 # a population takes turns: all of it must be there, and what fits at once follows from what each holds
                 max_concurrent_trials=None if isinstance(scheduler, _Population) else concurrency,
                 reuse_actors=reuse,
-                trial_dirname_creator=lambda trial: f"{trial.config['index']:04d}-{trial.trial_id}",
+                trial_dirname_creator=lambda trial: f"{_config(trial).index:04d}-{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
                 name="tune",

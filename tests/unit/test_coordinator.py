@@ -1,6 +1,7 @@
 """The coordinator with both halves in this process: looks, the best, restarts, resuming, collapse."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,10 @@ def coordinate(recipe: Any, run: Path, players: type[LocalPlayers]) -> dict[str,
         start=lambda: players(recipe, splits, device=torch.device("cpu")),
         replicas=1,
     )
-    return coordinator.run()
+    with closing(coordinator):
+        for _ in coordinator.epochs():
+            pass
+        return coordinator.conclude()
 
 
 @pytest.mark.parametrize("lost", [(1,), (2,), (3,), (2, 3, 5)])

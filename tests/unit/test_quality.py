@@ -553,7 +553,7 @@ def test_rollbacks_lower_the_learning_rate_and_are_bounded():
         factors.append(watch.learning_rate_factor)
     assert [verdict.action for verdict in verdicts] == ["rollback", "rollback", "stop"]
     assert factors == [0.5, 0.25, 0.25]
-    assert watch.rollbacks == 2
+    assert watch.state()["rollbacks"] == 2
     assert "after 2 of 2 rollbacks" in verdicts[-1].reason
     assert CollapseWatch(CollapseSpec(patience=1, max_rollbacks=0)).look(FINE, accuracy=1.0).action == "stop"
 

@@ -53,7 +53,7 @@ def roster_of(directory: SweepDirectory) -> tuple[Roster, Heard]:
     recipe = directory.recipe()
     manifest = prepared(recipe.data).manifest
     assert recipe.sweep is not None
-    roster = Roster(recipe, Space(recipe.sweep), target(recipe, manifest), directory, OpenData(), {"environment": {}})
+    roster = Roster(recipe, Space(recipe.sweep), target(recipe, manifest), directory, OpenData())
     heard = Heard()
     roster._searcher = heard  # type: ignore[assignment]
     return roster, heard
@@ -79,9 +79,9 @@ def test_an_interrupted_trial_keeps_its_best_value(directory):
     (record,) = roster.state.records
     assert (record.status, record.value) == ("waiting", 0.2)
     assert roster.left == 3
-    config = roster.next()
-    assert config is not None
-    roster.on_start(config["index"], 0)
+    trial = roster.next()
+    assert trial is not None
+    roster.on_start(trial.index, 0)
     roster.on_epoch(0, {"epoch": 4, "train/loss": 0.4})
     assert (record.value, record.epochs, record.attempts) == (0.2, 4, 2)
 
@@ -135,13 +135,13 @@ def test_a_trial_that_was_ended_from_outside_has_a_result(directory, status, err
 
 
 def test_only_trials_at_the_same_step_train_together(tmp_path):
-    configs = []
+    runs = []
     for number, steps in enumerate([(), (10, 20), (10,), (20,), ()]):
         checkpoints = Checkpoints(Folder(tmp_path / str(number) / "checkpoints"), keep=2)
         for step in steps:
             checkpoints.folder.write_bytes(name_at(step), b"")
-        configs.append({"run": str(tmp_path / str(number))})
-    assert _side_by_side(configs) == [[0, 4], [1, 3], [2]]
+        runs.append(str(tmp_path / str(number)))
+    assert _side_by_side(runs) == [[0, 4], [1, 3], [2]]
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

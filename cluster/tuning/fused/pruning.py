@@ -1,8 +1,21 @@
 """Pruning: which members of a fused group leave it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class PruningRule:
+    """How a sweep's scheduler says that members leave their group."""
+
+    scheduler: Literal["none", "asha", "median"]
+    metric: str  # what members are compared by, as in result.json
+    mode: Literal["min", "max"]
+    rungs: tuple[int, ...]  # asha: the epochs after which members may leave
+    reduction_factor: int  # asha: one in so many stays
+    grace_epochs: int  # median: epochs before which nobody leaves
 
 
 class Pruning:
@@ -12,18 +25,8 @@ class Pruning:
     stay. median: who is worse, at its best, than the median of the others' means so far, leaves (Golovin et al. 2017).
     """
 
-    def __init__(
-        self,
-        *,
-        scheduler: Literal["none", "asha", "median"],
-        metric: str,
-        mode: Literal["min", "max"],
-        rungs: Sequence[int],
-        reduction_factor: int,
-        grace_epochs: int,
-    ) -> None:
-        self._scheduler, self._metric, self._sign = scheduler, metric, 1 if mode == "max" else -1
-        self._rungs, self._factor, self._grace = tuple(rungs), reduction_factor, grace_epochs
+    def __init__(self, rule: PruningRule) -> None:
+        self._rule, self._sign = rule, 1 if rule.mode == "max" else -1
         self._history: dict[int, list[float]] = {}
 
     def remember(self, number: int, past: Iterable[tuple[int, float]]) -> None:
@@ -32,13 +35,13 @@ class Pruning:
 
     def losers(self, epoch: int, metrics: Mapping[int, Mapping[str, float]]) -> list[int]:
         """The members that leave after so many epochs, given the metrics of all that are there."""
-        scores = {number: self._sign * found[self._metric] for number, found in metrics.items()}
+        scores = {number: self._sign * found[self._rule.metric] for number, found in metrics.items()}
         for number, score in scores.items():
             self._history.setdefault(number, []).append(score)
-        if self._scheduler == "asha" and epoch in self._rungs:
-            stay = math.ceil(len(scores) / self._factor)
+        if self._rule.scheduler == "asha" and epoch in self._rule.rungs:
+            stay = math.ceil(len(scores) / self._rule.reduction_factor)
             return sorted(sorted(scores, key=lambda number: (-scores[number], number))[stay:])
-        if self._scheduler == "median" and epoch >= self._grace and len(scores) > 2:
+        if self._rule.scheduler == "median" and epoch >= self._rule.grace_epochs and len(scores) > 2:
             means = {number: sum(past) / len(past) for number, past in self._history.items()}
             behind = []
             for number in scores:

@@ -5,16 +5,14 @@ from typing import Any
 
 import torch
 
-from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.run_directory import RESULT, RunDirectory, read_metrics, result_of
+from cluster.training.run_directory import RunDirectory, read_metrics, result_of
 from cluster.tuning.fused.loop import FusedLoop
 from cluster.tuning.fused.pruning import Pruning
-from cluster.tuning.ledger import EPOCH
+from cluster.tuning.messages import CONFIG, DONE, EPOCH, LEFT, MEMBERS, FusedConfig
 from cluster.tuning.target import history
 from cluster.tuning.trials import Trial
 
-MEMBERS, LEFT = "members", "left"  # in a result: metrics of each trial, and how trials ended, by their indices
 # what a member's result.json says, in the sweep's words
 STATUSES = {"finished": "finished", "stopped": "pruned", "failed": "failed"}
 
@@ -24,26 +22,30 @@ class FusedTrial(Trial):
 
     loop: FusedLoop | None = None
 
+    @property
+    def group(self) -> FusedConfig:
+        """What the sweep says of the trials."""
+        found: FusedConfig = self.config[CONFIG]
+        return found
+
     def begin(self) -> None:
         """See Trial. Members that ended before an interruption have left their result, which is told again."""
-        members = self.config["members"]
-        self.members = [m for m in members if not Folder(m["run"]).exists(RESULT)]
-        self.before = {
-            m["index"]: RunDirectory(Folder(m["run"])).result() or {} for m in members if m not in self.members
-        }
+        results = {member.index: RunDirectory(Folder(member.run)).result() for member in self.group.members}
+        self.before = {index: result for index, result in results.items() if result is not None}
+        self.members = [member for member in self.group.members if member.index not in self.before]
         self.started = time.time()
-        recipes = [Recipe.model_validate(member["recipe"]) for member in self.members]
-        self.runs = [RunDirectory(Folder(member["run"])) for member in self.members]
+        recipes = [member.recipe for member in self.members]
+        self.runs = [RunDirectory(Folder(member.run)) for member in self.members]
         for run, recipe in zip(self.runs, recipes, strict=True):
             if not run.exists():
                 run.write_start(recipe, self.facts())
-        device = torch.device("cuda" if self.config["use_gpu"] else "cpu")
+        device = torch.device("cuda" if self.world.workers.use_gpu else "cpu")
         folders = [run.folder for run in self.runs]
         self.loop = FusedLoop(recipes, splits=self.splits(), runs=folders, device=device) if recipes else None
-        self.pruning = Pruning(**self.config["pruning"])
+        rule = self.group.pruning
+        self.pruning = Pruning(rule)
         for number, run in enumerate(self.runs):  # as the loop has cut it to the step that it goes on from
-            self.pruning.remember(number, history(read_metrics(run), self.config["pruning"]["metric"]))
-        self.done = 0
+            self.pruning.remember(number, history(read_metrics(run), rule.metric))
         self.told: set[int] = set()
 
     def advance(self) -> dict[str, Any]:
@@ -52,7 +54,7 @@ class FusedTrial(Trial):
         told = {index: {EPOCH: result.get("epochs", 0), **result["metrics"]} for index, result in before.items()}
         ended = {index: (STATUSES[result["status"]], result.get("error")) for index, result in before.items()}
         if self.loop is None:
-            return {EPOCH: self.done, MEMBERS: told, LEFT: ended, "done": True}
+            return {EPOCH: self.done, MEMBERS: told, LEFT: ended, DONE: True}
         metrics = self.loop.epoch()
         self.done = epoch = self.loop.epochs_done or self.done + 1
         pruned = []
@@ -76,12 +78,12 @@ class FusedTrial(Trial):
                 left[number] = ("failed", str(error))
         self.told |= left.keys()
         over = not self.loop.live
-        index = [member["index"] for member in self.members]
+        index = [member.index for member in self.members]
         result = {
             EPOCH: epoch,
             MEMBERS: told | {index[number]: {EPOCH: epoch, **found} for number, found in metrics.items()},
             LEFT: ended | {index[number]: how for number, how in left.items()},
-            "done": over,
+            DONE: over,
         }
         if over:
             self.end()
@@ -95,10 +97,6 @@ class FusedTrial(Trial):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See Trainable."""
-
-    def epochs_done(self) -> int:
-        """See Trial."""
-        return self.done if self.began else 0
 
     def end(self) -> None:
         """See Trial."""
