@@ -150,6 +150,11 @@ def test_a_kill_while_preparing_leaves_no_half_data_set(tmp_path, monkeypatch):
     data.verify()
 
 
+def test_whoever_only_writes_shards_waits_for_no_torch():
+    command = "import sys, cluster.data.conversion, cluster.data.sources.catalogue; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout == "False\n"
+
+
 # -- the cache's key -------------------------------------------------------------------------------------------------
 
 
