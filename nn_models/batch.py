@@ -18,7 +18,7 @@ RowIds = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), the most of them T = `longest`."""
+    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), the most of which is T = `longest`."""
 
     values: Tensor
     lengths: Tensor
@@ -45,6 +45,14 @@ class Ragged:
         inside = torch.arange(len(self.values), device=self.lengths.device) - starts[rows]
         return rows * self.longest + inside
 
+    def take(self, where: Tensor) -> "Ragged":
+        """The rows at these places; for pictures and tables: it waits for the device."""
+        ends = self.lengths.cumsum(0).tolist()
+        spans = [(ends[row] - int(self.lengths[row]), ends[row]) for row in where.tolist()]
+        lengths = self.lengths[where.to(self.lengths.device)]
+        values = torch.cat([self.values[:0], *(self.values[first:end] for first, end in spans)])
+        return Ragged(values, lengths, max((end - first for first, end in spans), default=0))
+
     def to(self, device: torch.device) -> "Ragged":
         """The same on a device."""
         return Ragged(_moved(self.values, device), _moved(self.lengths, device), self.longest)
@@ -55,7 +63,8 @@ class Forest:
     """All N nodes of B trees, leaves first, level after level: what a net computes in one product a level.
 
     `words` (N,) of nodes, -1 for none; `children` (N, arity) places among the N, -1 for none; `levels` the first node
-    of each level; `places` (N,) where a node's labels stand in a Ragged of one label a node; `roots` (B,).
+    of each level; `places` (N,) where a node's labels stand in a Ragged of one label a node; `roots` (B,); `lengths`
+    (B,) how many nodes each tree has. All are int64.
     """
 
     words: Tensor
@@ -63,6 +72,7 @@ class Forest:
     levels: tuple[int, ...]
     places: Tensor
     roots: Tensor
+    lengths: Tensor
 
     @classmethod
     def of(cls, words: Tensor, children: Tensor, level: Tensor, lengths: Tensor) -> "Forest":
@@ -81,11 +91,12 @@ class Forest:
             levels=tuple((counts.cumsum(0) - counts).tolist()),
             places=order,
             roots=place[ends - 1],
+            lengths=lengths,
         )
 
     def to(self, device: torch.device) -> "Forest":
         """The same on a device."""
-        names = ("words", "children", "places", "roots")
+        names = ("words", "children", "places", "roots", "lengths")
         moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
         return replace(self, **moved)
 
@@ -114,13 +125,15 @@ class Place:
 class Batch:
     """Some rows on the device. `keys` (B,) int64 are what a row's noise is drawn from: functions of (seed, epoch, row).
 
-    `stored` has the columns as the data holds them (bytes of images, numbers in their units), for pictures and tables.
+    `stored` has the columns before they were scaled (bytes of images, numbers in their units; in training augmented), for
+    pictures and tables, and `unscale` takes numbers of a column's scale back there.
     """
 
     columns: Mapping[str, Value]
     place: Place
     draw_keys: Callable[[], Tensor]
     stored: Mapping[str, Value] = field(default_factory=dict)
+    unscale: Callable[[str, Tensor], Tensor] = lambda name, values: values
 
     def __getitem__(self, name: str) -> Any:
         return self.columns[name]

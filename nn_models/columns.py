@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
 
     from nn_models.batch import Value
 
-# How numbers are given to a model: (x - mean) / std of the training rows; 0 to 1; -1 to 1 (images; other numbers as
-# "standard").
+# How numbers are given to a model: (x - mean) / std of the training rows; bytes as 0 to 1, other numbers as they are; -1
+# to 1 (images; other numbers as "standard").
 Scale = Literal["standard", "unit", "symmetric"]
 Layout = Literal["dense", "ragged"]
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
@@ -25,7 +25,6 @@ class RaggedField(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...] = ()
-    link: bool = False  # places of other elements of the same row, -1 for none
 
 
 class Column(Spec):
@@ -298,7 +297,7 @@ class Tree(_Named):
 
     def ragged_fields(self) -> Mapping[str, RaggedField]:
         """See Column."""
-        children = RaggedField("int32", (self.arity,), link=True)
+        children = RaggedField("int32", (self.arity,))
         return {"words": RaggedField("int32"), "children": children, "level": RaggedField("int32")}
 
     def lay(self, fields: Mapping[str, "Tensor"], lengths: "Tensor", longest: int) -> "Value":

@@ -1,11 +1,12 @@
 """Evidence: what there is to see of a test beside its figures, gathered over all its batches."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nn_models.batch import Batch
+from nn_models.batch import Batch, Ragged, Value
 
 NUM_EXAMPLES = 24  # right ones, and as many wrong ones
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
@@ -19,7 +20,7 @@ class Evidence(Protocol):
     def add(self, batch: Batch, outputs: Any) -> None:
         """Take in one batch and what the objective's `Measured.outputs` were; not of rows that stand in."""
 
-    def tensors(self, across: Any, device: torch.device) -> dict[str, Tensor]:
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
         """What is kept, on the CPU, by name. Called by all ranks; `across` sums a tensor on the device over them."""
 
 
@@ -35,12 +36,22 @@ class Examples:
         """Whether no more are wanted."""
         return not any(self._wanted)
 
-    def keep(self, sort: int, where: Tensor, columns: dict[str, Tensor]) -> None:
-        """Keep these rows of the columns, as far as any are wanted."""
+    def keep(self, sort: int, where: Tensor, columns: Mapping[str, Value]) -> None:
+        """Keep these rows of the columns, as far as any are wanted.
+
+        Rows of different lengths are kept as `NAME.values` and `NAME.lengths`; trees are left to evidence of their own.
+        """
         where = where[: self._wanted[sort]]
         self._wanted[sort] -= len(where)
+        kept: dict[str, Tensor] = {}
+        for name, column in columns.items():
+            if isinstance(column, Tensor):
+                kept[name] = column[where.to(column.device)].cpu()
+            elif isinstance(column, Ragged):
+                rows = column.take(where)
+                kept |= {f"{name}.values": rows.values.cpu(), f"{name}.lengths": rows.lengths.cpu()}
         if len(where):
-            self._kept.append({name: column[where.to(column.device)].cpu() for name, column in columns.items()})
+            self._kept.append(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, a tensor a column."""
@@ -72,7 +83,7 @@ class ClassEvidence:
                 where = chosen.nonzero()[:, 0].cpu()
                 self._examples.keep(sort, where, {**columns, "confidences": confidences.float()})
 
-    def tensors(self, across: Any, device: torch.device) -> dict[str, Tensor]:
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
         """See Evidence."""
         if self._num_classes > MAX_CONFUSION_CLASSES:
             return self._examples.tensors()
@@ -95,7 +106,7 @@ class NumberEvidence:
         columns = {"inputs": batch.stored["input"], "targets": batch["target"], "predictions": outputs}
         self._examples.keep(0, torch.arange(len(outputs)), columns)
 
-    def tensors(self, across: Any, device: torch.device) -> dict[str, Tensor]:
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
         """See Evidence."""
         return self._examples.tensors()
 

@@ -62,6 +62,8 @@ class Objective(ABC):
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Run the model on the batch. Nothing is read back from the device.
 
+        `model` may be a wrapper that averages gradients over ranks: it can be called, with any arguments, and nothing
+        else of it be asked. So a module that draws noise is given the rows' keys: `model(batch["input"], batch.keys)`.
         `carry` is what `Measured.carry` of the windows before was. `across` sums detached values over all ranks: what
         a batch has in common is then that of the global batch.
         """
@@ -237,6 +239,15 @@ class ObjectiveSpec(Spec):
         """The metrics of each epoch. Without a signature, rows are taken to have all that could be measured."""
 
 
+def _zeros_like(outputs: Any) -> Any:
+    """Zeros on the CPU in the place of all tensors."""
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(map(_zeros_like, outputs))
+    if isinstance(outputs, dict):
+        return {name: _zeros_like(value) for name, value in outputs.items()}
+    return torch.zeros(outputs.shape, dtype=outputs.dtype, device="cpu") if isinstance(outputs, Tensor) else outputs
+
+
 def check_outputs(outputs: Any, wanted: tuple[int, ...], *, model: str, source: str) -> None:
     """Raise UserError where outputs for two rows have another shape than is wanted."""
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
@@ -272,7 +283,11 @@ class SupervisedSpec(ObjectiveSpec):
                 check_outputs(outputs, (2, *wanted), model=description.kind, source=source)
             return outputs
 
-        self.build(signature).measure(watched, signature.imagine(2))
+        objective: Objective = self.build(signature)
+        measured = objective.measure(watched, signature.imagine(2))
+        if (evidence := objective.evidence(signature)) is not None:  # not of imagined outputs: it looks at values
+            with torch.device("cpu"):
+                evidence.add(signature.imagine(2), _zeros_like(measured.outputs))
 
     def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
         """See ObjectiveSpec."""

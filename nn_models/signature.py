@@ -90,7 +90,7 @@ class Signature(Spec):
         from nn_models.batch import Batch, Place
 
         columns = {name: column.imagine(rows) for name, column in self.columns.items()}
-        return Batch(columns, Place.of(rows), lambda: torch.arange(rows))
+        return Batch(columns, Place.of(rows), lambda: torch.arange(rows), stored=columns)
 
 
 def _of_shape(shape: Any, field: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Spec: a frozen, validated description; Signature: what a data set feeds a model and wants back."""
+"""Spec: a frozen, validated description, and how what does not fit it is told."""
 
 import copy
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ RowIds = NDArray[np.int64]
 def row_keys(seed: int, epoch: int, ids: RowIds | NDArray[np.uint64]) -> NDArray[np.int64]:
     """A key for each of these rows (B,) in this epoch: what `nn_models.noise` draws its numbers from.
 
-    In one epoch, two rows never have the same.
+    In one epoch, two rows of a split never have the same.
     """
     of_epoch = _mix(_mix(np.array([seed], np.uint64)) ^ np.uint64(epoch))
     return _mix(of_epoch ^ _mix(ids.astype(np.uint64))).view(np.int64)

@@ -22,6 +22,7 @@ from cluster.data.shards import DataSet
 from nn_models.batch import Batch, Place, Value, to_device
 from nn_models.columns import Scale
 
+SPLIT_BITS = 48  # a split has fewer rows than 2 to this
 RESIDENT_SHARE = 4  # of a GPU's free memory, one part in so many may be taken by a split that is kept there
 
 
@@ -45,10 +46,10 @@ class Held:
 
     def __init__(self, table: pa.Table, manifest: Manifest, device: torch.device, *, names: Collection[str]) -> None:
         """`names` are the columns that are wanted."""
-        rows = table_rows(table, manifest)
+        rows = table_rows(table, manifest, names)
         self.manifest, self.device = manifest, device
         self.num_rows = len(rows.ids)
-        self._layouts = {name: layout for name, layout in rows.columns.items() if name in names}
+        self._layouts = dict(rows.columns)
         dense = {name: layout for name, layout in self._layouts.items() if isinstance(layout, Dense)}
         self._dense = {name: shared(layout.values) for name, layout in dense.items()}
         self.resident = device.type == "cuda" and self._fits(device)
@@ -84,20 +85,25 @@ class Reading:
         scale: Scale,
         seed: int,
         augmentation: Augmentation | None = None,
+        split: int = 0,
     ) -> None:
-        """`names` are the columns that are read. Raises UserError for a scale that one of them cannot be had at."""
+        """`names` are the columns that are read; rows of other splits than that of training, 0, have keys of their own.
+
+        Raises UserError for a scale that one of the columns cannot be had at.
+        """
         self.names, self.device, self.seed, self.augmentation = frozenset(names), device, seed, augmentation
+        self._first_key = split << SPLIT_BITS
         self.scaling = Scaling({n: c for n, c in manifest.columns.items() if n in self.names}, scale, device)
 
     def batch(self, stored: Mapping[str, Value], place: Place, taken: RowIds, epoch: int) -> Batch:
         """The batch of stored columns of the rows `taken`, which are those of the place or one that stands in."""
 
         def keys() -> Tensor:
-            return torch.from_numpy(row_keys(self.seed, epoch, taken)).to(self.device, non_blocking=True)
+            return torch.from_numpy(row_keys(self.seed, epoch, taken + self._first_key)).to(self.device, non_blocking=True)
 
         if self.augmentation:
             stored = self.augmentation.of_columns(stored, keys())
-        return Batch(self.scaling(stored), place, keys, stored)
+        return Batch(self.scaling(stored), place, keys, stored, self.scaling.inverse)
 
 
 class HeldRows:

@@ -1,6 +1,6 @@
 """Rows: some rows of a data set: their ids, and a layout for each column."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -44,10 +44,11 @@ class Rows:
         return pa.table({ROW: self.ids, **columns})
 
 
-def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
-    """The table's columns as layouts, without a copy where a column is one chunk."""
+def table_rows(table: pa.Table, manifest: Manifest, names: Collection[str] | None = None) -> Rows:
+    """The table's columns as layouts, all or those of these names, without a copy where a column is one chunk."""
     ids = table[ROW].to_numpy().astype(np.int64, copy=False)
-    return Rows(ids, {name: _layout(table, name, stored) for name, stored in manifest.columns.items()})
+    wanted = {name: stored for name, stored in manifest.columns.items() if names is None or name in names}
+    return Rows(ids, {name: _layout(table, name, stored) for name, stored in wanted.items()})
 
 
 def no_rows(manifest: Manifest) -> Rows:

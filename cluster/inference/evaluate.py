@@ -1,5 +1,6 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -32,15 +33,19 @@ def evaluate_run(
     source = data or recipe.data
     other = prepared(source)
     ours, theirs = saved.manifest, other.manifest
-    have, want = _row(theirs), _row(ours)
+    read = [name for name in ours.columns if name in recipe.columns]
+    have, want = _row(theirs, read), _row(ours, read)
     if have != want:
         raise UserError("--data", f"the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
-    if ours.class_names != theirs.class_names:
-        raise UserError(
-            "--data",
-            f"the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
-            f"({', '.join(ours.class_names[:5])}, …)",
-        )
+    for name in read:
+        names, known = (getattr(manifest.columns[name].column, "names", ()) for manifest in (theirs, ours))
+        if names != known:
+            what = "classes" if name == "target" else f"names in {name}"
+            raise UserError(
+                "--data",
+                f"the {what} of {source.kind} ({', '.join(names[:5])}, …) are not those of the model "
+                f"({', '.join(known[:5])}, …)",
+            )
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
@@ -81,14 +86,16 @@ def evaluate_run(
     }
 
 
-def _row(manifest: Manifest) -> str:
-    """All that must be the same for a model to read rows."""
+def _row(manifest: Manifest, names: Collection[str]) -> str:
+    """All that must be the same for a model that reads these columns, but for what is counted having the same names."""
     signature = manifest.signature
-    pair = f"{signature['condition'].extent} -> " if "condition" in signature else ""
-    row = f"{signature['input'].extent} {manifest.columns['input'].dtype}"
-    if "target" not in signature:
-        return pair + row
-    target = signature["target"]
-    if not target.predicted:
-        return f"{pair}{row} with {target.describe()}"
-    return f"{pair}{row} with {target.num_outputs} {target.noun.split()[-1]} outputs"
+    row = {name: signature[name] for name in names if name in signature}
+    told = [f"{row.pop('condition').extent} ->"] if "condition" in row else []
+    for name in [name for name in row if name == "input"]:
+        column = row.pop(name)
+        dense = column.layout == "dense"
+        told.append(f"{column.extent} {manifest.columns[name].dtype}" if dense else column.describe())
+    if "target" in row and row["target"].predicted:
+        target = row.pop("target")
+        told.append(f"with {target.num_outputs} {target.noun.split()[-1]} outputs")
+    return " ".join([*told, *(f"with {name} {column.describe()}" for name, column in row.items())])

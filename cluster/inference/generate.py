@@ -1,4 +1,4 @@
-"""What a run's best generator makes, and how good it is, from RUN/model alone."""
+"""What a run's best generator makes, from RUN/model alone."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,10 @@
 """Fit: whether model, objective, data and the other sections of a recipe go together."""
 
+import torch
+
 from cluster.data.augment import check_augment
 from cluster.data.manifest import Manifest
+from cluster.data.scaling import Scaling
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sweep import CHANGEABLE
 from nn_models.errors import UserError
@@ -20,6 +23,8 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
     if recipe.adversarial is not None:
         for split in ("validation", "test") if manifest.rows("test") else ("validation",):
             recipe.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
+    read = {name: stored for name, stored in manifest.columns.items() if name in recipe.columns}
+    Scaling(read, recipe.scale, torch.device("cpu"))  # refuses a scale that a column cannot be had at
     check_augment(recipe.data.augment, manifest, recipe.columns, source=recipe.data.kind)
     recipe.model.check(signature)
 

@@ -25,7 +25,7 @@ class TrainSpec(Spec):
     compile: bool = Field(False, description="torch.compile the model")
     clip_norm: PositiveFloat | None = Field(None, description="largest norm of the gradient")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="decay of the moving average of the weights, which is then what is evaluated and kept"
+        None, description="decay of the moving average of the weights; validation chooses between it and the plain ones"
     )
     seed: NonNegativeInt = Field(0, lt=2**63, description="seed of weights, order of rows, dropout and augmentation")
     patience: PositiveInt | None = Field(None, description="epochs without improvement after which to stop")

@@ -9,6 +9,7 @@ from torch import nn
 from cluster.data.manifest import Manifest
 from cluster.data.order import held, training_order
 from cluster.recipe.recipe import Recipe
+from nn_models.columns import IMAGINED_LENGTH
 from nn_models.errors import UserError
 
 STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1}
@@ -16,7 +17,7 @@ STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad"
 
 @dataclass(frozen=True)
 class Layer:
-    """One module without children, in the order of use."""
+    """One module without children, in the order of its first use."""
 
     name: str
     kind: str
@@ -80,7 +81,7 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
         num_steps=order.num_steps * recipe.train.epochs,
         rows=rows,
         parameter_bytes=4 * count * copies,
-        activation_bytes=share * sum(sizes) // narrow,
+        activation_bytes=int(share * sum(sizes) * _longer(manifest)) // narrow,
         data_bytes=in_memory * manifest.row_bytes,
     )
 
@@ -92,10 +93,13 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # a recurrent layer gives its state as well
+                output = output[0]
             if isinstance(output, torch.Tensor):
-                count = sum(p.numel() for p in module.parameters(recurse=False))
-                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
                 sizes.append(output.numel() // 2 * output.element_size())
+                if all(layer.name != name for layer in layers):  # not again where it is called at each time
+                    count = sum(p.numel() for p in module.parameters(recurse=False))
+                    layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
 
         return hook
 
@@ -107,6 +111,12 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
     for hook in hooks:
         hook.remove()
     return model, layers, sizes
+
+
+def _longer(manifest: Manifest) -> float:
+    """How many times as long as imagined ones the rows are, where they differ in length."""
+    stored = manifest.columns["input"]
+    return 1.0 if stored.column.layout == "dense" else max(1.0, stored.elements / IMAGINED_LENGTH)
 
 
 def _shape(manifest: Manifest) -> str:

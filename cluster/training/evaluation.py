@@ -94,6 +94,7 @@ def evaluate_best(
         tensors = evidence.tensors(context.sum, context.device)
         if context.rank == 0:
             about = {"section": evidence.section, "split": "test", "class_names": json.dumps(manifest.class_names)}
+            about["signature"] = manifest.signature.model_dump_json()
             write_evidence(context, tensors, about)
     return tested
 

@@ -9,7 +9,7 @@ import torch
 from cluster.data.augment import Augmentation, augmentation_of
 from cluster.data.layouts import LENGTH
 from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRows
-from cluster.data.manifest import Manifest
+from cluster.data.manifest import SPLITS, Manifest
 from cluster.data.order import InOrder, LaneOrder, Order, StreamOrder, Weights, held, training_order
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
@@ -57,7 +57,7 @@ class Splits:
         """One rank's share of a split to evaluate on, so many rows a step; None where there is no such split."""
         if split not in self.tables:
             return None
-        reading = self.reading(recipe, device)
+        reading = self.reading(recipe, device, split=split)
         rows, weights = self.held(split, device, names=reading.names), self._weights(recipe, split)
         order: Order
         if self.manifest.order == "streams":  # as many as in training: each begins without what came before it
@@ -70,7 +70,9 @@ class Splits:
         """These columns of a split that is held."""
         return Held(self.tables[split], self.manifest, device, names=names)
 
-    def reading(self, recipe: Recipe, device: torch.device, *, augmentation: Augmentation | None = None) -> Reading:
+    def reading(
+        self, recipe: Recipe, device: torch.device, *, augmentation: Augmentation | None = None, split: str = "train"
+    ) -> Reading:
         """How a recipe's model and objective are given the rows."""
         return Reading(
             self.manifest,
@@ -79,6 +81,7 @@ class Splits:
             scale=recipe.scale,
             seed=recipe.train.seed,
             augmentation=augmentation,
+            split=SPLITS.index(split),
         )
 
     def _weights(self, recipe: Recipe, split: str) -> Weights:

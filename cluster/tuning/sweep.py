@@ -158,7 +158,7 @@ class _Sweep:
                 "pbt exchanges the state of trials of one worker only",
                 "leave out --workers, or choose asha",
             )
-        self.needs = needs_of(recipe, self.workers)
+        self.needs = needs_of(self.workers)
         self.data = OpenData()
         refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
         self.most_fused, self.fuse_asked = 1, False

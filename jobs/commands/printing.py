@@ -90,7 +90,7 @@ def print_recipes(*, as_json: bool) -> None:
     _pairs(comments)
 
 
-def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
+def print_manifest(where: str, manifest: Manifest, *, as_json: bool, verified: bool = False) -> None:
     """What a prepared data set holds."""
     if as_json:
         print(json.dumps({"path": where, **manifest.content()}))
@@ -108,7 +108,8 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
     for stored in manifest.columns.values():
         if 0 < len(stored.mean) <= 4:
             console.print(f"mean, deviation  {_numbers(stored.mean)}; {_numbers(stored.std)}")
-    console.print("checksums        match")
+    if verified:
+        console.print("checksums        match")
 
 
 def print_outcome(metrics: Mapping[str, float | None], facts: Mapping[str, object]) -> None:

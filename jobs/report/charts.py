@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ def metric_charts(records: Sequence[Mapping[str, Any]], best_step: Any, marks: S
             title,
             [
                 series._replace(label=label, colour=colour)
-                for (name, label), colour in zip(labels.items(), COLOURS, strict=True)
+                for (name, label), colour in zip(labels.items(), cycle(COLOURS), strict=False)
                 for series in _series(name, records, across.scale)
             ],
             across,

@@ -19,7 +19,8 @@ def chosen(run: Run) -> list[Section]:
     with left_out(run.notes, "The predictions", file=EVALUATION):
         run.evaluation = Tensors(run.folder, EVALUATION)
         found = [_of_evidence(run.evaluation)]
-    return [*found, filters.SECTION]
+    texts = run.evaluation is not None and "example_inputs.lengths" in run.evaluation
+    return found if texts else [*found, filters.SECTION]
 
 
 def _of_evidence(evaluation: Tensors) -> Section:

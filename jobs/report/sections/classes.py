@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.report.files import AbsentError, Tensors, left_out
+from jobs.report.files import AbsentError, Tensors, left_out, mapping
 from jobs.report.pictures import BLUE, RED, data_uri, example_shape, pictures
 from jobs.report.sections.section import EVALUATION, Run, Section, predicted
 
@@ -17,6 +17,7 @@ Array = NDArray[Any]
 MAX_CLASSES_IN_MATRIX = 30  # more are drawn as a picture, without numbers
 MAX_CLASSES_IN_TABLE = 50
 MAX_CONFUSION_PIXELS = 250  # of more classes neighbours share a pixel: single ones could not be seen
+MAX_WORDS = 60  # of a text
 MAX_EXAMPLES = 24  # of the right ones, and of the wrong ones
 
 
@@ -106,9 +107,10 @@ def _confusion_picture(counts: Array) -> str:
 
 
 class Example(NamedTuple):
-    """One row of the evaluated split: its picture, if it is one, and what the model made of it."""
+    """One row of the evaluated split: its picture or its text, if it is one, and what the model made of it."""
 
     picture: str | None
+    text: str | None
     true: str
     predicted: str
     confidence: str | None
@@ -127,16 +129,35 @@ def _examples(
         chosen = np.concatenate([right, wrong])
         shown = dict(zip(chosen.tolist(), pictures(tensors["example_inputs"][chosen]), strict=True))
 
+    texts = _texts(tensors)
+
     def example(row: int) -> Example:
         confidence = float(confidences[row])
         return Example(
             picture=shown.get(row),
+            text=texts[row] if texts else None,
             true=class_name(int(targets[row])),
             predicted=class_name(int(predictions[row])),
             confidence=f"{100 * confidence:.0f}\u202f%" if math.isfinite(confidence) else None,
         )
 
     return {"right": [example(int(row)) for row in right], "wrong": [example(int(row)) for row in wrong]}
+
+
+def _texts(tensors: Tensors) -> list[str]:
+    """The examples' words, where they are texts; an empty list where they are not."""
+    if "example_inputs.lengths" not in tensors:
+        return []
+    signature = json.loads(tensors.metadata.get("signature", "{}"))
+    words = mapping(mapping(mapping(signature).get("columns")).get("input")).get("names") or []
+    numbers = tensors["example_inputs.values"].tolist()
+    ends = np.cumsum(tensors["example_inputs.lengths"])
+    spans = zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)
+    return [" ".join(_word(words, number) for number in numbers[first:end][:MAX_WORDS]) for first, end in spans]
+
+
+def _word(words: Sequence[str], number: Any) -> str:
+    return str(words[number]) if isinstance(number, int) and 0 <= number < len(words) else str(number)
 
 
 SECTION = Section(name="classes", template="classes.html", read=_read, title="The predictions", file=EVALUATION)
