@@ -55,6 +55,7 @@ class Held:
         self.resident = device.type == "cuda" and self._fits(device)
         if self.resident:  # kept as stored, gathered and scaled there
             self._dense = {name: values.to(device) for name, values in self._dense.items()}
+        self._in_place = self.resident or device.type == "cpu"  # what is gathered is on the device
 
     def _fits(self, device: torch.device) -> bool:
         free, _ = torch.cuda.mem_get_info(device)
@@ -69,7 +70,8 @@ class Held:
 
     def _column(self, name: str, ids: RowIds, index: Tensor) -> Value:
         if name in self._dense:
-            return to_device(self._dense[name].index_select(0, index), self.device)
+            values = self._dense[name].index_select(0, index)
+            return values if self._in_place else to_device(values, self.device)
         return self._layouts[name].take(ids).collate(self.manifest.columns[name].column, self.device)
 
 
@@ -117,7 +119,8 @@ class HeldRows:
         """See RowsOfRank."""
         for step in range(first_step, self.order.num_steps):
             place = self.order.place(epoch, step, self._rank, self._world_size)
-            yield tuple(self._batch(piece, epoch) for piece, _ in _cut(place, self.order, pieces, self._world_size))
+            cut = _cut(place, self.order, pieces, self._world_size)
+            yield tuple([self._batch(piece, epoch) for piece, _ in cut])  # a list is quicker than a generator
 
     def _batch(self, place: Place, epoch: int) -> Batch:
         taken = place.ids if place.num_rows else np.zeros(1, np.int64)

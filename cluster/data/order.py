@@ -54,32 +54,30 @@ class Order(ABC):
         """Rows in the global batch of this step."""
 
     @abstractmethod
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
+        """This rank's slice of the step's global batch: the position in the epoch of its first row, and its ids."""
+
     def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
         """Position in the epoch of the first row of this rank's slice of the step's global batch."""
+        return self.cut(epoch, step, rank, world_size)[0]
 
-    @abstractmethod
     def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
         """Ids of the rows of this rank's slice of the step's global batch, in order."""
+        return self.cut(epoch, step, rank, world_size)[1]
 
     def place(self, epoch: int, step: int, rank: int, world_size: int) -> Place:
         """This rank's slice of the step's global batch."""
-        ids = self.rows(epoch, step, rank, world_size)
-        return Place(
-            ids=ids,
-            start=self.start(epoch, step, rank, world_size),
-            num_rows=len(ids),
-            global_rows=self.global_rows(epoch, step),
-            weight=self.weigh(ids),
-            global_weight=self._global_weight(epoch, step),
-        )
+        start, ids = self.cut(epoch, step, rank, world_size)
+        num_rows, global_rows, weights = len(ids), self.global_rows(epoch, step), self.weights
+        if isinstance(weights, int):
+            return Place(ids, start, num_rows, global_rows, weights * num_rows, weights * global_rows)
+        return Place(ids, start, num_rows, global_rows, self.weigh(ids), self._global_weight(epoch, step))
 
     def weigh(self, ids: RowIds) -> int:
         """What these rows count."""
         return self.weights * len(ids) if isinstance(self.weights, int) else int(self.weights[ids].sum())
 
     def _weigh_all(self, epoch: int, step: int) -> int:
-        if isinstance(self.weights, int):
-            return self.weights * self.global_rows(epoch, step)
         return self.weigh(self.rows(epoch, step, 0, 1))
 
 
@@ -99,24 +97,20 @@ class _Sequence(Order):
         first, end = self.span(step)
         return end - first
 
-    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
         """See Order."""
-        return self._slice(epoch, step, rank, world_size)[0]
-
-    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
-        """See Order."""
-        low, high = self._slice(epoch, step, rank, world_size)
-        return self.sequence(epoch)[low:high]
-
-    def _slice(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, int]:
         first, end = self.span(step)
+        ids = self.sequence(epoch)[first:end]
+        low, high = self._bounds(ids, rank, world_size)
+        return first + low, ids[low:high]
+
+    def _bounds(self, ids: RowIds, rank: int, world_size: int) -> tuple[int, int]:
         if isinstance(self.weights, int):
-            low, high = bounds(end - first, world_size, rank)
-            return first + low, first + high
-        ends = np.cumsum(self.weights[self.sequence(epoch)[first:end]], dtype=np.int64)
+            return bounds(len(ids), world_size, rank)
+        ends = np.cumsum(self.weights[ids], dtype=np.int64)
         middles = 2 * ends - np.diff(ends, prepend=0)  # twice the place of a row's middle
         low, high = np.searchsorted(middles * world_size, 2 * ends[-1] * np.array([rank, rank + 1])).tolist()
-        return first + low, first + (high if rank + 1 < world_size else end - first)
+        return low, high if rank + 1 < world_size else len(ids)
 
 
 class WholeOrder(_Sequence):
@@ -180,17 +174,11 @@ class StreamOrder(Order):
         """See Order."""
         return self._longer if step + 1 == self.num_steps else self.num_streams
 
-    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
         """See Order."""
-        return step * self.num_streams + min(self._owned(rank, world_size)[0], self.global_rows(epoch, step))
-
-    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
-        """See Order."""
-        low, high = self._owned(rank, world_size)
-        return self._firsts[low : min(high, self.global_rows(epoch, step))] + step
-
-    def _owned(self, rank: int, world_size: int) -> tuple[int, int]:
-        return bounds(self.num_streams, world_size, rank)
+        low, high = bounds(self.num_streams, world_size, rank)
+        whole = self.global_rows(epoch, step)
+        return step * self.num_streams + min(low, whole), self._firsts[low : min(high, whole)] + step
 
 
 @dataclass(frozen=True)
@@ -297,18 +285,15 @@ class LaneOrder(Order):
         spans = (self.span(epoch, lane, step) for lane in range(self.num_lanes))
         return sum(end - first for first, end in spans)
 
-    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
         """See Order."""
         spans = [self.span(epoch, lane, step) for lane in range(self.num_lanes)]
-        own = self.owned(rank, world_size).start
-        return sum(first for first, _ in spans) + sum(end - first for first, end in spans[:own])
-
-    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
-        """See Order."""
+        own = self.owned(rank, world_size)
+        start = sum(first for first, _ in spans) + sum(end - first for first, end in spans[: own.start])
         parts = [np.empty(0, np.int64)]
-        for lane in self.owned(rank, world_size):
+        for lane in own:
             parts += [self.block(epoch, lane, index).ids[piece] for index, piece in self.pieces(epoch, lane, step)]
-        return np.concatenate(parts)
+        return start, np.concatenate(parts)
 
 
 # A set up to this size is held in memory and shuffled as a whole unless the recipe gives a shuffle window. It belongs

@@ -25,10 +25,11 @@ class Scaling:
 
     def __call__(self, stored: Mapping[str, Value]) -> dict[str, Value]:
         """Float32 of the same shapes."""
-        return {
-            name: _applied(self._columns[name], value) if name in self._columns else value
-            for name, value in stored.items()
-        }
+        ready = dict(stored)
+        for name, scaling in self._columns.items():
+            if name in ready:
+                ready[name] = _applied(scaling, ready[name])
+        return ready
 
     def inverse(self, name: str, values: Tensor) -> Tensor:
         """Numbers at this scale as they are stored, in float32 and not rounded."""
