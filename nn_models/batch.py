@@ -18,7 +18,7 @@ RowIds = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), the most of which is T = `longest`."""
+    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), of which `longest` is T."""
 
     values: Tensor
     lengths: Tensor
@@ -125,8 +125,8 @@ class Place:
 class Batch:
     """Some rows on the device. `keys` (B,) int64 are what a row's noise is drawn from: functions of (seed, epoch, row).
 
-    `stored` has the columns before they were scaled (bytes of images, numbers in their units; in training augmented), for
-    pictures and tables, and `unscale` takes numbers of a column's scale back there.
+    `stored` has the columns before they were scaled (bytes of images, numbers in their units; in training augmented),
+    for pictures and tables, and `unscale` takes numbers of a column's scale back there.
     """
 
     columns: Mapping[str, Value]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
 
     from nn_models.batch import Value
 
-# How numbers are given to a model: (x - mean) / std of the training rows; bytes as 0 to 1, other numbers as they are; -1
-# to 1 (images; other numbers as "standard").
+# How numbers are given to a model: (x - mean) / std of the training rows; bytes as 0 to 1, other numbers as they are;
+# -1 to 1 (images; other numbers as "standard").
 Scale = Literal["standard", "unit", "symmetric"]
 Layout = Literal["dense", "ragged"]
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length

@@ -101,7 +101,9 @@ class Reading:
         """The batch of stored columns of the rows `taken`, which are those of the place or one that stands in."""
 
         def keys() -> Tensor:
-            return torch.from_numpy(row_keys(self.seed, epoch, taken + self._first_key)).to(self.device, non_blocking=True)
+            return torch.from_numpy(row_keys(self.seed, epoch, taken + self._first_key)).to(
+                self.device, non_blocking=True
+            )
 
         if self.augmentation:
             stored = self.augmentation.of_columns(stored, keys())

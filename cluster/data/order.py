@@ -38,8 +38,8 @@ class Order(ABC):
     """The order of rows of one split.
 
     Where the loss counts elements of rows, `weights` says how many each row has: the weight of a whole global batch is
-    then known to each rank before the step, and where all rows are one sequence the ranks' slices are cut where they weigh
-    about the same.
+    then known to each rank before the step, and where all rows are one sequence the ranks' slices are cut where they
+    weigh about the same.
     """
 
     num_rows: int
