@@ -39,24 +39,24 @@ def normal(keys: Tensor, shape: int | Sequence[int], *, stream: int) -> Tensor:
     count = math.prod(shape)
     words = _words(keys, count + count % 2, stream)
     first, second = words.chunk(2, 1)
-    # 31 bits where float32 keeps them, near 0, since the tails of the normal distribution are made there; never 0
-    radius = (first & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).log_().mul_(-2).sqrt_()
+    # 31 bits, which float32 keeps near 0, where the tails of the normal distribution are made; never 0 itself
+    radius = (first >> 1).bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).log_().mul_(-2).sqrt_()
     angle = second.to(torch.float32).mul_(math.pi * 2.0**-31)
     both = torch.cat((angle.cos().mul_(radius), angle.sin().mul_(radius)), 1)
     return both[:, :count].reshape(len(keys), *shape)
 
 
 def _words(keys: Tensor, count: int, stream: int) -> Tensor:
-    """(B, count) int32 of random bits, the upper the better: a hash of 64 mixed bits of each row and 32 of each number.
+    """(B, count) int32 of random bits, the upper the better: a hash of 64 mixed bits of each row and of the number.
 
     Three multiplications with the upper half folded down between them, the middle of Wellons' triple32 (2018,
-    "Prospecting for hash functions"); what goes in is mixed already. int32 because processors multiply eight or
+    "Prospecting for hash functions"), on multiples of the golden section. int32 because processors multiply eight or
     sixteen of them at once and hardly any int64. Products wrap around; there is no unsigned shift, so a mask takes away
     the copies of the sign.
     """
     state = _mix(keys ^ _signed(_mix_integer(stream)))
     low, high = state.to(torch.int32), (state >> 32).to(torch.int32)
-    counters = _mix(torch.arange(count, device=keys.device)).to(torch.int32)
+    counters = torch.arange(count, device=keys.device, dtype=torch.int32) * -0x61C88647  # 0x9E3779B9
     words = (low[:, None] ^ counters).mul_(-0x12A52B45)  # 0xED5AD4BB as int32
     words.bitwise_xor_((words >> 11).bitwise_and_(0x1FFFFF))
     words.add_(high[:, None]).mul_(-0x53B3E4AF)  # 0xAC4C1B51

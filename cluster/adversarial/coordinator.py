@@ -25,6 +25,7 @@ from cluster.adversarial.players import (
     L1,
     REAL_RIGHT,
     ROWS,
+    SUMS,
     Played,
     Players,
     PlayersLost,
@@ -325,7 +326,9 @@ class Coordinator:
             return False
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=self.rows_used)
         players.load(state["halves"])
-        self.journal.progress = Progress.restored(state["progress"])
+        self.journal.progress = progress = Progress.restored(state["progress"])
+        if len(progress.sums) == len(SUMS) != len(self.journal.names):  # as an earlier version has added them up
+            progress.sums, progress.counts = self._sums(progress.sums)
         if watch := self.progress.game.get("watch"):
             self.watch.load(watch)
         self._restore_best()

@@ -6,7 +6,7 @@ device, and with numbers of each row's own.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -25,9 +25,16 @@ if TYPE_CHECKING:  # torch takes a second to import, and whoever only reads reci
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class HorizontalFlipSpec(Spec):
+class AugmentSpec(Spec):
+    """Base of the kinds of changes."""
+
+    moves: ClassVar[bool] = False  # it only moves pixels about: images of a pair stay aligned, and keep their colours
+
+
+class HorizontalFlipSpec(AugmentSpec):
     """Mirror left and right with probability `p`."""
 
+    moves = True
     kind: Literal["horizontal_flip"] = "horizontal_flip"
     p: Probability = 0.5
 
@@ -38,9 +45,10 @@ class HorizontalFlipSpec(Spec):
         return HorizontalFlip(self.p)
 
 
-class RandomCropSpec(Spec):
+class RandomCropSpec(AugmentSpec):
     """Pad by `padding` pixels of zeros on each side, then cut out the original size anywhere."""
 
+    moves = True
     kind: Literal["random_crop"] = "random_crop"
     padding: Annotated[int, Field(ge=1, le=1024)] = 4
 
@@ -51,9 +59,10 @@ class RandomCropSpec(Spec):
         return RandomCrop(self.padding)
 
 
-class RotationSpec(Spec):
+class RotationSpec(AugmentSpec):
     """Rotate by up to `degrees` either way."""
 
+    moves = True
     kind: Literal["rotation"] = "rotation"
     degrees: PositiveFloat = 10.0
 
@@ -64,9 +73,10 @@ class RotationSpec(Spec):
         return Rotation(self.degrees)
 
 
-class ResizedCropSpec(Spec):
+class ResizedCropSpec(AugmentSpec):
     """Cut out a rectangle of at least `min_area` of the image and enlarge it to the original size."""
 
+    moves = True
     kind: Literal["resized_crop"] = "resized_crop"
     min_area: Annotated[float, Field(gt=0, le=1)] = 0.5
 
@@ -77,7 +87,7 @@ class ResizedCropSpec(Spec):
         return ResizedCrop(shape, self.min_area)
 
 
-class ColorJitterSpec(Spec):
+class ColorJitterSpec(AugmentSpec):
     """Change brightness, contrast and saturation by up to these shares."""
 
     kind: Literal["color_jitter"] = "color_jitter"
@@ -96,7 +106,7 @@ class ColorJitterSpec(Spec):
         return ColorJitter(self.brightness, self.contrast, self.saturation)
 
 
-class ErasingSpec(Spec):
+class ErasingSpec(AugmentSpec):
     """Blank a random rectangle with probability `p` (Zhong et al. 2017)."""
 
     kind: Literal["erasing"] = "erasing"
@@ -114,10 +124,8 @@ AnyAugmentSpec = Annotated[
     Field(discriminator="kind"),
 ]
 
-# These only move pixels about: both images of a pair stay aligned, and neither changes its colours.
-MOVING = (HorizontalFlipSpec, RandomCropSpec, RotationSpec, ResizedCropSpec)
 
-PIXELS_AT_ONCE = 1 << 19  # of all channels; 2 MiB as floats
+PIXELS_AT_ONCE = 1 << 18  # of all channels, where a processor makes floats of them: 1 MiB stays in its cache
 
 
 class Augmentation:
@@ -160,11 +168,17 @@ class Augmentation:
         """
         import torch
 
-        rows = len(images)
-        if images.device.type == "cpu":  # some at a time: a large batch as floats would not stay in the cache
-            rows = math.ceil(rows / math.ceil(images.numel() / PIXELS_AT_ONCE))
-        pieces = zip(images.split(rows), keys.split(rows), strict=True)
-        return torch.cat([self.apply(part, self.draw(own)) for part, own in pieces])
+        drawn = self.draw(keys)
+        pieces = math.ceil(images.numel() / PIXELS_AT_ONCE)
+        if pieces == 1 or images.device.type != "cpu" or not any(one.floats for one in self._transforms):
+            return self.apply(images, drawn)
+        rows = math.ceil(len(images) / pieces)
+        changed = []
+        for start in range(0, len(images), rows):
+            own = slice(start, start + rows)
+            parameters = [{name: values[own] for name, values in one.items()} for one in drawn]
+            changed.append(self.apply(images[own], parameters))
+        return torch.cat(changed)
 
 
 def augmentation_of(
@@ -183,11 +197,12 @@ def check_augment(specs: Sequence[AnyAugmentSpec], manifest: Manifest, read: Col
     names = _images(manifest.signature, read)
     if "input" not in names or any(manifest.columns[name].dtype != "uint8" for name in names):
         raise UserError("data.augment", f"{source} has no images to change", "leave it out")
-    if len(names) > 1 and (odd := [spec.kind for spec in specs if not isinstance(spec, MOVING)]):
+    if len(names) > 1 and (odd := [spec.kind for spec in specs if not spec.moves]):
+        moving = [spec.model_fields["kind"].default for spec in get_args(get_args(AnyAugmentSpec)[0]) if spec.moves]
         raise UserError(
             "data.augment",
             f"{', '.join(odd)} would not change both images of a pair alike",
-            f"leave it out, and use {', '.join(spec.model_fields['kind'].default for spec in MOVING)}",
+            f"leave it out, and use {', '.join(moving)}",
         )
 
 

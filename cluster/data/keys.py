@@ -14,7 +14,7 @@ def row_keys(seed: int, epoch: int, ids: RowIds | NDArray[np.uint64]) -> NDArray
     In one epoch, two rows never have the same.
     """
     of_epoch = _mix(_mix(np.array([seed], np.uint64)) ^ np.uint64(epoch))
-    return _mix(of_epoch ^ ids.astype(np.uint64)).view(np.int64)
+    return _mix(of_epoch ^ _mix(ids.astype(np.uint64))).view(np.int64)
 
 
 def digest_part(ids: RowIds, start: int) -> NDArray[np.int64]:

@@ -4,16 +4,19 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from nn_models.batch import Value, to_device
 from nn_models.columns import Column, RaggedField
+
+if TYPE_CHECKING:  # torch takes seconds to import, and whoever only writes shards does not need it
+    import torch
+    from torch import Tensor
+
+    from nn_models.batch import Value
 
 Array = NDArray[np.generic]
 Where = slice | NDArray[np.int64] | NDArray[np.bool_]
@@ -44,7 +47,7 @@ class Layout(Protocol):
     def to_arrow(self, name: str) -> dict[str, pa.Array]:
         """As columns of a table, by their names."""
 
-    def collate(self, column: Column, device: torch.device) -> Value:
+    def collate(self, column: Column, device: "torch.device") -> "Value":
         """The rows as models are given them, on the device."""
 
 
@@ -96,11 +99,11 @@ class Dense:
             return cls(chunks[0])
         return cls(np.concatenate(chunks) if chunks else np.empty((0, *shape), dtype))
 
-    def collate(self, column: Column, device: torch.device) -> Tensor:
+    def collate(self, column: Column, device: "torch.device") -> "Value":
         """See Layout."""
-        value = to_device(shared(self.values), device)
-        assert isinstance(value, Tensor)
-        return value
+        from nn_models.batch import to_device
+
+        return to_device(shared(self.values), device)
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,14 @@ class Ragged:
             found[field] = values.astype(described.dtype, copy=False).reshape(-1, *described.shape)
         return cls.of(found, table[f"{name}.{LENGTH}"].to_numpy())
 
-    def collate(self, column: Column, device: torch.device) -> Value:
+    def collate(self, column: Column, device: "torch.device") -> "Value":
         """See Layout."""
+        from nn_models.batch import to_device
+
         lengths = np.diff(self.offsets)
         fields = {name: shared(values) for name, values in self.fields.items()}
         longest = int(lengths.max(initial=0))
-        return to_device(column.lay(fields, torch.from_numpy(lengths), longest), device)
+        return to_device(column.lay(fields, shared(lengths), longest), device)
 
 
 def _chunk(chunk: pa.Array, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
@@ -183,8 +188,10 @@ def _chunk(chunk: pa.Array, dtype: np.dtype, shape: tuple[int, ...]) -> Array:
     return values.to_numpy().astype(dtype, copy=False).reshape(len(chunk), *shape)
 
 
-def shared(array: Array) -> Tensor:
+def shared(array: Array) -> "Tensor":
     """The array as a tensor of the same memory."""
+    import torch
+
     with warnings.catch_warnings():
         # rows in shared memory are read-only, and nothing here writes to them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

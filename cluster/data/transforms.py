@@ -28,6 +28,7 @@ class Transform(ABC):
     """A random change of images. `draw` makes parameters, each named as torchvision names it; `apply` uses them."""
 
     numbers: ClassVar[int]  # uniform numbers that a row's draw takes
+    floats: ClassVar[bool] = False  # whether pixels become floats in between
 
     @abstractmethod
     def draw(self, uniforms: Tensor) -> Parameters:
@@ -88,6 +89,7 @@ class Rotation(Transform):
     """Rotate about the middle by up to `degrees` either way; each pixel is the nearest one, or 0 outside."""
 
     numbers = 1
+    floats = True
 
     def __init__(self, degrees: float) -> None:
         self._degrees = degrees
@@ -99,18 +101,20 @@ class Rotation(Transform):
     def apply(self, images: Tensor, parameters: Parameters) -> Tensor:
         """See Transform. Rounds as torchvision does, in the same order of steps: the result is its."""
         H, W = images.shape[2:]
-        radians = torch.deg2rad(parameters["angle"].double())[:, None, None]
+        radians = torch.deg2rad(parameters["angle"].double())[:, None]
         cos, sin = radians.cos().float(), radians.sin().float()
         x, y = _centred(W, images.device), _centred(H, images.device)[:, None]
-        columns = x * (cos / (0.5 * W)) + y * (-sin / (0.5 * W))
-        rows = x * (sin / (0.5 * H)) + y * (cos / (0.5 * H))
-        return _sampled(images, rows, columns, "nearest").to(torch.uint8)
+        # columns x cos - y sin, rows x sin + y cos: the share of x, and the factor of y
+        across = _alternating(x * (cos / (0.5 * W)), x * (sin / (0.5 * H)))
+        down = _alternating((-sin / (0.5 * W)).expand(-1, W), (cos / (0.5 * H)).expand(-1, W))
+        return _bytes(_sampled(images, across, down, y, mode="nearest"))
 
 
 class ResizedCrop(Transform):
     """Cut out a rectangle of at least `min_area` of the image and enlarge it to the original size."""
 
     numbers = 2 * TRIES + 2
+    floats = True
 
     def __init__(self, shape: tuple[int, ...], min_area: float) -> None:
         self._height, self._width = shape[1:]
@@ -134,15 +138,18 @@ class ResizedCrop(Transform):
 
     def apply(self, images: Tensor, parameters: Parameters) -> Tensor:
         """See Transform. What is never made smaller needs no antialiasing: bilinear, from the rectangle alone."""
-        rows = _enlarged(images.shape[2], parameters["top"], parameters["height"])
+        rows = _enlarged(images.shape[2], parameters["top"], parameters["height"])[:, :, None]
         columns = _enlarged(images.shape[3], parameters["left"], parameters["width"])
-        return _sampled(images, rows[:, :, None], columns[:, None, :], "bilinear").round_().to(torch.uint8)
+        zeros = torch.zeros_like(columns)
+        across, down = _alternating(columns, zeros), _alternating(zeros, zeros + 1)
+        return _bytes(_sampled(images, across, down, rows, mode="bilinear").round_())
 
 
 class ColorJitter(Transform):
     """Change brightness, contrast and saturation by up to these shares, in random order."""
 
     numbers = 4
+    floats = True
 
     def __init__(self, brightness: float, contrast: float, saturation: float) -> None:
         self._shares = (brightness, contrast, saturation)
@@ -162,7 +169,9 @@ class ColorJitter(Transform):
         factors = torch.stack([parameters[name] for name in ("brightness", "contrast", "saturation")], 1)
         first, turn = order // 2, order % 2
         pixels = images.to(torch.float32)
-        for change in (first, (first + 2 - turn) % 3, (first + 2 - turn) % 3):
+        # Sums of whole numbers are exact, so that no batch adds them up otherwise: below 2**24 in float32.
+        exact = torch.float32 if 255 * images.shape[2:].numel() < 2**24 else torch.float64
+        for change in (first, (first + 1 + turn) % 3, (first + 2 - turn) % 3):
             contrast, saturation = (change == 1)[:, None, None, None], (change == 2)[:, None, None, None]
             factor = factors.gather(1, change[:, None])[:, :, None, None]
             if images.shape[1] == 1:
@@ -171,10 +180,10 @@ class ColorJitter(Transform):
             else:
                 light = _grey(pixels)
             # All three move pixels away from or towards something: black, the mean grey, each pixel's own grey.
-            mean = light.sum((1, 2, 3), keepdim=True, dtype=torch.float64).div(light.shape[1:].numel()).float()
+            mean = light.sum((1, 2, 3), keepdim=True, dtype=exact).div(light.shape[1:].numel()).float()
             towards = (light * saturation).add_(mean * contrast)
             pixels.mul_(factor).addcmul_(towards, 1 - factor).clamp_(0, 255).floor_()
-        return pixels.to(torch.uint8)
+        return _bytes(pixels)
 
 
 class Erasing(Transform):
@@ -252,10 +261,24 @@ def _enlarged(size: int, start: Tensor, length: Tensor) -> Tensor:
     return (within + start).mul_(2).add_(1).div_(size).sub_(1)
 
 
-def _sampled(images: Tensor, rows: Tensor, columns: Tensor, mode: str) -> Tensor:
-    """float32 images at these places, which broadcast to (B, H, W): -1 to 1 from edge to edge, 0 beyond."""
-    grid = torch.stack(torch.broadcast_tensors(columns, rows), -1)
+def _alternating(columns: Tensor, rows: Tensor) -> Tensor:
+    """(B, 2 W) of two (B, W): column, row, column, row, … as F.grid_sample wants places."""
+    return torch.stack((columns, rows), -1).flatten(1)
+
+
+def _sampled(images: Tensor, across: Tensor, down: Tensor, y: Tensor, *, mode: str) -> Tensor:
+    """float32 images at the places `across` + `down` y, from -1 to 1 from edge to edge; beyond, all is 0.
+
+    `across` and `down` (B, 2 W) are `_alternating`, y is (H, 1) or (B, H, 1): stacking the columns and the rows of all
+    pixels instead would take longer than all the rest.
+    """
+    grid = (y * down[:, None]).add_(across[:, None]).unflatten(-1, (-1, 2))
     return F.grid_sample(images.float(), grid, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    """Whole numbers as uint8. Straight from float32, it would take three times as long."""
+    return pixels.to(torch.int16).to(torch.uint8)
 
 
 def _grey(pixels: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """The runs and data sets that test_pinned.py pins: all that it needs of the project's own interfaces.
 
-`python -m tests.unit.pinned_runs JOBS` is what `train_on_ranks` starts; JOBS is a JSON list of {"recipe", "run"}.
+`python -m tests.unit.pinned_runs JOBS` is what `training_on_ranks` starts; JOBS is a JSON list of {"recipe", "run"}.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cluster.data.prepare import prepare, prepared
 from cluster.data.shards import DataSet
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.recipe.loading import load_recipe
-from cluster.recipe.recipe import Recipe
+from cluster.recipe.recipe import Recipe, TrainSpec
 from cluster.storage import Folder
 from cluster.training.context import GroupContext
 from cluster.training.loop import fit
@@ -45,15 +46,25 @@ Section = dict[str, Any]  # a recipe, or one of its sections, as in YAML
 # -- what the test calls: each leaves a run directory, or a prepared data set ---------------------------------------
 
 
+def prepare_quality(recipes: Sequence[Section]) -> None:
+    """Store hardly trained classifiers in the cache: the quality of what GANs make is not pinned, and takes no time."""
+    for recipe in map(load_recipe, recipes):
+        if recipe.adversarial is not None:
+            open_features(prepared(recipe.data), train=TrainSpec(epochs=1))
+
+
 def train(recipe: Section, run: Path) -> None:
     """Train in this process."""
     cluster.train(recipe, run=str(run))
 
 
-def train_on_ranks(recipes: Sequence[Section], runs: Sequence[Path]) -> None:
-    """Train each recipe on two ranks, which are processes over gloo, without Ray."""
+@contextmanager
+def training_on_ranks(recipes: Sequence[Section], runs: Sequence[Path]) -> Iterator[None]:
+    """Train each recipe on two ranks, processes over gloo without Ray, while the caller does other things."""
     jobs = [{"recipe": recipe, "run": str(run)} for recipe, run in zip(recipes, runs, strict=True)]
-    subprocess.run([sys.executable, "-m", "tests.unit.pinned_runs", json.dumps(jobs)], check=True, timeout=400)
+    with subprocess.Popen([sys.executable, "-m", "tests.unit.pinned_runs", json.dumps(jobs)]) as process:
+        yield
+    assert process.returncode == 0
 
 
 def train_fused(recipes: Sequence[Section], runs: Sequence[Path]) -> None:
@@ -130,14 +141,18 @@ def _play(recipe: Recipe, data: DataSet, splits: Splits, features: Features | No
     with tempfile.TemporaryDirectory() as elsewhere:
         folder = run if rank == 0 else Folder(elsewhere) / "run"
         RunDirectory(folder).begin(recipe, {})
-        Coordinator(
+        coordinator = Coordinator(
             recipe,
             data,
             run=folder,
             features=features,
             start=lambda: ReplicaPlayers(recipe, splits),
             replicas=WORLD_SIZE,
-        ).run()
+        )
+        with closing(coordinator):
+            for _ in coordinator.epochs():
+                pass
+            coordinator.conclude()
 
 
 class ReplicaPlayers(LocalPlayers):

@@ -1,30 +1,17 @@
-"""Pairs: what an image is made from travels with it, from the files to the batches."""
+"""Pairs: what an image is made from travels with it, from the files to what is said about them."""
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
-from scipy import ndimage
 
-from cluster.data.augment import augmentation_of
-from cluster.data.layouts import Dense
-from cluster.data.loader import Held, HeldRows, Reading, StreamedRows
 from cluster.data.manifest import SPLITS
-from cluster.data.order import training_order
 from cluster.data.prepare import cache_key, prepared
-from cluster.data.rows import Rows
-from cluster.data.shards import ROW_GROUP_BYTES, DataSet, write_shard
-from cluster.data.sources.base import labels, pixels
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec, FashionMNISTSpec
@@ -35,9 +22,7 @@ from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import summarise
-from cluster.storage import Folder
 from jobs.commands.printing import print_manifest, print_summary
-from nn_models.batch import Batch
 from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.spec import validate
@@ -45,7 +30,6 @@ from tests.unit import made
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-CPU = torch.device("cpu")
 ROWS = 30
 GAN = {"model": {"kind": "pix2pix", "width": 4}, "objective": {"kind": "adversarial"}}
 
@@ -57,56 +41,6 @@ def refusal(section: dict) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-# -- edges -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("colour", [(0,), (93,), (255,), (0, 0, 0), (200, 3, 77), (255, 255, 255)])
-def test_a_flat_image_has_no_edges(colour):
-    image = np.broadcast_to(np.array(colour, np.uint8)[:, None, None], (len(colour), 5, 7))
-    assert not edges(image[None]).any()
-
-
-def test_a_step_is_a_line_and_black_to_white_is_255():
-    image = np.zeros((1, 6, 8), np.uint8)
-    image[:, :, 4:] = 255
-    upright, lying = edges(np.stack([image, image]))[0, 0], edges(image.transpose(0, 2, 1)[None])[0, 0]
-    assert (upright == [0, 0, 0, 255, 255, 0, 0, 0]).all()  # to the image's very border
-    np.testing.assert_array_equal(lying, upright.T)
-    faint = edges(image[None] // 255 * 8)[0, 0]  # a step of 8: not scaled up
-    assert faint.max() == 8
-
-
-def test_edges_are_those_of_the_luminance():
-    def step(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-        image = np.zeros((len(left), 3, 4), np.uint8)
-        image[..., :2], image[..., 2:] = np.array(left)[:, None, None], np.array(right)[:, None, None]
-        return int(edges(image[None])[0, 0, 1, 1])
-
-    assert [step((0, 0, 0), pure) for pure in ((255, 0, 0), (0, 255, 0), (0, 0, 255))] == [76, 150, 29]  # BT.601
-    assert step((255, 0, 0), (0, 130, 0)) == 0  # as bright as each other
-    assert step((10, 10, 10), (60, 60, 60)) == step((10,), (60,)) == 50
-
-
-@settings(max_examples=50)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9))))
-def test_edges_are_scipys_of_pillows_grey(images):
-    found = edges(images)
-    assert found.shape == (len(images), 1, *images.shape[2:])
-    for image, edge in zip(images, found, strict=True):
-        grey = image[0] if len(image) == 1 else np.asarray(Image.fromarray(image.transpose(1, 2, 0)).convert("L"))
-        steep = [ndimage.sobel(grey.astype(float), axis, mode="nearest") for axis in (0, 1)]
-        np.testing.assert_array_equal(edge[0], np.minimum(255, np.round(np.hypot(*steep) / 4)))
-
-
-def test_an_images_edges_do_not_depend_on_what_it_is_computed_with(monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (50, 3, 6, 5), dtype=np.uint8)
-    together = edges(images)
-    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 210)  # seven images
-    np.testing.assert_array_equal(edges(images), together)
-    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 1)
-    np.testing.assert_array_equal(edges(images[::-1])[::-1], together)
 
 
 # -- edges of any set of images --------------------------------------------------------------------------------------
@@ -368,152 +302,6 @@ def test_bad_files_are_named(fields, message, table):
     assert "target_kind" not in said  # pairs have no such field
 
 
-# -- shards ----------------------------------------------------------------------------------------------------------
-
-
-def test_row_groups_hold_both_images_within_their_bytes(tmp_path):
-    images = Dense(np.zeros((100, 3, 100, 300), np.uint8))
-    rows = Rows(np.arange(100), {"input": images, "target": Dense(np.zeros(100, np.int64)), "condition": images})
-    columns = {"input": pixels((3, 100, 300)), "target": labels(("all",)), "condition": pixels((3, 100, 300))}
-    shard = write_shard(Folder(tmp_path), "a.parquet", rows, columns)
-    assert max(shard.row_groups) == ROW_GROUP_BYTES // 180_000
-    assert pq.read_schema(tmp_path / "a.parquet").names == ["row", "input", "target", "condition"]
-
-
-def test_other_sources_are_written_as_ever(tmp_path):
-    data = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    assert "condition" not in (tmp_path / "out" / "manifest.json").read_text()
-    assert data.table("train").column_names == ["row", "input", "target"]
-    assert data.manifest.signature.condition_shape is None
-
-
-def test_shards_that_do_not_fit_the_condition_are_named(tmp_path):
-    data = made.written(PairsSpec(edges_of=DigitsSpec()), tmp_path / "out")
-    assert data.manifest.row_bytes == 64 + 64 + 8
-    file = tmp_path / "out" / "manifest.json"
-    content = json.loads(file.read_text())
-    assert content["columns"]["condition"]["column"]["shape"] == [1, 8, 8]
-    content["columns"]["condition"]["column"]["shape"] = [1, 9, 9]
-    file.write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=r"parquet: the shard does not hold the columns that manifest.json says; delete"
-    ):
-        DataSet(str(tmp_path / "out")).verify()
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------
-
-WINDOW = 60
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> DataSet:
-    """640 training rows in 20 row groups: colour images to be made from their edges."""
-    folder = tmp_path_factory.mktemp("pairs")
-    return made.written(PairsSpec(edges_of=made.images(folder / "in", 800, shape=(3, 6, 7))), folder / "out")
-
-
-def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augmentation=None) -> Iterator[Batch]:
-    """A rank's batches of epoch 1, from -1 to 1 as pix2pix reads them."""
-    order = training_order(data.manifest, global_batch_size=batch, seed=0, window=window)
-    names = set(data.manifest.columns)
-    reading = Reading(data.manifest, CPU, names=names, scale="symmetric", seed=0, augmentation=augmentation)
-    rows = (
-        HeldRows(
-            Held(data.table("train"), data.manifest, CPU, names=names), order, reading, rank=rank, world_size=world_size
-        )
-        if window is None
-        else StreamedRows(data, order, reading, rank=rank, world_size=world_size)
-    )
-    return (batch for (batch,) in rows.batches(1))
-
-
-@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_each_row_comes_with_what_it_is_made_from(window, world_size, pairs):
-    stored = made.split_rows(pairs, "train").columns["condition"].values
-    expected = torch.from_numpy(stored.astype(np.float32)) / 127.5 - 1
-    seen = 0
-    for rank in range(world_size):
-        for batch in training(pairs, window=window, rank=rank, world_size=world_size):
-            ids = batch.place.ids
-            assert batch["condition"].dtype == torch.float32
-            assert torch.equal(batch["condition"][: len(ids)], expected[ids])
-            np.testing.assert_array_equal(batch.stored["condition"][: len(ids)].numpy(), stored[ids])
-            seen += len(ids)
-    assert seen == 640
-    assert expected.min() == -1
-    assert expected.max() <= 1
-
-
-@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
-def test_a_row_that_stands_in_has_a_condition_too(window, pairs):
-    world_size = 9 if window is None else 6
-    empty = [
-        batch
-        for rank in range(world_size)
-        for batch in training(pairs, window=window, batch=8, rank=rank, world_size=world_size)
-        if not batch.place.num_rows
-    ]
-    assert empty
-    assert {tuple(batch["condition"].shape) for batch in empty} == {(1, 1, 6, 7)}
-
-
-def test_rows_of_other_sources_have_no_condition(tmp_path):
-    plain = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    for window in (None, 20):
-        assert not any("condition" in batch for batch in training(plain, window=window))
-
-
-def test_a_condition_has_no_mean_and_deviation(pairs):
-    assert (pairs.manifest.columns["condition"].mean, pairs.manifest.columns["condition"].std) == ((), ())
-    message = "data: no mean and deviation of its condition are kept, which standard inputs need; choose a model that"
-    with pytest.raises(UserError, match=message):
-        Reading(pairs.manifest, CPU, names={"input", "condition"}, scale="standard", seed=0)
-
-
-# -- augmentation ----------------------------------------------------------------------------------------------------
-
-MOVING = [
-    {"kind": "horizontal_flip"},
-    {"kind": "random_crop", "padding": 2},
-    {"kind": "rotation", "degrees": 90},
-    {"kind": "resized_crop"},
-]
-
-
-def test_both_images_are_moved_alike(table):
-    copies = table(condition="photo")  # each image is to be made from itself
-    data = prepared(validate(AnyDataSpec, copies | {"augment": MOVING} | ALL, prefix="data"))
-    specs = load_recipe(GAN | {"data": copies | {"augment": MOVING}}).data.augment
-    augmentation = augmentation_of(specs, data.manifest.signature, {"input", "condition"})
-    changed: dict[int, torch.Tensor] = {}
-    for window in (None, 10):
-        for batch in training(data, window=window, batch=8, augmentation=augmentation):
-            assert torch.equal(batch.stored["input"], batch.stored["condition"])
-            for row, image in zip(batch.place.ids.tolist(), batch.stored["condition"], strict=True):
-                assert torch.equal(changed.setdefault(row, image), image)  # held or streamed
-    plain = made.split_rows(data, "train").columns["condition"].values
-    same = [np.array_equal(changed[row].numpy(), plain[row]) for row in changed]
-    assert sum(same) < 5
-
-
-@pytest.mark.parametrize("kind", ["color_jitter", "erasing"])
-def test_what_would_change_them_otherwise_is_refused(kind, pairs):
-    augment = [{"kind": "horizontal_flip"}, {"kind": kind}]
-    for section in ({"kind": "pairs", "edges_of": {"kind": "digits"}}, {"kind": "shards", "path": "x"}):
-        with pytest.raises(UserError) as caught:
-            check(load_recipe(GAN | {"data": section | {"augment": augment}}), pairs.manifest)
-        assert str(caught.value) == (
-            f"data.augment: {kind} would not change both images of a pair alike; leave it out, and use "
-            "horizontal_flip, random_crop, rotation, resized_crop"
-        )
-    check(
-        load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}, "augment": MOVING}}),
-        pairs.manifest,
-    )
-
-
 # -- what is said about them -----------------------------------------------------------------------------------------
 
 
@@ -527,12 +315,13 @@ def test_pix2pix_takes_pairs_and_nothing_else(capsys):
         check(recipe, prepared(DigitsSpec()).manifest)
 
 
-def test_prepared_pairs_are_described(pairs, table, capsys):
-    print_manifest("there", pairs.manifest, as_json=False)
+def test_prepared_pairs_are_described(table, tmp_path, capsys):
+    manifest = prepared(PairsSpec(edges_of=made.images(tmp_path / "in", 80, shape=(3, 6, 7)))).manifest
+    print_manifest("there", manifest, as_json=False)
     assert "source           pairs; 1 x 6 x 7 -> 3 x 6 x 7 uint8 of 3 classes" in capsys.readouterr().out
-    print_manifest("there", pairs.manifest, as_json=True)
+    print_manifest("there", manifest, as_json=True)
     told = json.loads(capsys.readouterr().out)
-    assert told == {"path": "there", **pairs.manifest.content()}
+    assert told == {"path": "there", **manifest.content()}
     assert told["columns"]["condition"]["column"]["shape"] == [1, 6, 7]
     print_manifest("there", train_rows(table())[0], as_json=False)
     assert "3 x 6 x 7 -> 3 x 6 x 7 uint8 of 1 class\n" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from cluster.recipe.sweep import SweepSpec
 from cluster.runs.admission import workers_of
 from cluster.training.run_directory import RunDirectory, read_metrics
 from cluster.tuning import tune
-from cluster.tuning.fused.pruning import PruningRule
+from cluster.tuning.fused.loop import FusedLoop
+from cluster.tuning.fused.pruning import Pruning, PruningRule
+from cluster.tuning.fused.trial import FusedTrial
 from cluster.tuning.messages import CONFIG, FusedConfig, TrialConfig, Where
 from cluster.tuning.trials import EpochTrial, World
 from nn_models.errors import UserError
@@ -217,3 +220,98 @@ def test_a_trial_that_failed_is_compared_with_none(scheduler):
     tunes.on_trial_complete(running, trials[0], {"epoch": 2, "outcome": "failed", "error": "no memory", "done": True})
     for trial in trials[1:]:
         assert tunes.on_trial_result(running, trial, {"epoch": 2, metric: 1.0}) == "CONTINUE"
+
+
+# -- fused trials ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory) -> dict[str, Any]:
+    spec = made.features(tmp_path_factory.mktemp("source"), 100, validation_fraction=0.3)
+    return {
+        "model": {"kind": "mlp", "hidden": []},
+        "data": spec.model_dump(mode="json"),
+        "optimizer": {"kind": "sgd", "lr": 0.1},
+        "train": {"epochs": 6, "global_batch_size": 20},
+    }
+
+
+def group_of(recipe: dict[str, Any], folder: Path, scheduler: Any, members: Sequence[int] = range(6)) -> FusedTrial:
+    """Trials that train together, each with another learning rate."""
+    recipes = [load_recipe(recipe, {"optimizer.lr": 1e-4 * 8**number}) for number in range(6)]
+    data = prepared(recipes[0].data)
+    world = World(
+        data={},
+        workers=workers_of(recipes[0], 1, False, alone=False),
+        num_workers=0,
+        environment={},
+        embedded=True,
+        path=[],
+    )
+    where = Where(data.folder.uri, None)
+    trials = tuple(TrialConfig(number, {}, recipes[number], str(folder / str(number)), where) for number in members)
+    rule = PruningRule(scheduler, "validation/loss", "min", (1, 2, 4), 2, 2)
+
+    class Trial(FusedTrial):
+        def setup(self, config: dict[str, Any]) -> None:
+            super().setup(config, world)
+
+    return Trial({CONFIG: FusedConfig(trials, rule)})
+
+
+def all_ended(trial: FusedTrial) -> dict[int, tuple[str, float]]:
+    """Each trial's status and last epoch, once all have ended."""
+    found: dict[int, tuple[str, float]] = {}
+    told = reports(trial)  # type: ignore[arg-type]  # a Trial as well
+    for report in told:
+        for index, (status, _) in report["left"].items():
+            found[index] = status, report["members"][index]["epoch"]
+    return found
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+def die(patch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> None:
+    """In this call of the method, the first is 1, before it has done anything."""
+    method, calls = getattr(owner, name), []
+
+    def dying(self: Any, *arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise Killed
+        return method(self, *arguments)
+
+    patch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_group_that_dies_at_any_time_is_pruned_as_if_it_had_not(scheduler, linear, tmp_path):
+    expected = all_ended(group_of(linear, tmp_path / "whole", scheduler))
+    assert 1 < sum(status == "pruned" for status, _ in expected.values()) < 6
+    places = [
+        *((FusedLoop, "epoch", call) for call in (2, 3, 5)),
+        *((Pruning, "losers", call) for call in (1, 2, 4)),
+        *((FusedLoop, "stop", call) for call in (1, 2, 3, 4, 5)),
+        *((RunDirectory, "write_result", call) for call in (1, 2, 3, 4, 5)),
+    ]
+    for owner, name, call in places:
+        folder = tmp_path / f"{name}{call}"
+        with pytest.MonkeyPatch.context() as patch:
+            die(patch, owner, name, call)
+            trial = group_of(linear, folder, scheduler)
+            with pytest.raises(Killed):
+                reports(trial)  # type: ignore[arg-type]  # a Trial as well
+            trial.cleanup()
+        assert all_ended(group_of(linear, folder, scheduler)) == expected, (name, call)
+
+
+def test_those_that_are_left_of_a_group_are_not_pruned_once_more(linear, tmp_path):
+    expected = all_ended(group_of(linear, tmp_path / "whole", "asha"))
+    trial = group_of(linear, tmp_path / "run", "asha")
+    left = trial.step()["left"]
+    trial.cleanup()
+    assert 0 < len(left) < 6
+    rest = [number for number in range(6) if number not in left]  # the sweep has heard of the others
+    assert all_ended(group_of(linear, tmp_path / "run", "asha", rest)) == {n: expected[n] for n in rest}

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 
-from cluster.data.keys import digest_part
+from cluster.data.keys import RowIds, digest_part
 from cluster.errors import Diverged
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -43,7 +43,7 @@ class _Pending:
     """Losses and metric sums of the steps since the last line of metrics: (steps, trials, 1 + metrics)."""
 
     sums: torch.Tensor
-    used: list[Mapping[int, Place]] = field(default_factory=list)  # of each step's batch, by seed
+    used: list[tuple[Place, Mapping[int, RowIds]]] = field(default_factory=list)  # of each step's batch: see FusedBatch
     norms: torch.Tensor | None = None  # of the last step's gradients, (trials,)
 
 
@@ -223,11 +223,11 @@ class FusedLoop:
         """One optimizer step of every trial: the gradient of the mean loss over its batch."""
         model, pending = self._model, self._pending
         number = len(pending.used)
-        pending.used.append(batch.places)
+        pending.used.append((batch.place, batch.ids))
         self._optimizers.zero_grad()
         for piece in batch.pieces(self._train.accumulation):
             losses, metrics = model.measure(piece, shared=batch.shared)
-            losses.backward(torch.full_like(losses, 1 / batch.num_rows))
+            losses.backward(torch.full_like(losses, 1 / batch.place.num_rows))
             pending.sums[number, : model.size, 0] += losses.detach()
             pending.sums[number, : model.size, 1:] += metrics
         if self._train.clip_norm:
@@ -244,10 +244,10 @@ class FusedLoop:
         pending.sums.zero_()
         totals = sums.sum(0).tolist()
         digests = {
-            seed: np.sum([digest_part(step[seed].ids, step[seed].start) for step in pending.used], axis=0).tolist()
-            for seed in pending.used[-1]
+            seed: np.sum([digest_part(ids[seed], place.start) for place, ids in pending.used], axis=0).tolist()
+            for seed in pending.used[-1][1]
         }
-        rows = sum(next(iter(step.values())).num_rows for step in pending.used)
+        rows = sum(place.num_rows for place, _ in pending.used)
         rates = self._optimizers.rates()
         norms = None if pending.norms is None else pending.norms.tolist()
         elapsed = time.perf_counter() - began

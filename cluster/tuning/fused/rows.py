@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.data.augment import augmentation_of
-from cluster.data.keys import row_keys
+from cluster.data.keys import RowIds, row_keys
 from cluster.data.order import LaneOrder, Order, training_order
 from cluster.recipe.recipe import Recipe
 from cluster.training.splits import Splits
@@ -27,27 +27,19 @@ class FusedBatch:
 
     columns: Mapping[str, Tensor]
     shared: bool
-    places: Mapping[int, Place]  # by seed
+    place: Place  # of one of the trials: of the others only the ids are different
+    ids: Mapping[int, RowIds]  # by seed
     draw_keys: Callable[[], Tensor]  # (B,) where shared, else (B, T)
 
-    @property
-    def num_rows(self) -> int:
-        """B."""
-        return self._place.num_rows
-
-    @property
-    def _place(self) -> Place:
-        return next(iter(self.places.values()))
-
     def pieces(self, wanted: int) -> list[Batch]:
-        """The same rows in so many pieces, or fewer where there are fewer rows. Their places are those of one trial."""
-        number = min(wanted, self.num_rows)
+        """The same rows in so many pieces, or fewer where there are fewer rows."""
+        number = min(wanted, self.place.num_rows)
         if number == 1:
-            return [Batch(self.columns, self._place, self.draw_keys)]
+            return [Batch(self.columns, self.place, self.draw_keys)]
         split = {name: values.tensor_split(number) for name, values in self.columns.items()}
-        pieces, start = [], self._place.start
-        for piece, ids in enumerate(np.array_split(self._place.ids, number)):
-            place = replace(self._place, ids=ids, start=start, num_rows=len(ids), weight=len(ids))
+        pieces, start = [], self.place.start
+        for piece, ids in enumerate(np.array_split(self.place.ids, number)):
+            place = replace(self.place, ids=ids, start=start, num_rows=len(ids), weight=len(ids))
             keys = partial(self._keys_of, piece, number)
             pieces.append(Batch({name: parts[piece] for name, parts in split.items()}, place, keys))
             start += len(ids)
@@ -93,29 +85,31 @@ class FusedRows:
             (seed,) = self._orders
             for (batch,) in self._streamed.batches(epoch, first_step):
                 columns = cast(Mapping[str, Tensor], batch.columns)
-                yield FusedBatch(columns, True, {seed: batch.place}, batch.draw_keys)
+                yield FusedBatch(columns, True, batch.place, {seed: batch.place.ids}, batch.draw_keys)
             return
         for step in range(first_step, self.order.num_steps):
             yield self._batch(epoch, step, seeds())
 
     def _batch(self, epoch: int, step: int, seeds: Sequence[int]) -> FusedBatch:
-        places = {seed: self._orders[seed].place(epoch, step, 0, 1) for seed in dict.fromkeys(seeds)}
-        ids = np.stack([place.ids for place in places.values()], 1)  # gathered row by row, seed by seed
+        first, *others = dict.fromkeys(seeds)
+        place = self._orders[first].place(epoch, step, 0, 1)
+        ids = {first: place.ids} | {seed: self._orders[seed].rows(epoch, step, 0, 1) for seed in others}
+        rows = np.stack(list(ids.values()), 1)  # gathered row by row, seed by seed
 
         def keys() -> Tensor:
-            drawn = np.stack([row_keys(seed, epoch, place.ids) for seed, place in places.items()], 1)
+            drawn = np.stack([row_keys(seed, epoch, own) for seed, own in ids.items()], 1)
             return torch.from_numpy(drawn).to(self._reading.device, non_blocking=True)
 
-        stored = self._held.gather(ids.ravel())
+        stored = self._held.gather(rows.ravel())
         if self._augmentation:
             stored = self._augmentation.of_columns(stored, keys().flatten())
         columns = cast(dict[str, Tensor], self._reading.scaling(stored))
-        if len(places) == 1:
-            return FusedBatch(columns, True, places, lambda: keys().flatten())
-        columns = {name: values.unflatten(0, ids.shape) for name, values in columns.items()}
-        if len(places) == len(seeds):
-            return FusedBatch(columns, False, places, keys)
-        numbers = {seed: number for number, seed in enumerate(places)}  # some trials share theirs
+        if not others:
+            return FusedBatch(columns, True, place, ids, lambda: keys().flatten())
+        columns = {name: values.unflatten(0, rows.shape) for name, values in columns.items()}
+        if len(ids) == len(seeds):
+            return FusedBatch(columns, False, place, ids, keys)
+        numbers = {seed: number for number, seed in enumerate(ids)}  # some trials share theirs
         index = torch.tensor([numbers[seed] for seed in seeds], device=self._reading.device)
         columns = {name: values.index_select(1, index) for name, values in columns.items()}
-        return FusedBatch(columns, False, places, lambda: keys().index_select(1, index))
+        return FusedBatch(columns, False, place, ids, lambda: keys().index_select(1, index))
