@@ -39,7 +39,7 @@ def generate(
     """
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
-    if recipe.adversarial is None:
+    if recipe.model.gives != "halves":
         raise UserError(run, f"a {recipe.model.kind}, which generates nothing", "give the run of a GAN")
     halves, manifest = restored_halves(folder, recipe)
     model, signature = described(recipe)[0], manifest.signature
