@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -211,6 +210,6 @@ def _cut(place: Place, order: Order, wanted: int, world_size: int) -> list[tuple
         first = piece * fewest + min(piece, longer)
         inside = slice(first, first + fewest + (piece < longer))
         ids = place.ids[inside]
-        part = replace(place, ids=ids, start=place.start + first, num_rows=len(ids), weight=order.weigh(ids))
+        part = place._replace(ids=ids, start=place.start + first, num_rows=len(ids), weight=order.weigh(ids))
         found.append((part, inside))
     return found
