@@ -39,7 +39,7 @@ class FusedBatch:
         split = {name: values.tensor_split(number) for name, values in self.columns.items()}
         pieces, start = [], self.place.start
         for piece, ids in enumerate(np.array_split(self.place.ids, number)):
-            place = replace(self.place, ids=ids, start=start, num_rows=len(ids), weight=len(ids))
+            place = self.place._replace(ids=ids, start=start, num_rows=len(ids), weight=len(ids))
             keys = partial(self._keys_of, piece, number)
             pieces.append(Batch({name: parts[piece] for name, parts in split.items()}, place, keys))
             start += len(ids)
