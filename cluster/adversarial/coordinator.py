@@ -358,7 +358,7 @@ class Coordinator:
         self._close_players()
         tested = None
         if self.data.manifest.rows("test"):
-            tested = measured(self.run_folder, self.recipe, self.data, self.features, split="test")
+            tested, _ = measured(self.run_folder, self.recipe, self.data, self.features, split="test")
         with torch.device("meta"):
             halves = self.recipe.model.build(self.data.manifest.signature)
         result = self.journal.result(

@@ -189,13 +189,14 @@ def measured(
     *,
     split: str,
     device: torch.device | None = None,
-) -> dict[str, float]:
-    """The Quality of a run's best generator on a split."""
+) -> tuple[dict[str, float], int]:
+    """The Quality of a run's best generator on a split, and of how many rows it was measured."""
     halves = restored_halves(run, recipe)[0].to(device or torch.device("cpu"))
     quality = Quality(features, data, recipe=recipe, split=split)
-    return quality.measure(
+    found = quality.measure(
         lambda source, condition: sample(halves.generator, source, condition, device=device or torch.device("cpu"))
     )
+    return found, quality.num_rows
 
 
 def restored_halves(run: Folder, recipe: Recipe) -> tuple[Halves, Manifest]:

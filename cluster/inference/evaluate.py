@@ -59,9 +59,9 @@ def evaluate_run(
                 f"{source.kind} has no training rows",
                 "the quality of what is made is measured by a classifier of them, so add some",
             )
-        found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
-        assert recipe.adversarial is not None  # it stands where there are halves
-        rows_used = recipe.adversarial.quality.num_rows(theirs, split)
+        found, rows_used = measured(
+            folder, recipe, other, open_features(other, device=device), split=split, device=device
+        )
         return {
             "metrics": jsonable(prefixed(split, found)),
             "rows": rows_used,
