@@ -38,19 +38,24 @@ class Workers:
     most: int
     cpus: int
     use_gpu: bool
-    halves: bool = False  # the workers are the halves of a GAN: an even number of them
+    roles: int = 1  # actors that one replica of what is trained takes: 2 for a generator and a discriminator
 
     @property
-    def pairs(self) -> int:
-        """Pairs of a generator and a discriminator."""
-        return self.most // 2
+    def replicas(self) -> int:
+        """How many slices a global batch is cut into; 0 where it is trained in this process."""
+        return self.most // self.roles
+
+    @property
+    def coordinated(self) -> bool:
+        """Whether they play together, led from this process, rather than run the loop as equals under Ray Train."""
+        return self.roles > 1
 
     @property
     def what(self) -> str:
-        """They in words: `3 workers`, or `2 pairs of halves, so 4 actors`."""
-        if not self.halves:
+        """In words: `3 workers`, or `2 pairs of halves, so 4 actors`."""
+        if not self.coordinated:
             return f"{self.least} workers"
-        return f"{self.pairs} pair{'s' * (self.pairs > 1)} of halves, so {self.most} actors"
+        return f"{self.replicas} pair{'s' * (self.replicas > 1)} of halves, so {self.most} actors"
 
     @property
     def bundle(self) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Activations by name, and the initial weights that suit each."""
+"""Activations by name, and the initial weights that suit each; those of GANs, and spectral normalisation."""
 
 from typing import Literal
 
 from torch import nn
+from torch.nn.utils import parametrizations
 
 ActivationName = Literal["sigmoid", "tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus"]
 
@@ -36,3 +37,24 @@ def initialise(layer: nn.Linear | nn.Conv2d, *, activation: ActivationName | Non
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def normalise_spectrum(layer: nn.Module) -> nn.Module:
+    """Divide the layer's weight, seen as a matrix, by its largest singular value (Miyato et al. 2018, eq. 8).
+
+    The singular value comes from one power iteration each time the layer runs in training, after 15 at the start.
+    """
+    return parametrizations.spectral_norm(layer)
+
+
+def initialise_like_dcgan(module: nn.Module) -> None:
+    """Weights N(0, 0.02) (Radford et al. 2015, section 4), normalisation's gains N(1, 0.02), biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+        elif isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -7,8 +7,8 @@ All kinds (pix2pix too, in pix2pix.py) are called alike, so that training needs 
     images = generator(source, condition)        logits = discriminator(images, condition)
 
 - `source` (B, noise_size): standard normal noise; (B, 0) where the spec's `noise_size` is 0.
-- `condition`: labels (B,), int64, where the spec is `conditional`; images (B, C', H, W) in [-1, 1] where it is
-  `paired`; else it may be None and is not looked at.
+- `condition`: of the column that the spec is `given`: labels (B,), int64, of the target; images (B, C', H, W) in
+  [-1, 1] of the condition. Where it is given none, it may be None and is not looked at.
 - `images` (B, C, H, W) in [-1, 1], real ones too; feature vectors (B, D), whatever their range.
 - `logits` (B,), or (B, 1, h, w) where the discriminator judges h x w patches: positive for "real".
 """
@@ -21,12 +21,12 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
-from nn_models.activations import initialise
+from nn_models.activations import initialise, initialise_like_dcgan, normalise_spectrum
+from nn_models.columns import Image, Label
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
-from nn_models.model import ModelSpec
+from nn_models.model import ModelSpec, reading
 from nn_models.signature import Signature
 
 SLOPE = 0.2  # of LeakyReLU below zero; Radford et al. 2015, section 4
@@ -52,13 +52,12 @@ class Halves(nn.Module):
 
 
 class AdversarialSpec(ModelSpec):
-    """Base of the descriptions that make two modules; how these are called stands on top of this file.
+    """Base of the descriptions that make two modules; how these are called stands on top of this file."""
 
-    `conditional` models need the rows' labels, `paired` ones a second image a row (`Signature.condition_shape`).
-    """
-
-    conditional: ClassVar[bool] = False
-    paired: ClassVar[bool] = False
+    given: ClassVar[str | None] = None  # the column that says what is to be made of the noise; None for noise alone
+    norm_field: ClassVar[tuple[str, str]] = ("discriminator_norm", "layer")  # and the value that mixes no rows
+    gives = "halves"
+    scale = "symmetric"
     noise_size: PositiveInt = Field(100, description="standard normal numbers that a row is made from")
     spectral_norm: bool = Field(
         False, description="divide each weight matrix of the discriminator by its largest singular value"
@@ -80,27 +79,6 @@ class AdversarialSpec(ModelSpec):
     def build(self, signature: Signature) -> Halves:
         """Both halves, the generator drawn first; calling the module runs the generator."""
         return Halves(self.build_generator(signature), self.build_discriminator(signature))
-
-
-def normalise_spectrum(layer: nn.Module) -> nn.Module:
-    """Divide the layer's weight, seen as a matrix, by its largest singular value (Miyato et al. 2018, eq. 8).
-
-    The singular value comes from one power iteration each time the layer runs in training, after 15 at the start.
-    """
-    return parametrizations.spectral_norm(layer)
-
-
-def initialise_like_dcgan(module: nn.Module) -> None:
-    """Weights N(0, 0.02) (Radford et al. 2015, section 4), normalisation's gains N(1, 0.02), biases 0."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
-        elif isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)):
-            nn.init.normal_(layer.weight, 1.0, 0.02)
-        else:
-            continue
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 # -- dense ---------------------------------------------------------------------------------------------------------
@@ -336,7 +314,7 @@ class ConditionalDiscriminator(nn.Module):
 class ConvolutionalAdversarialSpec(AdversarialSpec):
     """Base of those built of DCGAN's layers."""
 
-    accepts = frozenset({"image"})
+    reads = reading(input=Image)
     width: PositiveInt = Field(
         64, description="channels next to the image; twice as many one layer deeper, at most 8 times as many"
     )
@@ -385,7 +363,8 @@ class DCGANSpec(ConvolutionalAdversarialSpec):
 class ConditionalGANSpec(ConvolutionalAdversarialSpec):
     """Conditional GAN (Mirza & Osindero 2014): makes images of the class asked for, p(image | label)."""
 
-    conditional = True
+    reads = reading(input=Image, target=Label)
+    given = "target"
     kind: Literal["conditional_gan"] = "conditional_gan"
     embedding_size: PositiveInt = Field(50, description="numbers that stand for a label beside the generator's noise")
 

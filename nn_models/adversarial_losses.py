@@ -8,7 +8,7 @@ Shapes: B rows of the batch, C channels, H and W height and width; logits are (B
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationInfo, field_validator
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nn_models.adversarial import AdversarialSpec
+from nn_models.columns import Image, Label
 from nn_models.errors import UserError
+from nn_models.metrics import Metric, Reported
 from nn_models.model import ModelSpec
-from nn_models.objectives import at_least_float32
-from nn_models.spec import Spec, invalid
+from nn_models.objectives import ObjectiveSpec, at_least_float32, check_outputs
+from nn_models.signature import Signature
+from nn_models.spec import invalid
 
 LossName = Literal["minimax", "non_saturating", "least_squares", "hinge", "wasserstein"]
 UNSMOOTHED = frozenset({"hinge", "wasserstein"})  # their discriminators predict no label that could be smoothed
@@ -126,9 +129,29 @@ def _sum_of_rows(values: Tensor) -> Tensor:
     return values.sum() / math.prod(values.shape[1:])
 
 
-class AdversarialObjectiveSpec(Spec):
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        # in the order in which they stand on a progress bar
+        Metric("frechet_distance", "less", "Frechet distance", "Frechet"),
+        Metric("frechet_floor", None, "Frechet floor", "floor", floor_of="frechet_distance"),
+        Metric("kernel_distance", "less"),
+        Metric("kernel_floor", None, floor_of="kernel_distance"),
+        Metric("label_agreement", "more", short="label agreement"),
+        Metric("diversity", "more", short="diversity"),
+        Metric("generator_loss", None, short="generator", together="loss", label="generator"),
+        Metric("discriminator_loss", None, short="discriminator", together="loss", label="discriminator"),
+        Metric("l1", "less", "L1", "L1"),
+        Metric("real_accuracy", None, short="right on real", together="discriminator accuracy", label="on real rows"),
+        Metric("fake_accuracy", None, short="on made", together="discriminator accuracy", label="on made rows"),
+    )
+}
+
+
+class AdversarialObjectiveSpec(ObjectiveSpec):
     """Two halves against each other: the generator makes what the discriminator shall take for real."""
 
+    takes = frozenset({"halves"})
     kind: Literal["adversarial"] = "adversarial"
     loss: LossName = Field("non_saturating", description="what the halves minimise")
     label_smoothing: float = Field(
@@ -154,21 +177,17 @@ class AdversarialObjectiveSpec(Spec):
 
     def check(self, model: ModelSpec) -> None:
         """Raise UserError where the model has no two halves, or cannot be trained with these terms."""
-        if not isinstance(model, AdversarialSpec):
-            raise UserError(
-                "objective.kind",
-                f"adversarial trains a generator and a discriminator, but {model.kind} is one net",
-                "set model.kind to gan, dcgan, conditional_gan or pix2pix, or choose another objective",
-            )
-        if self.l1_weight and not model.paired:
+        super().check(model)
+        halves = cast(AdversarialSpec, model)  # as it gives halves
+        if self.l1_weight and halves.given != "condition":
             raise UserError(
                 "objective.l1_weight",
                 f"{self.l1_weight:g} draws each image to the true one of its pair, but {model.kind} makes images "
                 "without pairs",
                 "set it to 0 or set model.kind to pix2pix",
             )
-        if self._penalty_weight and model.discriminator_mixes_rows:
-            field, other = ("norm", "instance") if model.paired else ("discriminator_norm", "layer")
+        if self._penalty_weight and halves.discriminator_mixes_rows:
+            field, other = halves.norm_field
             raise UserError(
                 "objective.gradient_penalty",
                 f"{self._penalty_weight:g} needs a discriminator that judges each row by itself, but model.{field} is "
@@ -176,13 +195,33 @@ class AdversarialObjectiveSpec(Spec):
                 f"set model.{field} to {other}, or objective.gradient_penalty to 0",
             )
 
+    def refuse(self, model: ModelSpec) -> tuple[str, str]:
+        """See ObjectiveSpec."""
+        return (
+            f"adversarial trains a generator and a discriminator, but {model.kind} is one net",
+            "set model.kind to gan, dcgan, conditional_gan or pix2pix, or choose another objective",
+        )
+
     @property
     def _penalty_weight(self) -> float:
         if self.gradient_penalty is None:
             return 10.0 if self.loss == "wasserstein" else 0.0
         return self.gradient_penalty
 
-    def build(self) -> AdversarialObjective:
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """See ObjectiveSpec: rows that the generator makes, and what the discriminator says of them."""
+        spec, batch = cast(AdversarialSpec, description), signature.imagine(2)
+        condition = batch[spec.given] if spec.given else None
+        made = model(torch.zeros(2, spec.noise_size), condition)
+        model.discriminator(made, condition)
+        check_outputs(made, (2, *signature.input_shape), model=spec.kind, source=source)
+
+    @classmethod
+    def known_metrics(cls) -> tuple[Metric, ...]:
+        """See ObjectiveSpec."""
+        return tuple(METRICS.values())
+
+    def build(self, signature: Signature) -> AdversarialObjective:
         """The losses."""
         return AdversarialObjective(
             self.loss,
@@ -190,3 +229,37 @@ class AdversarialObjectiveSpec(Spec):
             gradient_penalty=self._penalty_weight,
             l1_weight=self.l1_weight,
         )
+
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """See ObjectiveSpec: losses and accuracies of training, the quality of what is made at each look.
+
+        Without a signature a classifier of the data is taken to be there, but for pairs.
+        """
+        given = cast(AdversarialSpec, model).given
+        pairs = given == "condition"
+        if signature is None:
+            image, classes = True, not pairs
+        else:
+            image, classes = isinstance(signature["input"], Image), has_classes(signature)
+        names = ["generator_loss", "discriminator_loss"]
+        names += ["real_accuracy", "fake_accuracy"] if tells_apart(self.loss) else []
+        names += ["l1"] if self.l1_weight else []
+        seen = ["diversity", *(["frechet_distance", "kernel_distance"] if classes or not image else [])]
+        seen += ["l1"] if pairs else ["label_agreement"] if given == "target" and image else []
+        best = "frechet_distance" if "frechet_distance" in seen else "l1" if pairs else None
+        return Reported(
+            tuple(METRICS[name] for name in names),
+            tuple(METRICS[name] for name in seen),
+            best,
+        )
+
+
+def tells_apart(loss: LossName) -> bool:
+    """Whether the sign of the discriminator's logit says what it takes a row for: a critic's does not."""
+    return loss != "wasserstein"
+
+
+def has_classes(signature: Signature) -> bool:
+    """Whether a classifier of the rows can be trained."""
+    target = signature.columns.get("target")
+    return isinstance(target, Label) and target.num_outputs >= 2

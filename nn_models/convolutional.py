@@ -11,9 +11,10 @@ from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import ACTIVATIONS, ActivationName, initialise
+from nn_models.columns import Image
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
-from nn_models.model import ModelSpec
+from nn_models.model import ModelSpec, reading
 from nn_models.signature import Signature
 from nn_models.spec import invalid
 
@@ -190,7 +191,8 @@ def _odd(size: int) -> int:
 class CNNSpec(ModelSpec):
     """Plain convolutional net: blocks of convolution, activation and pooling, then dense layers."""
 
-    accepts = frozenset({"image"})
+    reads = reading(input=Image)
+    batches = "wide"
     kind: Literal["cnn"] = "cnn"
     channels: tuple[PositiveInt, ...] = Field((32, 64), min_length=1, description="kernels of each block")
     convolutions_per_block: int = Field(1, gt=0, description="convolutions before each pooling")
@@ -221,25 +223,19 @@ class CNNSpec(ModelSpec):
 
     def build(self, signature: Signature) -> CNN:
         """The module: images of `signature.input_shape` -> (B, num_outputs)."""
-        return CNN(
-            signature.input_shape,
-            signature.num_outputs,
-            channels=self.channels,
-            convolutions_per_block=self.convolutions_per_block,
-            kernel_size=self.kernel_size,
-            pool=self.pool,
-            pooling=self.pooling,
-            activation=self.activation,
-            batch_norm=self.batch_norm,
-            hidden=self.hidden,
-            dropout=self.dropout,
-        )
+        return CNN(signature.input_shape, signature.num_outputs, **self.settings())
+
+    def feature_map_size(self, signature: Signature) -> int:
+        """See ModelSpec."""
+        _, height, width = signature.input_shape
+        return self.channels[0] * height * width
 
 
 class AlexNetSpec(ModelSpec):
     """AlexNet (Krizhevsky et al. 2012): five convolutions and three dense layers."""
 
-    accepts = frozenset({"image"})
+    reads = reading(input=Image)
+    batches = "wide"
     kind: Literal["alexnet"] = "alexnet"
     variant: Literal["imagenet", "small"] = Field(
         "imagenet",

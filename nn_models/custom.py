@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from nn_models.errors import UserError, did_you_mean
-from nn_models.model import ModelSpec
+from nn_models.model import ModelSpec, reading
 from nn_models.signature import Signature
 from nn_models.spec import invalid
 
@@ -29,6 +29,8 @@ class CustomSpec(ModelSpec):
     there is called unless it is made to give a torch.nn.Module: `subprocess:run` is not.
     """
 
+    reads = reading()  # whatever there is: only it knows
+    batches = "vmap"
     kind: Literal["custom"] = "custom"
     target: Annotated[str, AfterValidator(_module_and_name)] = Field(
         description="such as my_package.nets:MyNet: a torch.nn.Module class, or a function annotated to return one"

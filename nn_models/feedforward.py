@@ -60,6 +60,7 @@ class MLP(nn.Module):
 class MLPSpec(ModelSpec):
     """Multilayer perceptron: dense layers with an activation between them; flattens images."""
 
+    batches = "wide"
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[PositiveInt, ...] = Field((128,), description="units of each hidden layer; [] for none")
     activation: ActivationName = Field("relu", description="what follows each hidden layer")
@@ -68,11 +69,8 @@ class MLPSpec(ModelSpec):
 
     def build(self, signature: Signature) -> MLP:
         """The module: rows of `signature.input_shape` -> (B, num_outputs)."""
-        return MLP(
-            signature.input_size,
-            signature.num_outputs,
-            hidden=self.hidden,
-            activation=self.activation,
-            dropout=self.dropout,
-            batch_norm=self.batch_norm,
-        )
+        return MLP(signature.input_size, signature.num_outputs, **self.settings())
+
+    def feature_map_size(self, signature: Signature) -> int:
+        """See ModelSpec."""
+        return 0

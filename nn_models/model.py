@@ -1,30 +1,82 @@
-"""ModelSpec: the base of every model's description."""
+"""ModelSpec: the base of every model's description: what it reads, at which scale, what it gives."""
 
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-
+from nn_models.columns import Column, Features, Image, Scale
 from nn_models.errors import UserError
 from nn_models.signature import Signature
 from nn_models.spec import Spec
 
+if TYPE_CHECKING:  # descriptions need no torch
+    from torch import nn
+
+# What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
+Gives = Literal["row", "elements", "reconstruction", "halves"]
+
+Reads = Mapping[str, tuple[type[Column], ...]]  # a column's name -> the kinds of it that will do
+
+
+def reading(**kinds: type[Column] | tuple[type[Column], ...]) -> Reads:
+    """What a model or an objective reads: `reading(input=(Features, Image), target=Label)`."""
+    return MappingProxyType({name: kind if isinstance(kind, tuple) else (kind,) for name, kind in kinds.items()})
+
 
 class ModelSpec(Spec):
-    """Base of every model's description. `accepts` names the input kinds that the model can read."""
+    """Base of every model's description."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"features", "image"})
+    reads: ClassVar[Reads] = reading(input=(Features, Image))
+    scale: ClassVar[Scale] = "standard"  # of the numbers it reads; an objective may ask for another
+    gives: ClassVar[Gives] = "row"
+    # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
+    batches: ClassVar[Literal["wide", "vmap"] | None] = None
     kind: str
 
     def check(self, signature: Signature) -> None:
         """Raise UserError where the model cannot read such rows."""
-        if signature.input_kind not in self.accepts:
-            raise UserError(
-                "model.kind",
-                f"{self.kind} reads {' or '.join(sorted(self.accepts))} input, but the data has "
-                f"{signature.input_kind} input of shape {signature.input_shape}",
-                "choose another model or data set",
+        for name, kinds in self.reads.items():
+            check_column(
+                signature,
+                name,
+                kinds,
+                path="model.kind",
+                reads=f"{self.kind} reads {' or '.join(sorted(_kind(kind) for kind in kinds))} {name}",
+                fix="choose another model or data set",
             )
 
+    @abstractmethod
     def build(self, signature: Signature) -> "nn.Module":
         """The module, freshly initialised from torch's global generator."""
-        raise NotImplementedError
+
+    def feature_map_size(self, signature: Signature) -> int | None:
+        """Numbers that the first convolution makes of one row, 0 without convolutions.
+
+        Fused trials are quicker than one after the other while all of theirs fit a cache. None where they are not, or
+        where that was not measured: such models are fused only where that is asked for.
+        """
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """All fields but the kind, as the module's constructor takes them."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "kind"}
+
+
+def check_column(
+    signature: Signature, name: str, kinds: tuple[type[Column], ...], *, path: str, reads: str, fix: str
+) -> None:
+    """Raise UserError where the rows have no such column, or one of another kind. `reads` says who wants what."""
+    if name not in signature:
+        raise UserError(path, f"{reads}, but the data has no {name}", fix)
+    column = signature[name]
+    if not isinstance(column, kinds):
+        raise UserError(path, f"{reads}, but the data has {column.kind} {name} {_extent(column)}", fix)
+
+
+def _extent(column: Column) -> str:
+    return f"of shape {column.row_shape}" if column.layout == "dense" and column.row_shape else column.extent
+
+
+def _kind(column: type[Column]) -> str:
+    return str(column.model_fields["kind"].default)

@@ -1,46 +1,100 @@
-"""Objectives: (model, batch) -> loss, and metric sums with their counts.
+"""Objectives: (model, batch) -> loss, and sums of metrics with their counts.
 
-Losses and metrics are sums over rows, never means: sums over batches and ranks add up, and the training loop
-divides by the number of rows once.
+Losses and metrics are sums over what a batch counts (its rows, or the elements of a column), never means: sums over
+batches and ranks add up, and the training loop divides once.
 
-Shapes: B rows of the batch, C classes, K predicted numbers.
+Shapes: B rows of the batch, C classes, K predicted numbers, M metrics, R models of fused trials.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
-from nn_models.adversarial import AdversarialSpec
+from nn_models.batch import Batch
+from nn_models.columns import Label, Numbers, Scale
 from nn_models.errors import UserError
-from nn_models.model import ModelSpec
+from nn_models.evidence import ClassEvidence, Evidence, NumberEvidence
+from nn_models.metrics import LOSS, Metric, Reported
+from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
+from nn_models.signature import Signature
 from nn_models.spec import Spec
+
+Across = Callable[[Tensor], Tensor]  # sums a detached tensor over all ranks
+
+
+def only_here(values: Tensor) -> Tensor:
+    """The sum over all ranks where there is one."""
+    return values
 
 
 class Measured(NamedTuple):
-    """What an objective finds in one batch: the differentiable sum of the rows' losses, and detached outputs."""
+    """What an objective finds in one batch.
+
+    `loss` () is the differentiable sum over all that the batch counts, at least float32. `sums` (M,) float64 and
+    detached are those of the declared metrics; `counts` (M,) what each of them is to be divided by, where that is not
+    what the loss counts. `outputs`, detached, are what the evidence is made of. `carry` is the detached state from
+    which the same streams go on in their next windows: a tensor, or a tuple of them, with a row of the batch a row.
+    """
 
     loss: Tensor
-    outputs: Tensor
+    sums: Tensor
+    counts: Tensor | None = None
+    outputs: Any = None
+    carry: Any = None
 
 
 class Objective(ABC):
-    """What a model is trained for. `names` are the metrics; the best weights are those with the best `best_metric`."""
+    """What a model is trained for.
 
-    names: ClassVar[tuple[str, ...]]
-    best_metric: ClassVar[str]
-    mode: ClassVar[Literal["min", "max"]]
+    `metrics` are those beside the loss; the best weights are those with the best `best`, the name of one or `loss`.
+    """
 
-    @abstractmethod
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Measured:
-        """Run the model; the loss is a float32 sum even where autocast makes outputs of half precision."""
+    metrics: tuple[Metric, ...] = ()
+    best: str = "loss"
 
     @abstractmethod
-    def sums(self, measured: Measured, targets: Tensor) -> Tensor:
-        """Each metric in `names` summed over the rows: float64, on the batch's device, without waiting for it."""
+    def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
+        """Run the model on the batch. Nothing is read back from the device.
+
+        `model` may be a wrapper that averages gradients over ranks: it can be called, with any arguments, and nothing
+        else of it be asked. So a module that draws noise is given the rows' keys: `model(batch["input"], batch.keys)`.
+        `carry` is what `Measured.carry` of the windows before was. `across` sums detached values over all ranks: what
+        a batch has in common is then that of the global batch.
+        """
+
+    def measure_each(
+        self, outputs: Tensor, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (R,) and sums (R, M) of R models of the same kind, whose outputs (R, B, ...) are there.
+
+        The batch is the same for all where it is `shared`; else its values are (B, R, ...). `each` has (R,) the values
+        of this objective's fields in which they differ.
+        """
+        assert not each  # such fields are batched by the objective that has them
+
+        def one(outputs: Tensor, columns: Any) -> tuple[Tensor, Tensor]:
+            measured = self.measure(lambda *_: outputs, Batch(columns, batch.place, batch.draw_keys))
+            return measured.loss, measured.sums
+
+        in_dims = (0, None if shared else 1)
+        losses, sums = vmap(one, in_dims=in_dims)(outputs, dict(batch.columns))
+        return losses, sums
+
+    def evidence(self, signature: Signature) -> Evidence | None:
+        """What there is to see of a test beside its figures; None for nothing."""
+        return None
+
+    @property
+    def better(self) -> Literal["less", "more"]:
+        """Whether less or more of `best` is better."""
+        known = {metric.name: metric.better for metric in (LOSS, *self.metrics)}
+        return known[self.best] or "less"
 
 
 class Classification(Objective):
@@ -52,35 +106,41 @@ class Classification(Objective):
     output is the true class.
     """
 
-    names = ("accuracy",)
-    best_metric = "validation/accuracy"
-    mode = "max"
+    metrics = (Metric("accuracy", "more"),)
+    best = "accuracy"
 
-    def __init__(self, num_classes: int, *, label_smoothing: float) -> None:
-        self.num_classes = num_classes
+    def __init__(self, *, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
 
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Measured:
+    def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Outputs (B, C) against targets (B,), int64."""
-        outputs = model(inputs)
+        outputs, targets = model(batch["input"]), batch["target"]
         loss = F.cross_entropy(
             at_least_float32(outputs), targets, reduction="sum", label_smoothing=self.label_smoothing
         )
-        return Measured(loss, outputs.detach())
+        outputs = outputs.detach()
+        right = (outputs.argmax(1) == targets).sum(0, keepdim=True, dtype=torch.float64)
+        return Measured(loss, right, outputs=outputs)
 
-    def sums(self, measured: Measured, targets: Tensor) -> Tensor:
-        """(1,): the number of rows classified correctly."""
-        return (measured.outputs.argmax(1) == targets).sum(0, keepdim=True, dtype=torch.float64)
+    def measure_each(
+        self, outputs: Tensor, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """See Objective. The same without vmap, by which it takes as long as a small model."""
+        smoothings = each.get("label_smoothing")
+        ends = (self.label_smoothing,) if smoothings is None else (0.0, 1.0)
+        targets = batch["target"]
+        scores = outputs.transpose(1, 2)  # (R, classes, B), which torch goes through much faster than classes last
+        labels = targets.expand(len(outputs), -1) if shared else targets.t()
+        rows = [F.cross_entropy(scores, labels, reduction="none", label_smoothing=end) for end in ends]
+        losses = rows[0].sum(1)
+        if smoothings is not None:  # torch's label_smoothing is no tensor, but the loss is linear in it
+            losses = torch.lerp(losses, rows[1].sum(1), smoothings)
+        right = scores.detach().max(1).indices == labels  # argmax takes twenty times as long as max
+        return losses, right.sum(1, dtype=torch.float64).unsqueeze(1)
 
-    def confusion(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(C, C), int64: rows of true class i taken for class j. Matrices of batches add up."""
-        pairs = targets * self.num_classes + outputs.argmax(1)
-        return torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
-
-    def confidence(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's predicted class (B,) and the probability (B,) the model gives it."""
-        probabilities, predictions = at_least_float32(outputs).softmax(1).max(1)
-        return predictions, probabilities
+    def evidence(self, signature: Signature) -> Evidence:
+        """See Objective."""
+        return ClassEvidence(signature["target"].num_outputs)
 
 
 class Regression(Objective):
@@ -89,25 +149,23 @@ class Regression(Objective):
     loss = (1/K) sum_k (output_k - target_k)^2
     """
 
-    names = ("mse", "mae")
-    best_metric = "validation/loss"
-    mode = "min"
+    metrics = (Metric("mse", "less"), Metric("mae", "less"))
 
     def __init__(self, num_outputs: int) -> None:
         self.num_outputs = num_outputs
 
-    def measure(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Measured:
+    def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Outputs (B, K) against targets (B, K), or (B,) where K is 1."""
-        outputs = model(inputs)
+        outputs = model(batch["input"])
         predictions = at_least_float32(outputs)
-        loss = F.mse_loss(predictions, _like(targets, predictions), reduction="sum") / self.num_outputs
-        return Measured(loss, outputs.detach())
+        targets = _like(batch["target"], predictions)
+        loss = F.mse_loss(predictions, targets, reduction="sum") / self.num_outputs
+        absolute = F.l1_loss(predictions.detach(), targets, reduction="sum") / self.num_outputs
+        return Measured(loss, torch.stack((loss.detach(), absolute)).double(), outputs=outputs.detach())
 
-    def sums(self, measured: Measured, targets: Tensor) -> Tensor:
-        """(2,): squared and absolute errors, averaged over a row's numbers and summed over the rows."""
-        predictions = at_least_float32(measured.outputs)
-        absolute = F.l1_loss(predictions, _like(targets, predictions), reduction="sum") / self.num_outputs
-        return torch.stack((measured.loss.detach(), absolute)).double()
+    def evidence(self, signature: Signature) -> Evidence:
+        """See Objective."""
+        return NumberEvidence()
 
 
 def _like(targets: Tensor, predictions: Tensor) -> Tensor:
@@ -115,55 +173,165 @@ def _like(targets: Tensor, predictions: Tensor) -> Tensor:
     return targets.reshape(predictions.shape).to(predictions.dtype)
 
 
-class ObjectiveSpec(Spec):
-    """Base of every objective's description; `target_kind` says what it needs the data's targets to be."""
-
-    target_kind: ClassVar[Literal["label", "number"]]
-    kind: str
-
-    def check(self, model: ModelSpec) -> None:
-        """Raise UserError where the model is not one net."""
-        if isinstance(model, AdversarialSpec):
-            raise UserError(
-                "objective.kind",
-                f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
-                "set objective.kind to adversarial",
-            )
-
-    def build(self, num_outputs: int) -> Objective:
-        """The objective for a model with so many outputs."""
-        raise NotImplementedError
-
-
-class ClassificationSpec(ObjectiveSpec):
-    """Predict one of several classes: cross entropy and accuracy."""
-
-    target_kind = "label"
-    kind: Literal["classification"] = "classification"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
-
-    def build(self, num_outputs: int) -> Classification:
-        """The objective for `num_outputs` classes."""
-        if num_outputs < 2:
-            raise UserError(
-                "objective.kind",
-                f"classification needs at least 2 classes, but the data has {num_outputs}",
-                "choose another data set, or set objective.kind to regression",
-            )
-        return Classification(num_outputs, label_smoothing=self.label_smoothing)
-
-
-class RegressionSpec(ObjectiveSpec):
-    """Predict numbers: mean squared error, and mean absolute error."""
-
-    target_kind = "number"
-    kind: Literal["regression"] = "regression"
-
-    def build(self, num_outputs: int) -> Regression:
-        """The objective for `num_outputs` numbers a row."""
-        return Regression(num_outputs)
-
-
 def at_least_float32(values: Tensor) -> Tensor:
     """The values in float32, or in float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
+
+
+class ObjectiveSpec(Spec):
+    """Base of every objective's description: what it reads beside the model's input, and which models it takes."""
+
+    reads: ClassVar[Reads] = reading()
+    takes: ClassVar[frozenset[Gives]]
+    counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
+    scale: ClassVar[Scale | None] = None  # where the model's would not do
+    # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
+    # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
+    # sums nothing over ranks.
+    fuses: ClassVar[bool] = False
+    kind: str
+
+    def check(self, model: ModelSpec) -> None:
+        """Raise UserError where it does not train such a model."""
+        if model.gives not in self.takes:
+            raise UserError("objective.kind", *self.refuse(model))
+
+    def refuse(self, model: ModelSpec) -> tuple[str, str]:
+        """What to say of a model that gives what this objective does not take, and the fix."""
+        if model.gives == "halves":
+            return (
+                f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
+                "set objective.kind to adversarial",
+            )
+        return (
+            f"{self.kind} takes no model that gives {model.gives}, as {model.kind} does",
+            "choose another objective",
+        )
+
+    def check_data(self, signature: Signature, *, source: str) -> None:
+        """Raise UserError where the rows of the source have not what it needs."""
+        for name, kinds in self.reads.items():
+            wanted = " or ".join(kind.noun for kind in kinds)
+            fix = "choose another objective"
+            if name in signature and not isinstance(signature[name], kinds):
+                has = signature[name].noun
+                raise UserError("objective.kind", f"{self.kind} needs {wanted} to predict, but {source} has {has}", fix)
+            check_column(signature, name, kinds, path="objective.kind", reads=f"{self.kind} needs {wanted}", fix=fix)
+
+    @abstractmethod
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """Send two imaginary rows through the model as training will, on the device that is current.
+
+        Raises UserError where what comes out has another shape than rows of the source need.
+        """
+
+    @classmethod
+    @abstractmethod
+    def known_metrics(cls) -> tuple[Metric, ...]:
+        """All that it may ever report."""
+
+    @abstractmethod
+    def build(self, signature: Signature) -> Any:
+        """The objective for such rows."""
+
+    @abstractmethod
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """The metrics of each epoch. Without a signature, rows are taken to have all that could be measured."""
+
+
+def _zeros_like(outputs: Any) -> Any:
+    """Zeros on the CPU in the place of all tensors."""
+    if isinstance(outputs, (tuple, list)):
+        return type(outputs)(map(_zeros_like, outputs))
+    if isinstance(outputs, dict):
+        return {name: _zeros_like(value) for name, value in outputs.items()}
+    return torch.zeros(outputs.shape, dtype=outputs.dtype, device="cpu") if isinstance(outputs, Tensor) else outputs
+
+
+def check_outputs(outputs: Any, wanted: tuple[int, ...], *, model: str, source: str) -> None:
+    """Raise UserError where outputs for two rows have another shape than is wanted."""
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(
+            "model",
+            f"{model} gives {got} for 2 rows where {source} needs {wanted}",
+            "its last layer must have one output a class",
+        )
+
+
+class SupervisedSpec(ObjectiveSpec):
+    """Base of the objectives that train one net by one loss."""
+
+    objective: ClassVar[type[Objective]]
+
+    @classmethod
+    def known_metrics(cls) -> tuple[Metric, ...]:
+        """See ObjectiveSpec."""
+        return (LOSS, *cls.objective.metrics)
+
+    def outputs(self, signature: Signature) -> tuple[int, ...] | None:
+        """The shape of what a model must give for a row; None where the objective itself finds out."""
+        return None
+
+    def rehearse(self, description: ModelSpec, model: Any, signature: Signature, *, source: str) -> None:
+        """See ObjectiveSpec."""
+        wanted = self.outputs(signature)
+
+        def watched(*values: Any) -> Any:
+            outputs = model(*values)
+            if wanted is not None:  # before the loss, which would say less of it
+                check_outputs(outputs, (2, *wanted), model=description.kind, source=source)
+            return outputs
+
+        objective: Objective = self.build(signature)
+        measured = objective.measure(watched, signature.imagine(2))
+        if (evidence := objective.evidence(signature)) is not None:  # not of imagined outputs: it looks at values
+            with torch.device("cpu"):
+                evidence.add(signature.imagine(2), _zeros_like(measured.outputs))
+
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """See ObjectiveSpec."""
+        return Reported(self.known_metrics(), self.known_metrics(), self.objective.best)
+
+
+class ClassificationSpec(SupervisedSpec):
+    """Predict one of several classes: cross entropy and accuracy."""
+
+    reads = reading(target=Label)
+    takes = frozenset({"row"})
+    objective = Classification
+    fuses = True
+    kind: Literal["classification"] = "classification"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
+
+    def outputs(self, signature: Signature) -> tuple[int, ...]:
+        """See SupervisedSpec."""
+        return (signature.num_outputs,)
+
+    def build(self, signature: Signature) -> Classification:
+        """The objective. Raises UserError where there are too few classes."""
+        if signature.num_outputs < 2:
+            raise UserError(
+                "objective.kind",
+                f"classification needs at least 2 classes, but the data has {signature.num_outputs}",
+                "choose another data set, or set objective.kind to regression",
+            )
+        return Classification(label_smoothing=self.label_smoothing)
+
+
+class RegressionSpec(SupervisedSpec):
+    """Predict numbers: mean squared error, and mean absolute error."""
+
+    reads = reading(target=Numbers)
+    takes = frozenset({"row"})
+    objective = Regression
+    fuses = True
+    kind: Literal["regression"] = "regression"
+
+    def outputs(self, signature: Signature) -> tuple[int, ...]:
+        """See SupervisedSpec."""
+        return (signature.num_outputs,)
+
+    def build(self, signature: Signature) -> Regression:
+        """The objective."""
+        return Regression(signature.num_outputs)

@@ -13,8 +13,11 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nn_models.adversarial import MAX_WIDENING, SLOPE, AdversarialSpec, initialise_like_dcgan, normalise_spectrum
+from nn_models.activations import initialise_like_dcgan, normalise_spectrum
+from nn_models.adversarial import MAX_WIDENING, SLOPE, AdversarialSpec
+from nn_models.columns import Image
 from nn_models.errors import UserError
+from nn_models.model import reading
 from nn_models.signature import Signature
 
 Norm = Literal["instance", "batch"]
@@ -147,8 +150,9 @@ class PatchDiscriminator(nn.Module):
 class Pix2PixSpec(AdversarialSpec):
     """pix2pix (Isola et al. 2016): turns one image into another; a U-Net against a judge of patches."""
 
-    accepts = frozenset({"image"})
-    paired = True
+    reads = reading(input=Image, condition=Image)
+    given = "condition"
+    norm_field = ("norm", "instance")
     kind: Literal["pix2pix"] = "pix2pix"
     noise_size: Literal[0] = Field(0, description="0: pix2pix draws no noise but its dropout")
     levels: PositiveInt | None = Field(
@@ -177,15 +181,15 @@ class Pix2PixSpec(AdversarialSpec):
 
     def check(self, signature: Signature) -> None:
         """Raise UserError where the data are no pairs of images of one size, or too small for all the halvings."""
-        super().check(signature)
-        if signature.condition_shape is None:
+        if "condition" not in signature and isinstance(signature["input"], Image):
             raise UserError(
                 "model.kind",
                 f"{self.kind} turns one image into another, but the data has only one image a row",
                 "choose a data set of image pairs, or set model.kind to dcgan",
             )
+        super().check(signature)
         _, height, width = signature.input_shape
-        if len(signature.condition_shape) != 3 or signature.condition_shape[1:] != (height, width):
+        if signature["condition"].row_shape[1:] != (height, width):
             raise UserError(
                 "model.kind",
                 f"{self.kind} needs both images of a pair in one size, but the data has shapes "

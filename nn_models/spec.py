@@ -1,16 +1,13 @@
-"""Spec: a frozen, validated description; Signature: what a data set feeds a model and wants back."""
+"""Spec: a frozen, validated description, and how what does not fit it is told."""
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from nn_models.errors import Problem, ProblemKind, UserError, did_you_mean
-
-if TYPE_CHECKING:  # models need torch, descriptions do not
-    pass
 
 T = TypeVar("T")
 SpecT = TypeVar("SpecT", bound="Spec")

@@ -1,4 +1,4 @@
-"""The zoo: the explicit union of all model Specs, and the way from a Spec to a module."""
+"""The zoo: THE lists, of models and of objectives, and the way from a Spec to a module."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
@@ -11,8 +11,9 @@ from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.custom import CustomSpec
 from nn_models.feedforward import MLPSpec
+from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
-from nn_models.objectives import ClassificationSpec, RegressionSpec
+from nn_models.objectives import ClassificationSpec, ObjectiveSpec, RegressionSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
@@ -22,8 +23,19 @@ AnyModelSpec = Annotated[
     Field(discriminator="kind"),
 ]
 
+AnyObjectiveSpec = Annotated[
+    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
+]
+
 MODELS: dict[str, type[ModelSpec]] = {
     spec.model_fields["kind"].default: spec for spec in get_args(get_args(AnyModelSpec)[0])
+}
+OBJECTIVES: dict[str, type[ObjectiveSpec]] = {
+    spec.model_fields["kind"].default: spec for spec in get_args(get_args(AnyObjectiveSpec)[0])
+}
+# Every metric that an objective declares, by its name.
+METRICS: dict[str, Metric] = {
+    metric.name: metric for objective in OBJECTIVES.values() for metric in objective.known_metrics()
 }
 
 
@@ -36,8 +48,3 @@ def build(model: Mapping[str, Any] | ModelSpec, signature: Signature) -> nn.Modu
     spec: ModelSpec = model if isinstance(model, ModelSpec) else validate(AnyModelSpec, model, prefix="model")
     spec.check(signature)
     return spec.build(signature)
-
-
-AnyObjectiveSpec = Annotated[
-    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
-]

@@ -29,14 +29,13 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor, distributed
 
-from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, sample
+from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, Weights, sample
 from cluster.adversarial.players import (
     Played,
     PlayersLost,
     Segment,
     State,
     as_halves,
-    for_images,
     learn,
     take_turn,
 )
@@ -69,6 +68,8 @@ class Seat:
 class _Actor:
     """What both halves' actors have in common."""
 
+    half: GeneratorHalf | DiscriminatorHalf
+
     def __init__(
         self, recipe: dict[str, Any], splits: Splits, tables: dict[str, Any], seat: Seat, path: Sequence[str]
     ) -> None:
@@ -79,7 +80,7 @@ class _Actor:
         keep_freed_memory(self.device)
         self.recipe = Recipe.model_validate(recipe)
         held = dict(zip(tables, ray.get(list(tables.values())), strict=True))
-        self.splits = for_images(replace(splits, tables=held))
+        self.splits = replace(splits, tables=held)
         place = {"rank": seat.replica, "world_size": seat.replicas, "device": self.device}
         self.rows = self.splits.training(self.recipe, **place)  # type: ignore[arg-type]
         self.group: Any = None  # this half's replicas
@@ -135,9 +136,20 @@ class _Actor:
             self.recipe, self.rows, first_step=first_step, num_steps=num_steps, rate=rate, device=self.device
         )
 
+    def state(self) -> State:
+        """All that decides how it goes on."""
+        state: State = to_cpu(self.half.state())
+        return state
+
+    def load(self, state: State) -> None:
+        """Go on from there."""
+        self.half.load(state)
+
 
 class GeneratorActor(_Actor):
     """A replica of the generator."""
+
+    half: GeneratorHalf
 
     def __init__(self, *world: Any) -> None:
         super().__init__(*world)
@@ -175,22 +187,20 @@ class GeneratorActor(_Actor):
         played = segment.played()
         return Played(played.sums, np.zeros_like(played.digest))  # the discriminator saw the same rows
 
-    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+    def sample(self, source: Tensor, condition: Tensor | None, weights: Weights) -> Tensor:
         """See Players."""
-        return sample(self.half.kept(), source, condition, device=self.device)
+        return sample(self.half.weights(weights), source, condition, device=self.device)
 
-    def state(self) -> State:
-        """All that decides how it goes on, and the weights that are kept."""
-        state: State = to_cpu({"half": self.half.state(), "kept": self.half.kept().state_dict()})
+    def weights(self, weights: Weights) -> State:
+        """Its weights, or their moving average."""
+        state: State = to_cpu(self.half.weights(weights).state_dict())
         return state
-
-    def load(self, state: State) -> None:
-        """Go on from there."""
-        self.half.load(state)
 
 
 class DiscriminatorActor(_Actor):
     """A replica of the discriminator."""
+
+    half: DiscriminatorHalf
 
     def __init__(self, *world: Any) -> None:
         super().__init__(*world)
@@ -222,14 +232,10 @@ class DiscriminatorActor(_Actor):
         self.half.average_buffers(self.seat.replicas)
         return segment.played()
 
-    def state(self) -> State:
-        """All that decides how it goes on, and the weights that are kept."""
-        state: State = to_cpu({"half": self.half.state(), "kept": self.half.module.state_dict()})
+    def weights(self) -> State:
+        """Its weights."""
+        state: State = to_cpu(self.half.module.state_dict())
         return state
-
-    def load(self, state: State) -> None:
-        """Go on from there."""
-        self.half.load(state)
 
 
 class ActorPlayers:
@@ -302,15 +308,16 @@ class ActorPlayers:
         parts = self._all([actor.play.remote(first_step, num_steps, rate) for actor in self._actors])
         return Played(np.sum([part.sums for part in parts], axis=0), np.sum([part.digest for part in parts], axis=0))
 
-    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+    def sample(self, source: Tensor, condition: Tensor | None, *, weights: Weights) -> Tensor:
         """See Players."""
-        made: Tensor = self._all([self._generators[0].sample.remote(source, condition)])[0]
+        made: Tensor = self._all([self._generators[0].sample.remote(source, condition, weights)])[0]
         return made
 
     def state(self) -> State:
         """See Players."""
-        generator, discriminator = self._states()
-        return {"generator": generator["half"], "discriminator": discriminator["half"]}
+        first = (self._generators[0], self._discriminators[0])
+        generator, discriminator = self._all([actor.state.remote() for actor in first])
+        return {"generator": generator, "discriminator": discriminator}
 
     def load(self, state: State) -> None:
         """See Players."""
@@ -318,13 +325,10 @@ class ActorPlayers:
         references = [(actors, ray.put(half)) for actors, half in halves]
         self._all([actor.load.remote(half) for actors, half in references for actor in actors])
 
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self, weights: Weights) -> dict[str, Tensor]:
         """See Players."""
-        generator, discriminator = self._states()
-        return as_halves(generator["kept"], discriminator["kept"])
-
-    def _states(self) -> list[State]:
-        return self._all([self._generators[0].state.remote(), self._discriminators[0].state.remote()])
+        calls = [self._generators[0].weights.remote(weights), self._discriminators[0].weights.remote()]
+        return as_halves(*self._all(calls))
 
     def close(self) -> None:
         """See Players."""

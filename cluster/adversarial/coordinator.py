@@ -7,6 +7,7 @@ same step and wait: there they are looked at, and saved as one unit.
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from cluster.adversarial.collapse import CollapseWatch, Verdict
 from cluster.adversarial.features import Features
-from cluster.adversarial.halves import described
+from cluster.adversarial.halves import Weights, described
 from cluster.adversarial.pictures import Pictures
 from cluster.adversarial.players import (
     DISCRIMINATOR,
@@ -24,6 +25,7 @@ from cluster.adversarial.players import (
     L1,
     REAL_RIGHT,
     ROWS,
+    SUMS,
     Played,
     Players,
     PlayersLost,
@@ -63,12 +65,11 @@ class Coordinator:
         self.features, self.replicas = features, replicas
         self._start = start
         model, objective, self.section = described(recipe)
-        self.quality = Quality(features, data, spec=model, quality=self.section.quality)
+        self.reported = objective.reported(model, data.manifest.signature)
+        self.quality = Quality(features, data, recipe=recipe)
         self.watch = CollapseWatch(self.section.collapse)
         self.train = recipe.train
-        self.tells_apart = objective.loss != "wasserstein"  # its critic's sign says nothing
-        self.has_l1 = objective.l1_weight > 0
-        self.pictures = Pictures(run / "samples", data, model)
+        self.pictures = Pictures(run / "samples", data, recipe)
         manifest = data.manifest
         order = training_order(
             manifest,
@@ -91,9 +92,7 @@ class Coordinator:
         return self.journal.progress
 
     def _new_journal(self) -> Journal:
-        names = ["generator_loss", "discriminator_loss"]
-        names += ["real_accuracy", "fake_accuracy"] if self.tells_apart else []
-        return Journal(self.run_folder, [*names, *(["l1"] if self.has_l1 else [])])
+        return Journal(self.run_folder, [metric.name for metric in self.reported.train])
 
     # -- the course of a run ---------------------------------------------------------------------------------------
 
@@ -192,9 +191,8 @@ class Coordinator:
             factor = self.watch.learning_rate_factor * self.recipe.schedule.factor(end - 1, self.num_steps)
             rate = self.recipe.optimizer.lr * factor
             sums, counts = self._sums(played_sums)
-            self.journal.interval(
-                sums, weight=played_sums[ROWS], counts=counts, rows_per_s=rows / elapsed, learning_rate=rate
-            )
+            weight = float(played_sums[ROWS])  # a checkpoint holds no numbers of NumPy
+            self.journal.interval(sums, weight=weight, counts=counts, rows_per_s=rows / elapsed, learning_rate=rate)
         if progress.step % self.epoch_steps == 0:
             self.journal.epoch_trained()
         return bool(np.isfinite(played.sums).all())
@@ -202,38 +200,56 @@ class Coordinator:
     def _sums(self, sums: Any) -> tuple[list[float], list[float]]:
         """The journal's metrics as sums, and what each counts: the rows, or those that the generator learned from."""
         rows, learned = float(sums[ROWS]), float(sums[GENERATOR_ROWS])
-        found = [(sums[GENERATOR], learned), (sums[DISCRIMINATOR], rows)]
-        if self.tells_apart:
-            found += [(sums[REAL_RIGHT], rows), (sums[FAKE_RIGHT], rows)]
-        if self.has_l1:
-            found.append((sums[L1], learned))
-        return [float(total) for total, _ in found], [count for _, count in found]
+        found = {
+            "generator_loss": (sums[GENERATOR], learned),
+            "discriminator_loss": (sums[DISCRIMINATOR], rows),
+            "real_accuracy": (sums[REAL_RIGHT], rows),
+            "fake_accuracy": (sums[FAKE_RIGHT], rows),
+            "l1": (sums[L1], learned),
+        }
+        reported = [found[name] for name in self.journal.names]
+        return [float(total) for total, _ in reported], [count for _, count in reported]
 
     # -- quality ---------------------------------------------------------------------------------------------------
 
     def _look(self, players: Players, *, epoch: int) -> None:
         """Measure what the generator makes now, keep it where it is the best, and return to the best if it is bad."""
         progress = self.progress
-        metrics = self.quality.measure(players.sample)
-        self.pictures.write(progress.step, players.sample)
-        self.journal.validated(metrics)
+        chosen, metrics = self._measured(players)
+        self.pictures.write(progress.step, partial(players.sample, weights=chosen))
+        about = {"weights": chosen} if self.train.ema_decay else {}
+        self.journal.validated(metrics, **about)
         verdict = Verdict("fine")  # nothing to expect of untrained halves
         if progress.step:
             accuracy = None
-            if self.tells_apart:
+            if "real_accuracy" in progress.train:  # a critic's sign tells nothing
                 accuracy = (progress.train["real_accuracy"] + progress.train["fake_accuracy"]) / 2
             verdict = self.watch.look(metrics, accuracy=accuracy, improved=self._improved(metrics))
-        if self.quality.best_metric or verdict.action == "fine":  # the last one is the best, unless it has collapsed
-            self._keep_best(players, metrics, epoch)
+        if self.reported.best or verdict.action == "fine":  # the last one is the best, unless it has collapsed
+            self._keep_best(players, metrics, epoch, chosen)
         self._heed(players, verdict)
+
+    def _measured(self, players: Players) -> tuple[Weights, dict[str, float]]:
+        """The quality of the generator: of its averaged weights and the plain ones, where both are there, the better.
+
+        Where there is nothing to choose by, the averaged ones are measured alone.
+        """
+        name = self.reported.best
+        kept: list[Weights] = ["averaged"] if self.train.ema_decay else ["plain"]
+        if self.train.ema_decay and name:
+            kept.append("plain")
+        found = {weights: self.quality.measure(partial(players.sample, weights=weights)) for weights in kept}
+        if name:  # a distance that is not finite is the worst
+            kept.sort(key=lambda weights: np.nan_to_num(found[weights][name], nan=np.inf))
+        return kept[0], found[kept[0]]
 
     def _improved(self, metrics: dict[str, float]) -> bool:
         """Whether the metric to choose by was never as good; where there is none, nothing says so."""
-        name, best = self.quality.best_metric, self.progress.best
+        name, best = self.reported.best, self.progress.best
         return name is not None and (best is None or metrics[name] < best["value"])
 
-    def _keep_best(self, players: Players, metrics: dict[str, float], epoch: int) -> None:
-        name = self.quality.best_metric
+    def _keep_best(self, players: Players, metrics: dict[str, float], epoch: int, chosen: Weights) -> None:
+        name = self.reported.best
         value = metrics[name] if name else -float(self.progress.step)  # nothing to choose by: the last one
         best = self.progress.best
         if not np.isfinite(value) or (best and value >= best["value"]):
@@ -243,8 +259,9 @@ class Coordinator:
             "value": value if name else self.progress.step,
             "epoch": epoch,
             "step": self.progress.step,
+            **({"weights": chosen} if self.train.ema_decay else {}),
         }
-        found, weights, manifest = dict(self.progress.best), players.kept(), self.data.manifest
+        found, weights, manifest = dict(self.progress.best), players.kept(chosen), self.data.manifest
         state = {"halves": players.state(), "kept": weights, "progress": {}}
         self.background.submit(lambda: self.checkpoints.save_as(BEST.format(found["step"]), state))
         self.background.submit(lambda: save_model(self.run_folder, weights, best=found, manifest=manifest))
@@ -309,7 +326,9 @@ class Coordinator:
             return False
         self.checkpoints.refuse_other(state, recipe=self.recipe, rows=self.rows_used)
         players.load(state["halves"])
-        self.journal.progress = Progress.restored(state["progress"])
+        self.journal.progress = progress = Progress.restored(state["progress"])
+        if len(progress.sums) == len(SUMS) != len(self.journal.names):  # as an earlier version has added them up
+            progress.sums, progress.counts = self._sums(progress.sums)
         if watch := self.progress.game.get("watch"):
             self.watch.load(watch)
         self._restore_best()
@@ -339,7 +358,7 @@ class Coordinator:
         self._close_players()
         tested = None
         if self.data.manifest.rows("test"):
-            tested = measured(self.run_folder, self.recipe, self.data, self.features, split="test")
+            tested, _ = measured(self.run_folder, self.recipe, self.data, self.features, split="test")
         with torch.device("meta"):
             halves = self.recipe.model.build(self.data.manifest.signature)
         result = self.journal.result(

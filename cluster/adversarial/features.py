@@ -22,6 +22,8 @@ from cluster.training.loop import fit
 from cluster.training.run_directory import RECIPE, RunDirectory
 from cluster.training.splits import Splits, open_splits
 from nn_models.adversarial import num_halvings
+from nn_models.adversarial_losses import has_classes
+from nn_models.columns import Image
 from nn_models.convolutional import CNN, CNNSpec
 from nn_models.errors import UserError
 
@@ -52,10 +54,11 @@ class Features(nn.Module):
         """`manifest` has the classifier's normalisation; there is none for feature vectors."""
         super().__init__()
         self.classifier = classifier
-        inputs = manifest.input_shape[0]
-        self.num_features: int = inputs if classifier is None else classifier.dense.output.in_features
+        inputs = manifest.columns["input"]
+        size = inputs.column.row_shape[0]
+        self.num_features: int = size if classifier is None else classifier.dense.output.in_features
         # (y + 1) / 2 is what the classifier's mean and std refer to: its input is ((y + 1) / 2 - mean) / std
-        moments = torch.tensor([manifest.mean, manifest.std], dtype=torch.float64)
+        moments = torch.tensor([inputs.mean, inputs.std], dtype=torch.float64)
         mean, std = moments[:, :, None, None]
         self.register_buffer("scale", (0.5 / std).float())
         self.register_buffer("shift", ((0.5 - mean) / std).float())
@@ -96,10 +99,10 @@ def open_features(
     Raises UserError where a stored classifier is damaged or was trained on other data.
     """
     device = device or torch.device("cpu")
-    manifest = data.manifest
-    if len(manifest.input_shape) == 1:
+    manifest, signature = data.manifest, data.manifest.signature
+    if not isinstance(signature["input"], Image):
         return Features(manifest).to(device)
-    if manifest.target_kind != "label" or manifest.num_outputs < 2:
+    if not has_classes(signature):
         return None
     recipe = classifier_recipe(data, train)
     place = _place(data, recipe)
@@ -115,7 +118,7 @@ def open_features(
 def classifier_recipe(data: DataSet, train: TrainSpec | None = None) -> Recipe:
     """How the classifier of a data set of images is trained."""
     manifest = data.manifest
-    _, height, width = manifest.input_shape
+    _, height, width = manifest.signature.input_shape
     fewest, most = EPOCHS
     epochs = PIXELS // (manifest.rows("train") * height * width)
     return Recipe(
@@ -170,12 +173,12 @@ def _trained(data: DataSet, recipe: Recipe, device: torch.device) -> bytes:
 
 def _splits(data: DataSet, excerpt: Folder) -> Splits:
     """The rows to train the classifier on, and to choose its best weights by: some of them where there are many."""
-    _, height, width = data.manifest.input_shape
+    _, height, width = data.manifest.signature.input_shape
     most = PIXELS // EPOCHS[0] // (height * width)
     wanted = {"train": most, "validation": most // 10}
     if any(data.manifest.rows(split) > rows for split, rows in wanted.items()):
         shards = {
-            split: (write_shard(excerpt, f"{split}.parquet", some_rows(data, split, rows)),)
+            split: (write_shard(excerpt, f"{split}.parquet", some_rows(data, split, rows), data.manifest.columns),)
             for split, rows in wanted.items()
             if data.manifest.rows(split)
         }

@@ -13,25 +13,26 @@ All randomness of a step is a function of (seed, step): a half can be stopped an
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.data.loader import Batch
 from cluster.recipe.adversarial import AdversarialTrainSpec
 from cluster.recipe.optimizers import AnyOptimizerSpec
 from cluster.recipe.recipe import Recipe
+from cluster.training.average import MovingAverage
 from cluster.training.evaluation import autocast
 from nn_models.adversarial import AdversarialSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
+from nn_models.batch import Batch
 from nn_models.pix2pix import DropoutNoise
 from nn_models.signature import Signature
 
 # Sums tensors over a half's replicas, in place; nothing to do for one.
 Reduce = Callable[[Sequence[Tensor]], None]
+Weights = Literal["averaged", "plain"]  # of the generator, where a moving average of them is kept
 
 GENERATOR, DISCRIMINATOR, NOISE, PENALTY = range(4)  # streams of random numbers
 SAMPLE_ROWS = 500  # made at once where nothing is kept for a backward pass
@@ -52,7 +53,7 @@ class Turn:
 
     step: int
     real: Tensor  # (rows, *input_shape); images in [-1, 1]
-    condition: Tensor | None  # labels, or the images to start from
+    condition: Tensor | None  # what is given beside the noise: labels, or the images to start from
     first: int  # position of the slice in the global batch
     global_rows: int
     counts: bool  # False where a row only stands in for an empty slice
@@ -68,14 +69,14 @@ class Turn:
 def turn_of(recipe: Recipe, batch: Batch, *, step: int, batch_start: int, factor: float) -> Turn:
     """What a batch means to both halves. `batch_start` is the position in the epoch of the global batch's first row."""
     model, objective, _ = described(recipe)
-    condition = batch.targets if model.conditional else batch.condition if model.paired else None
+    place = batch.place
     return Turn(
         step=step,
-        real=batch.inputs,
-        condition=condition,
-        first=batch.start - batch_start,
-        global_rows=batch.global_rows,
-        counts=batch.num_rows > 0,
+        real=batch["input"],
+        condition=batch[model.given] if model.given else None,
+        first=place.start - batch_start,
+        global_rows=place.global_rows,
+        counts=place.num_rows > 0,
         factor=factor,
         generator_learns=(step + 1) % objective.discriminator_steps == 0,
     )
@@ -100,7 +101,14 @@ class _Half:
     stream: int
 
     def __init__(
-        self, recipe: Recipe, module: nn.Module, optimizer: AnyOptimizerSpec, *, device: torch.device, reduce: Reduce
+        self,
+        recipe: Recipe,
+        signature: Signature,
+        module: nn.Module,
+        optimizer: AnyOptimizerSpec,
+        *,
+        device: torch.device,
+        reduce: Reduce,
     ) -> None:
         self.train = recipe.train
         self.device = device
@@ -110,7 +118,7 @@ class _Half:
         self.parameters: list[Tensor] = list(self.module.parameters())
         self.optimizer = optimizer.build(self.module.parameters())
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.objective = described(recipe)[1].build()
+        self.objective = described(recipe)[1].build(signature)
         self._reduce = reduce
         self._draws = any(isinstance(layer, (nn.Dropout, DropoutNoise)) for layer in self.module.modules())
 
@@ -136,11 +144,15 @@ class _Half:
 
     def average_buffers(self, replicas: int) -> None:
         """Give all replicas the mean of their running statistics (batch normalisation's)."""
-        buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        buffers = [buffer for module in self._modules() for buffer in module.buffers() if buffer.is_floating_point()]
         if replicas > 1 and buffers:
             self._reduce(buffers)
             for buffer in buffers:
                 buffer.div_(replicas)
+
+    def _modules(self) -> list[nn.Module]:
+        """All that have running statistics."""
+        return [self.module]
 
     def state(self) -> dict[str, Any]:
         """Everything that decides how this half goes on."""
@@ -173,13 +185,14 @@ class GeneratorHalf(_Half):
     def __init__(self, recipe: Recipe, signature: Signature, *, device: torch.device, reduce: Reduce) -> None:
         model, _, adversarial = described(recipe)
         torch.manual_seed(seed_of(recipe.train.seed, GENERATOR))
-        super().__init__(recipe, model.build_generator(signature), recipe.optimizer, device=device, reduce=reduce)
+        module = model.build_generator(signature)
+        super().__init__(recipe, signature, module, recipe.optimizer, device=device, reduce=reduce)
         self.noise_size = model.noise_size
         self.runs_ahead = adversarial.mode == "pipelined"
         self._open: list[Made] = []
-        self.average: AveragedModel | None = None
+        self.average: MovingAverage | None = None
         if recipe.train.ema_decay:
-            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(recipe.train.ema_decay))
+            self.average = MovingAverage(self.module, recipe.train.ema_decay)
 
     def make(self, turn: Turn) -> Tensor:
         """(rows, *input_shape), float32, without the graph, which is kept where it learns from them."""
@@ -219,16 +232,16 @@ class GeneratorHalf(_Half):
             parameter.grad = own
         self._step(turn.factor)
         if self.average:
-            self.average.update_parameters(self.module)
+            self.average.update()
         return turn, distance
 
-    def kept(self) -> nn.Module:
-        """The weights that are sampled from and kept: the moving average where there is one."""
-        if not self.average:
-            return self.module
-        for own, averaged in zip(self.module.buffers(), self.average.module.buffers(), strict=True):
-            averaged.copy_(own)
-        return self.average.module
+    def weights(self, which: Weights) -> nn.Module:
+        """The generator with its plain weights, or with their moving average where one is kept."""
+        return self.average.module if which == "averaged" and self.average else self.module
+
+    def _modules(self) -> list[nn.Module]:
+        """See _Half."""
+        return [self.module, *([self.average.module] if self.average else [])]
 
     def state(self) -> dict[str, Any]:
         """See _Half."""
@@ -251,7 +264,8 @@ class DiscriminatorHalf(_Half):
         model, _, adversarial = described(recipe)
         torch.manual_seed(seed_of(recipe.train.seed, DISCRIMINATOR))
         optimizer = adversarial.discriminator_optimizer or recipe.optimizer
-        super().__init__(recipe, model.build_discriminator(signature), optimizer, device=device, reduce=reduce)
+        module = model.build_discriminator(signature)
+        super().__init__(recipe, signature, module, optimizer, device=device, reduce=reduce)
 
     def see_real(self, turn: Turn) -> Tensor:
         """Start a step with the gradient of the real rows. Returns the sums (loss, rows taken for real)."""

@@ -1,7 +1,7 @@
 """Players: both halves at work for a segment of steps, in this process; the actors do the same between processes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, Turn, sample, turn_of
+from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf, Turn, Weights, sample, turn_of
 from cluster.data.keys import digest_part
-from cluster.data.loader import TrainingRows
+from cluster.data.loader import RowsOfRank
 from cluster.recipe.recipe import Recipe
 from cluster.training.checkpoints import to_cpu
 from cluster.training.memory import keep_freed_memory
@@ -45,7 +45,7 @@ class Players(Protocol):
     def play(self, first_step: int, num_steps: int, rate: float) -> Played:
         """So many steps from `first_step` on, with `rate` times the recipe's learning rates."""
 
-    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+    def sample(self, source: Tensor, condition: Tensor | None, *, weights: Weights) -> Tensor:
         """Rows (rows, *input_shape) that the generator makes of noise and conditions, on the CPU."""
 
     def state(self) -> State:
@@ -54,20 +54,11 @@ class Players(Protocol):
     def load(self, state: State) -> None:
         """Go on from there."""
 
-    def kept(self) -> dict[str, Tensor]:
-        """The weights that a run keeps, as those of `nn_models.adversarial.Halves`."""
+    def kept(self, weights: Weights) -> dict[str, Tensor]:
+        """The weights that a run keeps, as those of `nn_models.adversarial.Halves`: these of the generator."""
 
     def close(self) -> None:
         """Leave no process behind."""
-
-
-def for_images(splits: Splits) -> Splits:
-    """The same data with images in [-1, 1], which is where the generator's tanh puts its own."""
-    manifest = splits.manifest
-    if len(manifest.input_shape) != 3:
-        return splits
-    half = {"mean": (0.5,) * len(manifest.mean), "std": (0.5,) * len(manifest.std)}
-    return replace(splits, manifest=manifest.model_copy(update=half))
 
 
 class Segment:
@@ -78,7 +69,7 @@ class Segment:
     """
 
     def __init__(
-        self, recipe: Recipe, rows: TrainingRows, *, first_step: int, num_steps: int, rate: float, device: torch.device
+        self, recipe: Recipe, rows: RowsOfRank, *, first_step: int, num_steps: int, rate: float, device: torch.device
     ) -> None:
         self._recipe, self._rows, self._rate = recipe, rows, rate
         self._first, self._end = first_step, first_step + num_steps
@@ -94,7 +85,7 @@ class Segment:
         step = self._first
         while step < self._end:
             epoch, epoch_step = divmod(step, order.num_steps)
-            for batch in self._rows.batches(epoch, epoch_step):
+            for (batch,) in self._rows.batches(epoch, epoch_step):
                 turn = turn_of(
                     self._recipe,
                     batch,
@@ -102,7 +93,7 @@ class Segment:
                     batch_start=order.start(epoch, step % order.num_steps, 0, 1),
                     factor=self._rate * self._recipe.schedule.factor(step, num_steps),
                 )
-                self._digest += digest_part(batch.ids, batch.start)
+                self._digest += digest_part(batch.place.ids, batch.place.start)
                 yield turn
                 step += 1
                 if step == self._end:
@@ -129,7 +120,6 @@ class LocalPlayers:
     def __init__(self, recipe: Recipe, splits: Splits, *, device: torch.device) -> None:
         keep_freed_memory(device)
         self._recipe, self._device = recipe, device
-        splits = for_images(splits)
         signature = splits.manifest.signature
         self.generator = GeneratorHalf(recipe, signature, device=device, reduce=alone)
         self.discriminator = DiscriminatorHalf(recipe, signature, device=device, reduce=alone)
@@ -153,9 +143,9 @@ class LocalPlayers:
             learn(self.generator, segment, waiting)
         return segment.played()
 
-    def sample(self, source: Tensor, condition: Tensor | None) -> Tensor:
+    def sample(self, source: Tensor, condition: Tensor | None, *, weights: Weights) -> Tensor:
         """See Players."""
-        return sample(self.generator.kept(), source, condition, device=self._device)
+        return sample(self.generator.weights(weights), source, condition, device=self._device)
 
     def state(self) -> State:
         """See Players."""
@@ -166,9 +156,9 @@ class LocalPlayers:
         self.generator.load(state["generator"])
         self.discriminator.load(state["discriminator"])
 
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self, weights: Weights) -> dict[str, Tensor]:
         """See Players."""
-        return as_halves(self.generator.kept().state_dict(), self.discriminator.module.state_dict())
+        return as_halves(self.generator.weights(weights).state_dict(), self.discriminator.module.state_dict())
 
     def close(self) -> None:
         """See Players."""

@@ -8,8 +8,10 @@
     kernel_floor       rows would reach
     diversity          mean distance between two made rows as a share of that between two real ones; about 1 where they
                        are as diverse, 0 where all are the same
-    label_agreement    conditional models: share of rows that the classifier takes for what they were to be
-    l1                 paired models: mean |made - real| over all numbers of all rows, in units of [-1, 1]
+    label_agreement    where labels are given: share of rows that the classifier takes for what they were to be
+    l1                 where images are given: mean |made - real| over all numbers of all rows, in units of [-1, 1]
+
+Which of them there are is what the objective declares that it reports.
 
 The Frechet distance is biased: with n rows it is too large by about the number of features over n, and from no more
 rows than features the covariances cannot even be told. So it means something only beside its floor, which is biased
@@ -17,7 +19,8 @@ alike. The features are of a classifier that has seen the training rows, which m
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +29,14 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from cluster.adversarial.features import Features
 from cluster.adversarial.halves import described, sample
-from cluster.data.layouts import Array
 from cluster.data.manifest import Manifest
-from cluster.data.scaling import Normalise, symmetric
+from cluster.data.scaling import Scaling
 from cluster.data.shards import DataSet, some_rows
-from cluster.recipe.adversarial import QualitySpec
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
-from nn_models.adversarial import AdversarialSpec, Halves
+from nn_models.adversarial import Halves
+from nn_models.adversarial_losses import METRICS
 
 # (source (B, noise_size), condition or None) -> rows (B, *input_shape), images in [-1, 1]; all on the CPU.
 Make = Callable[[Tensor, Tensor | None], Tensor]
@@ -44,6 +46,7 @@ BATCH_ROWS = 250  # that are made at once
 SUBSET_ROWS = 1000  # of a subset that the kernel distance is taken of, and how many subsets
 SUBSETS = 10
 SHIFTS = 16  # distances that a row's diversity is taken of
+DISTANCES = ("frechet_distance", "kernel_distance")
 
 
 class Quality:
@@ -53,60 +56,36 @@ class Quality:
     conditions and the generator of torch's random numbers are the same at each look.
     """
 
-    def __init__(
-        self,
-        features: Features | None,
-        data: DataSet,
-        *,
-        spec: AdversarialSpec,
-        quality: QualitySpec,
-        split: str = "validation",
-    ) -> None:
-        """Without features there is nothing but the diversity, of pixels then, and the L1 distance.
+    def __init__(self, features: Features | None, data: DataSet, *, recipe: Recipe, split: str = "validation") -> None:
+        """`features` are those that `open_features` has for the data.
 
         Raises UserError where the split has too few rows.
         """
-        manifest = data.manifest
-        self.num_rows = quality.num_rows(manifest, split)
+        model, objective, section = described(recipe)
+        reported = objective.reported(model, data.manifest.signature)
+        self.best_metric = reported.best  # less of which is better; None where there is nothing to choose by
+        self._names = [metric.name for metric in reported.validation]
+        self.num_rows = section.quality.num_rows(data.manifest, split)
         self._features = features
-        rows = some_rows(data, split, self.num_rows)
-        self._real = _as_made(rows.inputs, manifest)
-        self._source = torch.randn(self.num_rows, spec.noise_size, generator=torch.Generator().manual_seed(SEED))
-        self._condition: Tensor | None = None
-        self._labels: Tensor | None = None
-        if spec.paired:
-            assert rows.condition is not None  # the model's check() refuses data without
-            self._condition = symmetric(torch.from_numpy(rows.condition))
-        elif spec.conditional:
-            self._condition = torch.from_numpy(rows.targets)
-            if features is not None and features.classifier is not None:
-                self._labels = self._condition
-        self._paired = spec.paired
+        rows = read_rows(data, split, self.num_rows, recipe=recipe)
+        self._real = rows["input"]
+        self._source = torch.randn(self.num_rows, model.noise_size, generator=torch.Generator().manual_seed(SEED))
+        self._condition = rows[model.given] if model.given else None
 
         seen = self._see(self._real)
         self._spread = _spread(seen)
         self._distances: _Distances | None = None
         self.floor: dict[str, float] = {}
-        if features is not None:
+        if set(DISTANCES) & set(self._names):
             self._distances = _Distances(seen)
-            training = self._see(_as_made(some_rows(data, "train", self.num_rows).inputs, manifest))
-            frechet, kernel = self._distances(training)
-            self.floor = {"frechet_floor": frechet, "kernel_floor": kernel}
-
-    @property
-    def best_metric(self) -> str | None:
-        """The metric, less of which is better, that the best generator is chosen by; None where there is none."""
-        if self._distances:
-            return "frechet_distance"
-        return "l1" if self._paired else None
+            training = self._see(read_rows(data, "train", self.num_rows, recipe=recipe)["input"])
+            reached = dict(zip(DISTANCES, self._distances(training), strict=True))
+            self.floor = {name: reached[metric.floor_of] for name, metric in METRICS.items() if metric.floor_of}
 
     def measure(self, make: Make) -> dict[str, float]:
         """The metrics of this file's head that apply; NaN, but for the floor, where made rows are not finite."""
         made = self._made(make)
-        if made.isfinite().all():
-            metrics = self._metrics(made)
-        else:
-            metrics = dict.fromkeys(self._metrics(self._real), float("nan"))
+        metrics = self._metrics(made) if made.isfinite().all() else dict.fromkeys(self._names, float("nan"))
         return {**metrics, **self.floor}
 
     def _made(self, make: Make) -> Tensor:
@@ -121,16 +100,17 @@ class Quality:
 
     def _metrics(self, made: Tensor) -> dict[str, float]:
         seen = self._see(made)
-        metrics = {"diversity": _spread(seen) / max(self._spread, 1e-30)}
+        found = {"diversity": _spread(seen) / max(self._spread, 1e-30)}
         if self._distances:
-            metrics["frechet_distance"], metrics["kernel_distance"] = self._distances(seen)
-        if self._labels is not None:
+            found |= zip(DISTANCES, self._distances(seen), strict=True)
+        if "label_agreement" in self._names:
             assert self._features is not None
+            assert self._condition is not None
             labels = torch.cat([self._features.predict(rows).cpu() for rows in self._batches(made)])
-            metrics["label_agreement"] = float((labels == self._labels).double().mean())
-        if self._paired:
-            metrics["l1"] = float((made - self._real).abs().mean(dtype=torch.float64))
-        return metrics
+            found["label_agreement"] = float((labels == self._condition).double().mean())
+        if "l1" in self._names:
+            found["l1"] = float((made - self._real).abs().mean(dtype=torch.float64))
+        return {name: found[name] for name in self._names}
 
     def _see(self, rows: Tensor) -> Tensor:
         """Rows (B, *input_shape) -> float64 (B, F), in which sums of squares are not rounded away."""
@@ -144,12 +124,16 @@ class Quality:
             yield batch.to(self._features.device)
 
 
-def _as_made(stored: Array, manifest: Manifest) -> Tensor:
-    """Stored rows as generators make them: images in [-1, 1], feature vectors standardised."""
-    if len(manifest.input_shape) == 3:
-        half = (0.5,) * manifest.input_shape[0]
-        manifest = manifest.model_copy(update={"mean": half, "std": half})
-    return Normalise(manifest, torch.device("cpu"))(torch.from_numpy(stored))
+def read_rows(data: DataSet, split: str, num_rows: int, *, recipe: Recipe) -> Mapping[str, Tensor]:
+    """Some rows of a split as halves are given them, on the CPU: images in [-1, 1], feature vectors standardised.
+
+    So many, or all where there are no more; always the same ones.
+    """
+    device = torch.device("cpu")
+    rows, columns = some_rows(data, split, num_rows), data.manifest.columns
+    stored = {name: rows.columns[name].collate(columns[name].column, device) for name in recipe.columns}
+    scaling = Scaling({name: columns[name] for name in stored}, recipe.scale, device)
+    return cast(Mapping[str, Tensor], scaling(stored))  # halves read no rows of different lengths
 
 
 def _spread(features: Tensor) -> float:
@@ -205,14 +189,14 @@ def measured(
     *,
     split: str,
     device: torch.device | None = None,
-) -> dict[str, float]:
-    """The Quality of a run's best generator on a split."""
-    model, _, section = described(recipe)
+) -> tuple[dict[str, float], int]:
+    """The Quality of a run's best generator on a split, and of how many rows it was measured."""
     halves = restored_halves(run, recipe)[0].to(device or torch.device("cpu"))
-    quality = Quality(features, data, spec=model, quality=section.quality, split=split)
-    return quality.measure(
+    quality = Quality(features, data, recipe=recipe, split=split)
+    found = quality.measure(
         lambda source, condition: sample(halves.generator, source, condition, device=device or torch.device("cpu"))
     )
+    return found, quality.num_rows
 
 
 def restored_halves(run: Folder, recipe: Recipe) -> tuple[Halves, Manifest]:

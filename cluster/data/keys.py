@@ -1,4 +1,4 @@
-"""Keys: row ids, and the digest of which rows were used in which order."""
+"""Keys: 64 mixed bits of rows: the key each draws its random numbers from, and the digest of an epoch's order."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 RowIds = NDArray[np.int64]
+
+
+def row_keys(seed: int, epoch: int, ids: RowIds | NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A key for each of these rows (B,) in this epoch: what `nn_models.noise` draws its numbers from.
+
+    In one epoch, two rows of a split never have the same.
+    """
+    of_epoch = _mix(_mix(np.array([seed], np.uint64)) ^ np.uint64(epoch))
+    return _mix(of_epoch ^ _mix(ids.astype(np.uint64))).view(np.int64)
 
 
 def digest_part(ids: RowIds, start: int) -> NDArray[np.int64]:

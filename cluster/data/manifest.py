@@ -1,19 +1,23 @@
-"""Manifest: what stands beside the shards: schema, rows, row groups, checksums, normalisation statistics."""
+"""Manifest: what stands beside the shards: columns, rows, row groups, checksums, normalisation statistics."""
 
 import math
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from cluster.storage import Folder
+from nn_models.columns import AnyColumn
 from nn_models.errors import UserError
 from nn_models.signature import Signature
 from nn_models.spec import Spec, invalid, validate
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
+AGAIN = "prepare the data again"
+PREDICTED_BYTES = 8  # of what is predicted in a row, whatever it is: see Manifest.row_bytes
 
-TargetKind = Literal["label", "number"]
+BYTES = {"uint8": 1, "int32": 4, "float32": 4, "int64": 8}
 
 
 class Shard(Spec):
@@ -28,48 +32,89 @@ class Shard(Spec):
     @model_validator(mode="after")
     def _rows_add_up(self) -> Self:
         if sum(self.row_groups) != self.rows:
-            raise invalid(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}", "prepare the data again")
+            raise invalid(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}", AGAIN)
         return self
 
 
-class Manifest(Spec):
-    """The content of manifest.json.
+class StoredColumn(Spec):
+    """A column as it is stored.
 
-    `mean` and `std` are those of the training split's inputs: a number for each channel of images (whose bytes count
-    as 0 to 1), or for each feature. Where rows are pairs of images, `condition_shape` is that of the image to start
-    from, uint8 as the input, and of its height and width.
+    `mean` and `std` are those of the training rows: a number for each channel of images (whose bytes count as 0 to 1),
+    for each feature, or for each number of a sequence's elements.
     """
 
-    version: Literal[1] = 1
+    column: AnyColumn
+    dtype: Literal["uint8", "float32", "int64", "int32"] = Field("float32", description="of rows of one shape")
+    moments: bool = Field(True, description="whether a column of numbers has mean and std")
+    mean: tuple[float, ...] = ()
+    std: tuple[PositiveFloat, ...] = ()
+    elements: NonNegativeFloat = Field(0.0, description="of a training row, where rows differ in length: the mean")
+
+    @property
+    def measured(self) -> bool:
+        """Whether mean and std of the training rows belong to it."""
+        return self.column.scaled and self.moments
+
+    @property
+    def unit(self) -> float:
+        """What a stored number counts as 1."""
+        return 255.0 if self.dtype == "uint8" else 1.0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory, the mean where rows differ; none for what is predicted."""
+        if self.column.predicted:
+            return 0
+        if self.column.layout == "dense":
+            return math.prod(self.column.row_shape) * BYTES[self.dtype]
+        fields = self.column.ragged_fields().values()
+        return math.ceil(self.elements * sum(BYTES[field.dtype] * math.prod(field.shape) for field in fields))
+
+    @property
+    def num_moments(self) -> int:
+        """How many means there are: a channel's of images, a number's of vectors and of elements."""
+        shape = self.column.row_shape
+        return shape[0] if len(shape) in (1, 3) else shape[-1]
+
+
+class Manifest(Spec):
+    """The content of manifest.json."""
+
+    version: Literal[2] = 2
     source: str
-    input_shape: tuple[PositiveInt, ...]
-    input_dtype: Literal["uint8", "float32"]
-    condition_shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    target_kind: TargetKind
-    num_outputs: PositiveInt
-    class_names: tuple[str, ...] = ()
-    mean: tuple[float, ...]
-    std: tuple[PositiveFloat, ...]
+    columns: dict[str, StoredColumn]
+    order: Literal["shuffled", "streams"] = "shuffled"  # streams: rows are windows of one text, read on and on
     splits: dict[str, tuple[Shard, ...]]  # by the names in SPLITS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lifted(cls, data: Any) -> Any:
+        """Version 1 knew an input, a target and an image to start from. Its Parquet columns are the same."""
+        if not isinstance(data, Mapping):
+            return data
+        if (version := data.get("version", 2)) not in (1, 2):
+            raise invalid(f"must be 1 or 2, not {version!r}", AGAIN, field="version")
+        return _from_version_1(data) if version == 1 or "input_shape" in data else data
 
     @model_validator(mode="after")
     def _fits_itself(self) -> Self:
-        if len(self.input_shape) not in (1, 3) or {len(self.mean), len(self.std)} != {self.input_shape[0]}:
-            raise invalid("input_shape, mean and std do not fit each other", "prepare the data again")
-        if self.condition_shape and (self.condition_shape[1:] != self.input_shape[1:] or self.input_dtype != "uint8"):
-            raise invalid("condition_shape and the input do not fit each other", "prepare the data again")
-        if self.target_kind == "label" and len(self.class_names) != self.num_outputs:
-            raise invalid("num_outputs is not the number of class_names", "prepare the data again")
+        for name, stored in self.columns.items():
+            wanted = {stored.num_moments} if stored.measured else {0}
+            if {len(stored.mean), len(stored.std)} != wanted:
+                raise invalid(f"the shape, mean and std of {name} do not fit each other", AGAIN)
         if unknown := set(self.splits) - set(SPLITS):
-            raise invalid(f"unknown splits {', '.join(sorted(unknown))}", "prepare the data again")
+            raise invalid(f"unknown splits {', '.join(sorted(unknown))}", AGAIN)
         return self
 
     @property
     def signature(self) -> Signature:
         """What the model must fit."""
-        return Signature(
-            input_shape=self.input_shape, num_outputs=self.num_outputs, condition_shape=self.condition_shape
-        )
+        return Signature(columns={name: stored.column for name, stored in self.columns.items()})
+
+    def content(self) -> dict[str, Any]:
+        """For manifest.json: without what was left at its default."""
+        usual = {"order"} if self.order == "shuffled" else set()
+        return {"version": self.version, **self.model_dump(mode="json", exclude_unset=True, exclude=usual)}
 
     def rows(self, split: str) -> NonNegativeInt:
         """Rows in a split; 0 where there is no such split."""
@@ -81,13 +126,15 @@ class Manifest(Spec):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row in memory, the 8 of its target included."""
-        return self.signature.input_size * (1 if self.input_dtype == "uint8" else 4) + self.condition_size + 8
+        """Bytes of one row in memory. What is predicted counts 8, as ever: the shuffle window follows from this."""
+        predicted = PREDICTED_BYTES * any(stored.column.predicted for stored in self.columns.values())
+        return sum(stored.row_bytes for stored in self.columns.values()) + predicted
 
     @property
-    def condition_size(self) -> int:
-        """Bytes of one row's image to start from; 0 where there is none."""
-        return math.prod(self.condition_shape) if self.condition_shape else 0
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels to predict; none for numbers."""
+        target = self.columns.get("target")
+        return getattr(target.column, "names", ()) if target else ()
 
 
 def read_manifest(folder: Folder) -> Manifest:
@@ -95,6 +142,43 @@ def read_manifest(folder: Folder) -> Manifest:
     try:
         content = folder.read_json(MANIFEST)
     except FileNotFoundError:
-        fix = "prepare the data with `manta data prepare SOURCE --out PATH`"
-        raise UserError(str(folder), f"no prepared data set here ({MANIFEST} is missing)", fix) from None
+        raise UserError(
+            str(folder),
+            f"no prepared data set here ({MANIFEST} is missing)",
+            "prepare the data with `manta data prepare SOURCE --out PATH`",
+        ) from None
     return validate(Manifest, content, prefix=f"{folder}/{MANIFEST}")
+
+
+VERSION_1 = {
+    "version", "input_shape", "input_dtype", "condition_shape", "target_kind", "num_outputs", "class_names", "mean",
+    "std",
+}  # fmt: skip
+
+
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    shape, names, given = data.get("input_shape"), data.get("class_names") or (), data.get("condition_shape")
+    if not isinstance(shape, (list, tuple)) or len(shape) not in (1, 3):
+        raise invalid(f"must be (channels, height, width) or (features,), not {shape!r}", AGAIN, field="input_shape")
+    if (kind := data.get("target_kind")) not in ("label", "number"):
+        raise invalid(f"must be label or number, not {kind!r}", AGAIN, field="target_kind")
+    if kind == "label" and (not isinstance(names, (list, tuple)) or len(names) != data.get("num_outputs")):
+        raise invalid("num_outputs is not the number of class_names", AGAIN)
+    image = {"kind": "image", "shape": shape} if len(shape) == 3 else {"kind": "features", "size": shape[0]}
+    label = {"kind": "label", "names": names, "size": data.get("num_outputs")}
+    columns: dict[str, Any] = {
+        "input": {
+            "column": image,
+            "dtype": data.get("input_dtype"),
+            **{name: data[name] for name in ("mean", "std") if name in data},
+        },
+        "target": {"column": label, "dtype": "int64"}
+        if kind == "label"
+        else {"column": {"kind": "numbers", "size": data.get("num_outputs")}, "dtype": "float32"},
+    }
+    if given is not None:
+        if not isinstance(given, (list, tuple)) or list(given[1:]) != list(shape[1:]):
+            raise invalid("condition_shape and the input do not fit each other", AGAIN)
+        columns["condition"] = {"column": {"kind": "image", "shape": given}, "dtype": "uint8", "moments": False}
+    rest = {name: value for name, value in data.items() if name not in VERSION_1}
+    return {"version": 2, "columns": columns, **rest}

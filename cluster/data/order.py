@@ -4,16 +4,18 @@ An epoch of N rows takes S = ceil(N / global_batch_size) steps. Step k holds the
 so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.data.keys import RowIds
 from cluster.data.manifest import Manifest
+from nn_models.batch import Place
 from nn_models.errors import UserError
 
 # Lanes of a streamed set: many divisors, so that every usual number of ranks owns equally many whole lanes.
@@ -28,47 +30,155 @@ def bounds(length: int, parts: int, index: int) -> tuple[int, int]:
     return length * index // parts, length * (index + 1) // parts
 
 
-class Order(Protocol):
-    """The order of rows of one split."""
+# What each row counts: a number for all, or (rows,) its elements, which every rank knows of every row.
+Weights = int | NDArray[np.int32]
+
+
+class Order(ABC):
+    """The order of rows of one split.
+
+    Where the loss counts elements of rows, `weights` says how many each row has: the weight of a whole global batch is
+    then known to each rank before the step, and where all rows are one sequence the ranks' slices are cut where they
+    weigh about the same.
+    """
 
     num_rows: int
     num_steps: int
 
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._global_weight = lru_cache(maxsize=1)(self._weigh_all)
+
+    @abstractmethod
     def global_rows(self, epoch: int, step: int) -> int:
         """Rows in the global batch of this step."""
 
+    @abstractmethod
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
+        """This rank's slice of the step's global batch: the position in the epoch of its first row, and its ids."""
+
     def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
         """Position in the epoch of the first row of this rank's slice of the step's global batch."""
+        return self.cut(epoch, step, rank, world_size)[0]
 
     def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
         """Ids of the rows of this rank's slice of the step's global batch, in order."""
+        return self.cut(epoch, step, rank, world_size)[1]
+
+    def place(self, epoch: int, step: int, rank: int, world_size: int) -> Place:
+        """This rank's slice of the step's global batch."""
+        start, ids = self.cut(epoch, step, rank, world_size)
+        num_rows, global_rows, weights = len(ids), self.global_rows(epoch, step), self.weights
+        if isinstance(weights, int):
+            return Place(ids, start, num_rows, global_rows, weights * num_rows, weights * global_rows)
+        return Place(ids, start, num_rows, global_rows, self.weigh(ids), self._global_weight(epoch, step))
+
+    def weigh(self, ids: RowIds) -> int:
+        """What these rows count."""
+        return self.weights * len(ids) if isinstance(self.weights, int) else int(self.weights[ids].sum())
+
+    def _weigh_all(self, epoch: int, step: int) -> int:
+        return self.weigh(self.rows(epoch, step, 0, 1))
 
 
-class WholeOrder:
+class _Sequence(Order):
+    """Base of the orders whose global batches are stretches of one sequence of all rows."""
+
+    @abstractmethod
+    def span(self, step: int) -> tuple[int, int]:
+        """First and past-the-last position of the step's global batch."""
+
+    @abstractmethod
+    def sequence(self, epoch: int) -> RowIds:
+        """The ids of all rows in the order of the epoch."""
+
+    def global_rows(self, epoch: int, step: int) -> int:
+        """See Order."""
+        first, end = self.span(step)
+        return end - first
+
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
+        """See Order."""
+        first, end = self.span(step)
+        ids = self.sequence(epoch)[first:end]
+        low, high = self._bounds(ids, rank, world_size)
+        return first + low, ids[low:high]
+
+    def _bounds(self, ids: RowIds, rank: int, world_size: int) -> tuple[int, int]:
+        if isinstance(self.weights, int):
+            return bounds(len(ids), world_size, rank)
+        ends = np.cumsum(self.weights[ids], dtype=np.int64)
+        middles = 2 * ends - np.diff(ends, prepend=0)  # twice the place of a row's middle
+        low, high = np.searchsorted(middles * world_size, 2 * ends[-1] * np.array([rank, rank + 1])).tolist()
+        return low, high if rank + 1 < world_size else len(ids)
+
+
+class WholeOrder(_Sequence):
     """Every row shuffled among all: for sets that are held in memory."""
 
-    def __init__(self, num_rows: int, *, global_batch_size: int, seed: int) -> None:
+    def __init__(self, num_rows: int, *, global_batch_size: int, seed: int, weights: Weights = 1) -> None:
+        super().__init__(weights)
         self.num_rows = num_rows
         self.num_steps = -(-num_rows // global_batch_size)
         self._permutation = lru_cache(maxsize=1)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
         )
 
+    def span(self, step: int) -> tuple[int, int]:
+        """See _Sequence."""
+        return bounds(self.num_rows, self.num_steps, step)
+
+    def sequence(self, epoch: int) -> RowIds:
+        """See _Sequence."""
+        return self._permutation(epoch)
+
+
+class InOrder(_Sequence):
+    """Rows as they stand, so many a step: for evaluation. The steps do not depend on the number of ranks either."""
+
+    def __init__(self, num_rows: int, *, batch_size: int, weights: Weights = 1) -> None:
+        super().__init__(weights)
+        self.num_rows = num_rows
+        self.num_steps = -(-num_rows // batch_size)
+        self._batch_size = batch_size
+        self._all = np.arange(num_rows)
+
+    def span(self, step: int) -> tuple[int, int]:
+        """See _Sequence."""
+        return step * self._batch_size, min((step + 1) * self._batch_size, self.num_rows)
+
+    def sequence(self, epoch: int) -> RowIds:
+        """See _Sequence."""
+        return self._all
+
+
+class StreamOrder(Order):
+    """Rows are windows of one long text: step k holds the k-th window of each of B streams, and ranks own streams.
+
+    So what a net remembers at the end of a window is what the next window of the same stream goes on from. The text is
+    cut into B stretches of near-equal length, the longer ones first: in the last step only these may have a window, and
+    they are then the first of each rank.
+    """
+
+    def __init__(self, num_rows: int, *, num_streams: int, weights: Weights = 1) -> None:
+        super().__init__(weights)
+        self.num_rows = num_rows
+        self.num_streams = min(num_streams, num_rows)
+        self.num_steps = -(-num_rows // self.num_streams)
+        whole, longer = divmod(num_rows, self.num_streams)
+        streams = np.arange(self.num_streams)
+        self._firsts = streams * whole + np.minimum(streams, longer)
+        self._longer = longer or self.num_streams  # streams that have a window in the last step
+
     def global_rows(self, epoch: int, step: int) -> int:
         """See Order."""
-        first, end = bounds(self.num_rows, self.num_steps, step)
-        return end - first
+        return self._longer if step + 1 == self.num_steps else self.num_streams
 
-    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
         """See Order."""
-        first, end = bounds(self.num_rows, self.num_steps, step)
-        return first + bounds(end - first, world_size, rank)[0]
-
-    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
-        """See Order."""
-        first, end = bounds(self.num_rows, self.num_steps, step)
-        low, high = bounds(end - first, world_size, rank)
-        return self._permutation(epoch)[first + low : first + high]
+        low, high = bounds(self.num_streams, world_size, rank)
+        whole = self.global_rows(epoch, step)
+        return step * self.num_streams + min(low, whole), self._firsts[low : min(high, whole)] + step
 
 
 @dataclass(frozen=True)
@@ -90,7 +200,7 @@ class Lane:
     starts: tuple[int, ...]  # position in the lane of each block's first row
 
 
-class LaneOrder:
+class LaneOrder(Order):
     """Row groups dealt to lanes, each lane shuffled within its window: for sets that are streamed from storage.
 
     A global batch takes the same share of every lane, and a rank owns whole lanes, so each row group is read by one
@@ -98,7 +208,10 @@ class LaneOrder:
     There are no more lanes than rows in a global batch, so that every batch has a row of the longest lane at least.
     """
 
-    def __init__(self, row_groups: Sequence[int], *, global_batch_size: int, seed: int, window: int) -> None:
+    def __init__(
+        self, row_groups: Sequence[int], *, global_batch_size: int, seed: int, window: int, weights: Weights = 1
+    ) -> None:
+        super().__init__(weights)
         self.row_groups = tuple(row_groups)
         self.num_rows = sum(row_groups)
         self.num_steps = -(-self.num_rows // global_batch_size)
@@ -172,18 +285,15 @@ class LaneOrder:
         spans = (self.span(epoch, lane, step) for lane in range(self.num_lanes))
         return sum(end - first for first, end in spans)
 
-    def start(self, epoch: int, step: int, rank: int, world_size: int) -> int:
+    def cut(self, epoch: int, step: int, rank: int, world_size: int) -> tuple[int, RowIds]:
         """See Order."""
         spans = [self.span(epoch, lane, step) for lane in range(self.num_lanes)]
-        own = self.owned(rank, world_size).start
-        return sum(first for first, _ in spans) + sum(end - first for first, end in spans[:own])
-
-    def rows(self, epoch: int, step: int, rank: int, world_size: int) -> RowIds:
-        """See Order."""
+        own = self.owned(rank, world_size)
+        start = sum(first for first, _ in spans) + sum(end - first for first, end in spans[: own.start])
         parts = [np.empty(0, np.int64)]
-        for lane in self.owned(rank, world_size):
+        for lane in own:
             parts += [self.block(epoch, lane, index).ids[piece] for index, piece in self.pieces(epoch, lane, step)]
-        return np.concatenate(parts)
+        return start, np.concatenate(parts)
 
 
 # A set up to this size is held in memory and shuffled as a whole unless the recipe gives a shuffle window. It belongs
@@ -191,16 +301,23 @@ class LaneOrder:
 HELD_BYTES = 4 << 30
 
 
-def training_order(manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None) -> Order:
+def training_order(
+    manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None, weights: Weights = 1
+) -> Order:
     """The order of the training rows."""
+    num_rows = manifest.rows("train")
+    if manifest.order == "streams":
+        return StreamOrder(num_rows, num_streams=global_batch_size, weights=weights)
     if (rows := shuffle_window(manifest, window)) is None:
-        return WholeOrder(manifest.rows("train"), global_batch_size=global_batch_size, seed=seed)
+        return WholeOrder(num_rows, global_batch_size=global_batch_size, seed=seed, weights=weights)
     groups = manifest.row_groups("train")
-    return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows)
+    return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows, weights=weights)
 
 
 def shuffle_window(manifest: Manifest, wanted: int | None) -> int | None:
     """Rows shuffled together; None for all of them. Follows from recipe and manifest alone."""
+    if manifest.order == "streams":
+        return None  # not shuffled: a stream's windows follow each other
     if wanted is not None:
         return wanted if wanted < manifest.rows("train") else None
     held = manifest.rows("train") * manifest.row_bytes

@@ -5,21 +5,21 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.data.cache import cache_root
-from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard
+from cluster.data.layouts import Array, Dense, Layout, Ragged
+from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColumn
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.data.sources.prepared import ShardsSpec
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -38,13 +38,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What one part became: its shards, and the moments of its training rows for the statistics."""
+class Moments:
+    """Of some numbers: how many there are, their mean, their squared distances from it."""
 
-    shards: dict[str, Shard]
     count: int
     mean: NDArray[np.float64]
     squares: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What one part became: its shards, and what the statistics need of its training rows' columns."""
+
+    shards: dict[str, Shard]
+    moments: Mapping[str, Moments]  # of the columns that have mean and std
+    elements: Mapping[str, int]  # of those whose rows differ in length
 
 
 # Applies a function to every slot, in any order of work, keeping the order of results.
@@ -56,8 +64,8 @@ def prepared(spec: DataSpec) -> DataSet:
 
     Raises UserError where the data is missing or damaged.
     """
-    if isinstance(spec, ShardsSpec):
-        return DataSet(spec.path)
+    if spec.prepared_at:
+        return DataSet(spec.prepared_at)
     folder = cache_root() / "data" / f"{spec.kind}-{cache_key(spec)}"
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -90,31 +98,26 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
 
     `mapper` converts parts elsewhere (Ray Data for large sources). Raises UserError for bad content.
     """
-    if not isinstance(spec, SplitSpec):
+    if spec.prepared_at:
         raise UserError("data.kind", f"{spec.kind} is prepared already", "prepare another source")
     source = spec.open()
     out.create()
     if out.names():
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
-    slots = _deal(source, spec)
+    slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
     manifest = Manifest(
+        version=2,
         source=spec.kind,
-        input_shape=source.columns.input_shape,
-        input_dtype=source.columns.input_dtype,
-        condition_shape=source.columns.condition_shape,
-        target_kind=source.columns.target_kind,
-        num_outputs=source.columns.num_outputs,
-        class_names=source.columns.class_names,
-        **_statistics(converted, source.columns.input_dtype),
+        order=spec.order,
+        columns={name: _with_statistics(name, stored, converted) for name, stored in source.columns.items()},
         splits={
             split: tuple(part.shards[split] for part in converted if split in part.shards)
             for split in SPLITS
             if any(split in part.shards for part in converted)
         },
     )
-    # without fields that are None: rows that are no pairs keep the manifest they have always had
-    out.write_text(MANIFEST, manifest.model_dump_json(indent=1, exclude_none=True))
+    out.write_text(MANIFEST, json.dumps(manifest.content(), indent=1, ensure_ascii=False))
     return manifest
 
 
@@ -129,6 +132,8 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
             shuffled = np.random.default_rng([spec.split_seed]).permutation(num_rows)
             num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
             num_validation = round(num_rows * spec.validation_fraction)
+            if spec.order == "streams":  # what is held out is the end of the text
+                shuffled = np.arange(num_rows)[::-1]
             splits[shuffled[:num_test]] = SPLITS.index("test")
             splits[shuffled[num_test : num_test + num_validation]] = SPLITS.index("validation")
             if num_test + num_validation >= num_rows:
@@ -153,38 +158,64 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
 
 def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     """Load one part and write a shard for each split that it has rows of."""
-    inputs, targets, *condition = source.load(slot.part)
-    rows = Rows(slot.ids, inputs, targets, *condition)
-    shards: dict[str, Shard] = {}
-    train = np.zeros(len(inputs), bool)
-    for index, split in enumerate(SPLITS):
-        chosen = slot.splits == index
-        if chosen.any():
-            name = f"{split}-{slot.index:05d}.parquet"
-            shards[split] = write_shard(out, name, rows.at(chosen))
-        if split == "train":
-            train = chosen
-    return Converted(shards, *_moments(inputs[train]))
+    loaded, columns = source.load(slot.part), source.columns
+    rows = Rows(slot.ids, {name: loaded[name] for name in columns})
+    parts = {split: rows.at(slot.splits == index) for index, split in enumerate(SPLITS)}
+    shards = {
+        split: write_shard(out, f"{split}-{slot.index:05d}.parquet", part, columns)
+        for split, part in parts.items()
+        if len(part.ids)
+    }
+    train = parts["train"].columns
+    return Converted(
+        shards,
+        moments={name: _moments(_numbers(train[name])) for name, stored in columns.items() if stored.measured},
+        elements={name: int(layout.lengths.sum()) for name, layout in train.items() if layout.lengths is not None},
+    )
 
 
-def _moments(inputs: NDArray[Any]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """Numbers counted, their mean, their squared distances from it: by channel for images, by feature otherwise."""
-    values = np.moveaxis(inputs, 1, 0).reshape(inputs.shape[1], -1) if inputs.ndim == 4 else inputs.T
+def _numbers(layout: Layout) -> Array:
+    """The numbers of rows, or of their elements: (rows or elements, ...)."""
+    if isinstance(layout, Ragged):
+        (values,) = layout.fields.values()
+        return values
+    assert isinstance(layout, Dense)
+    return layout.values
+
+
+def _moments(numbers: Array) -> Moments:
+    """By channel for images (rows, channels, height, width), by place in the last dimension otherwise."""
+    if numbers.ndim == 4:
+        values = np.moveaxis(numbers, 1, 0).reshape(numbers.shape[1], -1)
+    else:
+        values = numbers.reshape(-1, numbers.shape[-1]).T
     count = values.shape[1]
     if not count:
-        return 0, np.zeros(len(values)), np.zeros(len(values))
+        return Moments(0, np.zeros(len(values)), np.zeros(len(values)))
     mean = values.mean(1, dtype=np.float64)
     blocks = np.array_split(values, 1 + values.size // BLOCK_NUMBERS, axis=1)
     squares = np.sum([np.square(block - mean[:, None]).sum(1) for block in blocks], axis=0)
-    return count, mean, squares
+    return Moments(count, mean, squares)
 
 
-def _statistics(converted: Sequence[Converted], dtype: str) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation over all parts (Chan, Golub & LeVeque 1983, eq. 2.1: no difference of large numbers)."""
-    unit = 255.0 if dtype == "uint8" else 1.0
-    count = sum(part.count for part in converted)
-    mean = np.sum([part.count * part.mean for part in converted], axis=0) / count
-    squares = np.sum([part.squares + part.count * np.square(part.mean - mean) for part in converted], axis=0)
+def _with_statistics(name: str, stored: StoredColumn, converted: Sequence[Converted]) -> StoredColumn:
+    """The column with what is measured of its training rows."""
+    found: dict[str, Any] = {}
+    if stored.measured:
+        found |= _mean_and_std(name, [part.moments[name] for part in converted], stored.unit)
+    if stored.column.layout == "ragged":
+        num_rows = sum(part.shards["train"].rows for part in converted if "train" in part.shards)
+        found["elements"] = sum(part.elements[name] for part in converted) / num_rows
+    return stored.model_copy(update=found)
+
+
+def _mean_and_std(name: str, parts: Sequence[Moments], unit: float) -> dict[str, tuple[float, ...]]:
+    """Over all parts (Chan, Golub & LeVeque 1983, eq. 2.1: no difference of large numbers); `unit` counts as 1."""
+    count = sum(part.count for part in parts)
+    if not count:
+        raise UserError("data", f"no training row has an element of its {name}", "add rows that have some")
+    mean = np.sum([part.count * part.mean for part in parts], axis=0) / count
+    squares = np.sum([part.squares + part.count * np.square(part.mean - mean) for part in parts], axis=0)
     std = np.sqrt(squares / count)
     std[std <= np.maximum(1e-7 * np.abs(mean), 1e-30)] = unit  # constant but for float32's rounding: nothing to scale
     return {"mean": tuple((mean / unit).tolist()), "std": tuple((std / unit).tolist())}

@@ -1,53 +1,69 @@
-"""Rows: some rows of a data set as arrays."""
+"""Rows: some rows of a data set: their ids, and a layout for each column."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from cluster.data.layouts import Array, array, target_layout
-from cluster.data.manifest import Manifest
+from cluster.data.keys import RowIds
+from cluster.data.layouts import Dense, Layout, Ragged, Where
+from cluster.data.manifest import Manifest, StoredColumn
+
+ROW = "row"  # the column of row ids in a shard
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows as NumPy arrays, which may be read-only views into shared memory.
+    """`ids` is (rows,) int64, in the order of the columns' rows."""
 
-    `ids` is (rows,) int64; `inputs` (rows, *input_shape) uint8 or float32; `targets` (rows,) int64 labels or
-    (rows, outputs) float32 numbers; `condition` (rows, *condition_shape) uint8, None where rows are no pairs.
-    """
+    ids: RowIds
+    columns: Mapping[str, Layout]
 
-    ids: NDArray[np.int64]
-    inputs: Array
-    targets: Array
-    condition: Array | None = None
-
-    def at(self, where: slice | Array) -> Self:
+    def at(self, where: Where) -> Self:
         """The rows at these places, or where a mask holds."""
-        condition = None if self.condition is None else self.condition[where]
-        return type(self)(self.ids[where], self.inputs[where], self.targets[where], condition)
+        return type(self)(self.ids[where], {name: layout.take(where) for name, layout in self.columns.items()})
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """The rows of all parts, of which there is at least one, one after the other."""
-        conditions = [part.condition for part in parts if part.condition is not None]
-        return cls(
-            ids=np.concatenate([part.ids for part in parts]),
-            inputs=np.concatenate([part.inputs for part in parts]),
-            targets=np.concatenate([part.targets for part in parts]),
-            condition=np.concatenate(conditions) if conditions else None,
-        )
+        first, *others = parts
+        if not others:
+            return first
+        columns = {
+            name: layout.joined([other.columns[name] for other in others]) for name, layout in first.columns.items()
+        }
+        return cls(np.concatenate([part.ids for part in parts]), columns)
+
+    def to_arrow(self) -> pa.Table:
+        """The rows as a table."""
+        columns: dict[str, pa.Array] = {}
+        for name, layout in self.columns.items():
+            columns |= layout.to_arrow(name)
+        return pa.table({ROW: self.ids, **columns})
 
 
-def table_rows(table: pa.Table, manifest: Manifest) -> Rows:
-    """The table's columns as arrays, without a copy where a column is one chunk."""
-    shape = manifest.condition_shape
-    return Rows(
-        ids=array(table["row"], np.dtype(np.int64), ()).astype(np.int64, copy=False),
-        inputs=array(table["input"], np.dtype(manifest.input_dtype), manifest.input_shape),
-        targets=array(table["target"], *target_layout(manifest.target_kind, manifest.num_outputs)),
-        condition=array(table["condition"], np.dtype(np.uint8), shape) if shape else None,
-    )
+def table_rows(table: pa.Table, manifest: Manifest, names: Collection[str] | None = None) -> Rows:
+    """The table's columns as layouts, all or those of these names, without a copy where a column is one chunk."""
+    ids = table[ROW].to_numpy().astype(np.int64, copy=False)
+    wanted = {name: stored for name, stored in manifest.columns.items() if names is None or name in names}
+    return Rows(ids, {name: _layout(table, name, stored) for name, stored in wanted.items()})
+
+
+def no_rows(manifest: Manifest) -> Rows:
+    """None of a data set's rows."""
+    columns: dict[str, Layout] = {}
+    for name, stored in manifest.columns.items():
+        if stored.column.layout == "dense":
+            columns[name] = Dense(np.empty((0, *stored.column.row_shape), stored.dtype))
+        else:
+            fields = stored.column.ragged_fields().items()
+            columns[name] = Ragged.of({key: np.empty((0, *field.shape), field.dtype) for key, field in fields}, [])
+    return Rows(np.empty(0, np.int64), columns)
+
+
+def _layout(table: pa.Table, name: str, stored: StoredColumn) -> Layout:
+    if stored.column.layout == "dense":
+        return Dense.from_arrow(table[name], stored.dtype, stored.column.row_shape)
+    return Ragged.from_arrow(table, name, stored.column.ragged_fields())

@@ -1,17 +1,17 @@
-"""Shards: Parquet files of rows (row id, input, target, condition), written once, verified when read."""
+"""Shards: Parquet files of rows (a row id, and the columns), written once, verified when read."""
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.data.layouts import arrow_column
-from cluster.data.manifest import Shard, read_manifest
-from cluster.data.rows import Rows, table_rows
+from cluster.data.layouts import LENGTH
+from cluster.data.manifest import MANIFEST, Shard, StoredColumn, read_manifest
+from cluster.data.rows import Rows, no_rows, table_rows
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -21,19 +21,16 @@ ROW_GROUP_ROWS = (32, 2048)  # fewest and most
 ROW_GROUPS = 24  # wanted of a shard: as many as there can be lanes
 
 
-def write_shard(folder: Folder, name: str, rows: Rows) -> Shard:
-    """Write one shard and return its entry in the manifest."""
+def write_shard(folder: Folder, name: str, rows: Rows, columns: Mapping[str, StoredColumn]) -> Shard:
+    """Write one shard of rows with these columns, and return its entry in the manifest."""
     fewest, most = ROW_GROUP_ROWS
     wanted = min(most, max(fewest, -(-len(rows.ids) // ROW_GROUPS)))
-    row_bytes = rows.inputs[0].nbytes + (0 if rows.condition is None else rows.condition[0].nbytes)
+    counted = [layout for name, layout in rows.columns.items() if not columns[name].column.predicted]
+    row_bytes = sum(layout.nbytes for layout in counted) // len(rows.ids)
     group_rows = max(1, min(wanted, ROW_GROUP_BYTES // max(1, row_bytes)))
-    columns = {"row": rows.ids, "input": arrow_column(rows.inputs), "target": arrow_column(rows.targets)}
-    if rows.condition is not None:
-        columns["condition"] = arrow_column(rows.condition)
-    table = pa.table(columns)
     buffer = io.BytesIO()
     pq.write_table(
-        table,
+        rows.to_arrow(),
         buffer,
         row_group_size=group_rows,
         compression="zstd",
@@ -61,6 +58,7 @@ class DataSet:
         """Raises UserError where there is no manifest, or a shard is missing or has another size than it should."""
         self.folder = where if isinstance(where, Folder) else Folder(where)
         self.manifest = read_manifest(self.folder)
+        self._schema = no_rows(self.manifest).to_arrow().schema
         for shards in self.manifest.splits.values():
             for shard in shards:
                 self._check_size(shard)
@@ -93,7 +91,25 @@ class DataSet:
         content = self.folder.read_buffer(shard.file)
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             raise self._damaged(shard, "does not have the checksum of the manifest: it is corrupt")
-        return pq.read_table(pa.BufferReader(content))
+        return self._described(shard, pq.read_table(pa.BufferReader(content)))
+
+    def _described(self, shard: Shard, table: pa.Table) -> pa.Table:
+        """The shard's rows, if they are what the manifest says."""
+        if not table.schema.equals(self._schema):
+            raise self._damaged(shard, f"does not hold the columns that {MANIFEST} says")
+        return table
+
+    def lengths(self, split: str, column: str) -> NDArray[np.int32]:
+        """(rows,): elements that each row of a split has of a ragged column, read without the rows themselves."""
+        name = f"{column}.{LENGTH}"
+        parts = [np.empty(0, np.int32)]
+        for shard in self.shards(split):
+            try:
+                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
+                    parts.append(pq.read_table(file, columns=[name])[name].to_numpy())
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise self._damaged(shard, f"cannot be read ({error})") from None
+        return np.concatenate(parts)
 
     def verify(self) -> None:
         """Read every shard and compare its checksum. Raises UserError naming the first that differs."""
@@ -121,7 +137,7 @@ class DataSet:
             # page checksums do not cover the footer, which says how many rows there are
             if table.num_rows != shard.row_groups[index]:
                 raise self._damaged(shard, f"has {table.num_rows} rows in row group {index}: it is corrupt")
-            yield table_rows(table, self.manifest)
+            yield table_rows(self._described(shard, table), self.manifest)
 
 
 SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class

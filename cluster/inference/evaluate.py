@@ -1,21 +1,22 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, cast
 
 import torch
 
-from cluster.data.loader import HeldRows
 from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
 from cluster.data.sources.base import DataSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
 from cluster.training.context import LocalContext
-from cluster.training.evaluation import EVALUATION_ROWS, evaluate
+from cluster.training.evaluation import evaluate
 from cluster.training.journal import prefixed
 from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
+from nn_models.objectives import Objective
 
 
 def evaluate_run(
@@ -32,19 +33,23 @@ def evaluate_run(
     source = data or recipe.data
     other = prepared(source)
     ours, theirs = saved.manifest, other.manifest
-    have, want = _row(theirs), _row(ours)
+    read = [name for name in ours.columns if name in recipe.columns]
+    have, want = _row(theirs, read), _row(ours, read)
     if have != want:
         raise UserError("--data", f"the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
-    if ours.class_names != theirs.class_names:
-        raise UserError(
-            "--data",
-            f"the classes of {source.kind} ({', '.join(theirs.class_names[:5])}, …) are not those of the model "
-            f"({', '.join(ours.class_names[:5])}, …)",
-        )
+    for name in read:
+        names, known = (getattr(manifest.columns[name].column, "names", ()) for manifest in (theirs, ours))
+        if names != known:
+            what = "classes" if name == "target" else f"names in {name}"
+            raise UserError(
+                "--data",
+                f"the {what} of {source.kind} ({', '.join(names[:5])}, …) are not those of the model "
+                f"({', '.join(known[:5])}, …)",
+            )
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
-    if recipe.adversarial is not None:
+    if recipe.model.gives == "halves":
         from cluster.adversarial.features import open_features
         from cluster.adversarial.quality import measured
 
@@ -54,34 +59,43 @@ def evaluate_run(
                 f"{source.kind} has no training rows",
                 "the quality of what is made is measured by a classifier of them, so add some",
             )
-        found = measured(folder, recipe, other, open_features(other, device=device), split=split, device=device)
-        rows_used = min(recipe.adversarial.quality.num_images, theirs.rows(split), theirs.rows("train"))
+        found, rows_used = measured(
+            folder, recipe, other, open_features(other, device=device), split=split, device=device
+        )
         return {
             "metrics": jsonable(prefixed(split, found)),
             "rows": rows_used,
             "run": folder.uri,
             "data": other.folder.uri,
         }
-    rows = HeldRows(other.table(split), ours, device)
-    context = LocalContext(run=folder, splits=Splits(ours, other.folder.uri), device=device)
+    splits = Splits(ours, other.folder.uri, {split: other.table(split)})  # scaled as in training
+    rows = splits.evaluation(split, recipe, rank=0, world_size=1, device=device)
+    assert rows is not None  # there is one
     metrics = evaluate(
         model.to(device),
         rows,
-        recipe.supervised.build(ours.num_outputs),
-        context=context,
+        cast(Objective, recipe.objective.build(ours.signature)),
+        context=LocalContext(run=folder, splits=splits, device=device),
         precision=recipe.train.precision,
-        batch_size=EVALUATION_ROWS,
     )
     return {
         "metrics": jsonable(prefixed(split, metrics)),
-        "rows": rows.num_rows,
+        "rows": rows.order.num_rows,
         "run": folder.uri,
         "data": other.folder.uri,
     }
 
 
-def _row(manifest: Manifest) -> str:
-    """All that must be the same for a model to read rows."""
-    inputs, given = (" x ".join(map(str, shape or ())) for shape in (manifest.input_shape, manifest.condition_shape))
-    pair = f"{given} -> " if given else ""
-    return f"{pair}{inputs} {manifest.input_dtype} with {manifest.num_outputs} {manifest.target_kind} outputs"
+def _row(manifest: Manifest, names: Collection[str]) -> str:
+    """All that must be the same for a model that reads these columns, but for what is counted having the same names."""
+    signature = manifest.signature
+    row = {name: signature[name] for name in names if name in signature}
+    told = [f"{row.pop('condition').extent} ->"] if "condition" in row else []
+    for name in [name for name in row if name == "input"]:
+        column = row.pop(name)
+        dense = column.layout == "dense"
+        told.append(f"{column.extent} {manifest.columns[name].dtype}" if dense else column.describe())
+    if "target" in row and row["target"].predicted:
+        target = row.pop("target")
+        told.append(f"with {target.num_outputs} {target.noun.split()[-1]} outputs")
+    return " ".join([*told, *(f"with {name} {column.describe()}" for name, column in row.items())])

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
     """Send imaginary rows through the model, and see that GPU and ranks have what they need."""
-    train, ranks = recipe.train, max(1, workers.pairs if workers.halves else workers.most)
+    train, ranks = recipe.train, max(1, workers.replicas)
     summary = summarise(recipe, splits.manifest)
     if workers.use_gpu and not workers.most:
         local_device(True)
@@ -73,13 +73,10 @@ def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool
     Those of a run that has this machine to itself, `alone`, share all its cores, unless the recipe says otherwise.
     """
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
-    halves = recipe.adversarial is not None
-    if halves:
-        if least != most:
-            raise UserError(
-                "--workers", f"{least}-{most}: the pairs of a GAN's halves cannot change in number", "give one"
-            )
-        least = most = 2 * most
+    roles = 2 if recipe.model.gives == "halves" else 1
+    if roles > 1 and least != most:
+        raise UserError("--workers", f"{least}-{most}: the pairs of a GAN's halves cannot change in number", "give one")
+    least, most = roles * least, roles * most
     cores = os.cpu_count() or 1
     share = max(1, cores // most) if most and alone else 1
-    return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu, halves)
+    return Workers(least, most, recipe.train.cpus_per_worker or share, use_gpu, roles)

@@ -9,7 +9,7 @@ from torch import nn
 from cluster.data.manifest import Manifest
 from cluster.data.order import held, training_order
 from cluster.recipe.recipe import Recipe
-from nn_models.adversarial import AdversarialSpec, Halves
+from nn_models.columns import IMAGINED_LENGTH
 from nn_models.errors import UserError
 
 STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad": 1}
@@ -17,7 +17,7 @@ STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad"
 
 @dataclass(frozen=True)
 class Layer:
-    """One module without children, in the order of use."""
+    """One module without children, in the order of its first use."""
 
     name: str
     kind: str
@@ -45,26 +45,18 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
     Raises UserError where the rows do not go through, or come out with the wrong shape.
     """
     try:
-        model, layers, sizes, output = _rehearse(recipe, manifest, "meta")
+        model, layers, sizes = _rehearse(recipe, manifest, "meta")
     except (Exception, SystemExit):  # tensors without memory have no values, which a custom model may look at
         try:
-            model, layers, sizes, output = _rehearse(recipe, manifest, "cpu")
+            model, layers, sizes = _rehearse(recipe, manifest, "cpu")
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # a custom model may raise anything
             raise UserError(
                 "model",
-                f"{recipe.model.kind} cannot read rows of shape {manifest.input_shape} from {recipe.data.kind}: "
+                f"{recipe.model.kind} cannot read rows {_shape(manifest)} from {recipe.data.kind}: "
                 f"{type(error).__name__}: {first_line(error)}",
             ) from error
-    expected = (2, manifest.num_outputs) if recipe.adversarial is None else (2, *manifest.input_shape)
-    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
-        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise UserError(
-            "model",
-            f"{recipe.model.kind} gives {got} for 2 rows where {recipe.data.kind} needs {expected}",
-            "its last layer must have one output a class",
-        )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             "model", f"{recipe.model.kind} has no weights to train", "give it nn.Parameters that need gradients"
@@ -89,22 +81,25 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
         num_steps=order.num_steps * recipe.train.epochs,
         rows=rows,
         parameter_bytes=4 * count * copies,
-        activation_bytes=share * sum(sizes) // narrow,
+        activation_bytes=int(share * sum(sizes) * _longer(manifest)) // narrow,
         data_bytes=in_memory * manifest.row_bytes,
     )
 
 
-def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Module, list[Layer], list[int], Any]:
-    """The model, its layers, the bytes of a row that each puts out, and what comes out for two rows."""
+def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Module, list[Layer], list[int]]:
+    """The model, its layers, and the bytes of a row that each puts out, as two imaginary rows go through it."""
     layers: list[Layer] = []
     sizes: list[int] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # a recurrent layer gives its state as well
+                output = output[0]
             if isinstance(output, torch.Tensor):
-                count = sum(p.numel() for p in module.parameters(recurse=False))
-                layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
                 sizes.append(output.numel() // 2 * output.element_size())
+                if all(layer.name != name for layer in layers):  # not again where it is called at each time
+                    count = sum(p.numel() for p in module.parameters(recurse=False))
+                    layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
 
         return hook
 
@@ -112,25 +107,21 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
         model = recipe.model.build(manifest.signature)
         leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
         hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
-        output = _two_rows_through(recipe, manifest, model)
+        recipe.objective.rehearse(recipe.model, model, manifest.signature, source=recipe.data.kind)
     for hook in hooks:
         hook.remove()
-    return model, layers, sizes, output
+    return model, layers, sizes
 
 
-def _two_rows_through(recipe: Recipe, manifest: Manifest, model: nn.Module) -> Any:
-    """What the model makes of two imaginary rows; of a GAN, the rows that the discriminator has then judged."""
-    rows = torch.zeros(2, *manifest.input_shape)
-    if not isinstance(model, Halves) or not isinstance(recipe.model, AdversarialSpec):
-        return model(rows)
-    condition = None
-    if recipe.model.conditional:
-        condition = torch.zeros(2, dtype=torch.int64)
-    elif recipe.model.paired and manifest.signature.condition_shape:
-        condition = torch.zeros(2, *manifest.signature.condition_shape)
-    made = model(torch.zeros(2, recipe.model.noise_size), condition)
-    model.discriminator(made, condition)
-    return made
+def _longer(manifest: Manifest) -> float:
+    """How many times as long as imagined ones the rows are, where they differ in length."""
+    stored = manifest.columns["input"]
+    return 1.0 if stored.column.layout == "dense" else max(1.0, stored.elements / IMAGINED_LENGTH)
+
+
+def _shape(manifest: Manifest) -> str:
+    column = manifest.signature["input"]
+    return f"of shape {column.row_shape}" if column.layout == "dense" else f"of {column.describe()}"
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
+from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_other_recipe, refuse_what_cannot_start, workers_of
@@ -97,7 +98,7 @@ def train(
         if address and not workers.most:
             raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
         data = prepared(recipe.data)
-        recipe.check(data.manifest)
+        check(recipe, data.manifest)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
 
@@ -171,7 +172,7 @@ def _fit(
     session: RaySession | None,
 ) -> dict[str, Any]:
     """What the training returns, driven from this process or run in Ray Train's workers."""
-    if session is not None and not workers.halves:
+    if session is not None and not workers.coordinated:
         from cluster.training.ray_train import train_on_ray
 
         return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
@@ -208,7 +209,7 @@ def open_training(
     recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
 ) -> Training:
     """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray."""
-    if workers.halves:
+    if workers.coordinated:
         return coordinator_of(recipe, data, splits, run, workers, session)
     from cluster.training.loop import Loop
 
@@ -229,7 +230,7 @@ def coordinator_of(
         from cluster.adversarial.actors import ActorPlayers
 
         tables = session.references(splits.tables)
-        world: dict[str, Any] = {"pairs": workers.pairs, "bundle": workers.bundle, "session": session}
+        world: dict[str, Any] = {"pairs": workers.replicas, "bundle": workers.bundle, "session": session}
         start = partial(ActorPlayers, recipe, splits, tables, **world)
     return Coordinator(
         recipe,
@@ -237,5 +238,5 @@ def coordinator_of(
         run=run,
         features=open_features(data, device=device),
         start=start,
-        replicas=max(1, workers.pairs),
+        replicas=max(1, workers.replicas),
     )

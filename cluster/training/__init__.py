@@ -1,1 +1,1 @@
-"""Training: the recipe, the loop and its contexts, checkpoints, the run's directory."""
+"""Training: the step, the loop and its contexts, the journal, evaluation, checkpoints, the run's directory."""

@@ -105,8 +105,11 @@ class Checkpoints:
 
 def described_rows(manifest: Manifest) -> str:
     """What places in the order of rows, and a model's inputs and outputs, refer to."""
-    shape = " x ".join(map(str, manifest.input_shape))
-    return f"{manifest.rows('train')} rows of {shape} with {manifest.num_outputs} outputs"
+    signature = manifest.signature
+    row = signature["input"].extent
+    if "target" in signature and signature["target"].predicted:
+        row += f" with {signature.num_outputs} outputs"
+    return f"{manifest.rows('train')} rows of {row}"
 
 
 def _read_state(content: bytes) -> State:

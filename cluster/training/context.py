@@ -1,7 +1,8 @@
 """Context: the loop's only way to its world: rank, collectives, rows, the run's directory."""
 
+import json
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -9,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.storage import Folder
 from cluster.training.splits import Splits
+
+T = TypeVar("T")
 
 
 class Context(Protocol):
@@ -26,14 +29,14 @@ class Context(Protocol):
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """While inside, gradients are accumulated and not averaged over ranks."""
 
-    def reduce_sums(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, on all ranks."""
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Every rank's tensor (all of one shape), on all ranks."""
+        """Every rank's tensor, on all ranks; they may differ in the number of their rows."""
 
-    def agree(self, number: int) -> int:
-        """Rank 0's number, on all ranks, once all have come here."""
+    def share(self, value: T) -> T:
+        """Rank 0's plain value (what JSON can hold), on all ranks, once all have come here."""
 
 
 class LocalContext:
@@ -53,7 +56,7 @@ class LocalContext:
         """See Context."""
         return nullcontext()
 
-    def reduce_sums(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """See Context."""
         return values
 
@@ -61,9 +64,9 @@ class LocalContext:
         """See Context."""
         return [values]
 
-    def agree(self, number: int) -> int:
+    def share(self, value: T) -> T:
         """See Context."""
-        return number
+        return value
 
 
 class GroupContext:
@@ -86,23 +89,38 @@ class GroupContext:
         """See Context."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
-    def reduce_sums(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """See Context."""
-        if self.world_size > 1:
-            distributed.all_reduce(values)
-        return values
+        if self.world_size == 1:
+            return values
+        summed = values.clone()
+        distributed.all_reduce(summed)
+        return summed
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """See Context."""
         if self.world_size == 1:
             return [values]
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        distributed.all_gather(parts, values)
-        return parts
+        own = torch.tensor([len(values)], device=self.device)
+        counts = [torch.empty_like(own) for _ in range(self.world_size)]
+        distributed.all_gather(counts, own)
+        rows = [int(count) for count in counts]
+        padded = values.new_zeros((max(rows), *values.shape[1:]))
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in rows]
+        distributed.all_gather(parts, padded)
+        return [part[:count] for part, count in zip(parts, rows, strict=True)]
 
-    def agree(self, number: int) -> int:
+    def share(self, value: T) -> T:
         """See Context."""
-        value = torch.tensor([number], device=self.device)
-        if self.world_size > 1:
-            distributed.broadcast(value, src=0)
-        return int(value)
+        if self.world_size == 1:
+            return value
+        text = json.dumps(value).encode()  # not a pickle: what comes from another process is not run
+        size = torch.tensor([len(text)], device=self.device)
+        distributed.broadcast(size, src=0)
+        content = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        distributed.broadcast(content, src=0)
+        shared: T = json.loads(bytes(content.tolist()))
+        return shared

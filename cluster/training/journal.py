@@ -3,19 +3,20 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.data.keys import RowIds, digest_part, digest_text
-from cluster.data.loader import Batch
+from cluster.data.keys import digest_part, digest_text
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
 from cluster.training.progress import Progress, means
 from cluster.training.run_directory import Recorder, RunDirectory
+from nn_models.batch import Place
+from nn_models.metrics import Better
 
 
 @dataclass(frozen=True)
@@ -115,15 +116,18 @@ class Journal:
         self.log("train", progress.train, rows_digest=digest_text(progress.digest), end_of_epoch=True)
         return progress.train
 
-    def validated(self, metrics: Mapping[str, float]) -> None:
+    def validated(self, metrics: Mapping[str, float], **extra: Any) -> None:
         """Metrics of the validation split, and a line with them."""
         self.progress.validation = dict(metrics)
-        self.log("validation", metrics)
+        self.log("validation", metrics, **extra)
 
     # -- the best, and the end -------------------------------------------------------------------------------------
 
-    def note_best(self, metric: str, better: Literal["less", "more"]) -> bool:
-        """Whether the epoch that has just been evaluated is the best so far, by this metric."""
+    def note_best(self, metric: str, better: Better, **about: Any) -> bool:
+        """Whether the epoch that has just been evaluated is the best so far, by this metric.
+
+        `about` is what else there is to say of the weights that are then kept.
+        """
         progress = self.progress
         split, metrics = ("validation", progress.validation) if progress.validation else ("train", progress.train)
         found = {
@@ -132,6 +136,7 @@ class Journal:
             "loss": metrics["loss"],
             "epoch": progress.epoch,
             "step": progress.step,
+            **about,
         }
         return progress.take_best(found, better)
 
@@ -196,10 +201,14 @@ class Pending:
     """
 
     def __init__(self, num_steps: int, num_metrics: int, device: torch.device) -> None:
-        self._num_steps = num_steps
-        self._sums = torch.zeros(num_steps, 1 + num_metrics, dtype=torch.float64, device=device)
-        self._losses, self._metrics = self._sums[:, 0].unbind(), self._sums[:, 1:].unbind()  # views, one a step
-        self._used: list[tuple[RowIds, int, int]] = []  # ids, start and global rows of each step's batch
+        self._num_steps, self._size = num_steps, 1 + num_metrics
+        # the loss, each metric, and what each of these counts where that is not what the loss counts
+        self._sums = torch.zeros(num_steps, 2 * self._size, dtype=torch.float64, device=device)
+        self._losses = self._sums[:, 0].unbind()  # views, one a step
+        self._metrics = self._sums[:, 1 : self._size].unbind()
+        self._counts = self._sums[:, self._size + 1 :].unbind()
+        self._counted = False
+        self._used: list[Sequence[Place]] = []  # the pieces of each step's batch
         self.grad_norm: Tensor | None = None
 
     @property
@@ -207,24 +216,44 @@ class Pending:
         """Whether the next step would find no room."""
         return len(self._used) == self._num_steps
 
-    def begin(self, batch: Batch) -> None:
-        """Note the rows of a new step."""
-        self._used.append((batch.ids, batch.start, batch.global_rows))
+    def begin(self, places: Sequence[Place]) -> None:
+        """Note the rows of a new step, which comes in these pieces."""
+        self._used.append(places)
 
-    def add(self, loss: Tensor, metrics: Tensor) -> None:
-        """The summed loss () and metric sums (metrics,) of one piece of the step's batch."""
+    def add(self, loss: Tensor, metrics: Tensor, counts: Tensor | None = None) -> None:
+        """The summed loss () and metric sums (metrics,) of one piece of the step's batch, and the metrics' counts."""
         step = len(self._used) - 1
         self._losses[step].add_(loss)
         self._metrics[step].add_(metrics)
+        if counts is not None:
+            self._counted = True
+            self._counts[step].add_(counts)
 
-    def collect(self) -> tuple[Tensor, NDArray[np.int64], int]:
-        """(steps, 1 + metrics) sums of this rank, its part of the digest, and the rows of all ranks; starts anew."""
+    def collect(self) -> "Collected":
+        """What has been added up; starts anew."""
         sums = self._sums[: len(self._used)].clone()
         self._sums.zero_()
-        digest = np.sum([digest_part(ids, start) for ids, start, _ in self._used], axis=0)
-        rows = sum(rows for _, _, rows in self._used)
+        parts = [digest_part(place.ids, place.start) for places in self._used for place in places]
+        collected = Collected(
+            sums=sums if self._counted else sums[:, : self._size],
+            size=self._size,
+            digest=np.sum(parts, axis=0),
+            rows=sum(places[0].global_rows for places in self._used),
+            weight=sum(places[0].global_weight for places in self._used),
+        )
         self._used = []
-        return sums, digest, rows
+        return collected
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Some steps of one rank. `sums` (steps, size), or where metrics have counts of their own (steps, 2 * size)."""
+
+    sums: Tensor
+    size: int
+    digest: NDArray[np.int64]
+    rows: int  # of all ranks
+    weight: float  # of all ranks: what the loss counts
 
 
 def prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,25 +1,26 @@
-"""The loop: `fit(recipe, context)` for every objective that is the mean of a loss over rows."""
+"""The loop: `fit(recipe, context)` for every objective that trains one net."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cluster.data.loader import Batch
 from cluster.recipe.recipe import Recipe
+from cluster.training.average import MovingAverage
+from cluster.training.carry import gathered, of_rows, on_device
 from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
 from cluster.training.context import Context
-from cluster.training.evaluation import EVALUATION_ROWS, autocast, evaluate, evaluate_best
+from cluster.training.evaluation import evaluate, evaluate_best, names_of
 from cluster.training.journal import Journal, Pending
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
+from cluster.training.step import Step
+from nn_models.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -47,31 +48,36 @@ class Loop:
         keep_freed_memory(context.device)
         self.whole_recipe = recipe
         self.recipe, self.context, self.train = recipe, context, recipe.train
-        manifest = context.splits.manifest
-        self.objective = recipe.supervised.build(manifest.num_outputs)
-        self.names = ("loss", *self.objective.names)
+        self.manifest = context.splits.manifest
+        self.objective = cast(Objective, recipe.objective.build(self.manifest.signature))
 
         torch.manual_seed(self.train.seed)  # the same weights on all ranks
-        self.model = recipe.model.build(manifest.signature)
+        self.model = recipe.model.build(self.manifest.signature)
         if self.train.compile:
             self.model.compile()
-        self.wrapped = context.prepare(self.model)
+        wrapped = context.prepare(self.model)
         self.optimizer = recipe.optimizer.build(self.model.parameters())
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average: AveragedModel | None = None
-        if self.train.ema_decay:
-            average = get_ema_multi_avg_fn(self.train.ema_decay)
-            self.average = AveragedModel(self.model, multi_avg_fn=average)
+        self.average = MovingAverage(self.model, self.train.ema_decay) if self.train.ema_decay else None
+        self.chosen: nn.Module = self.average.module if self.average else self.model  # what is evaluated and kept
 
-        place = {"rank": context.rank, "world_size": context.world_size, "device": context.device}
-        self.rows = context.splits.training(recipe, **place)  # type: ignore[arg-type]
-        self.validation = context.splits.held("validation", context.device)
+        place = {"rank": context.rank, "world_size": context.world_size}
+        self.rows = context.splits.training(recipe, device=context.device, **place)
+        self.validation = context.splits.evaluation("validation", recipe, device=context.device, **place)
         self.num_steps = self.rows.order.num_steps * self.train.epochs
-        self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
 
-        self.journal = Journal(context.run, self.names, writes=context.rank == 0)
+        names = names_of(self.objective)
+        self.journal = Journal(context.run, names, writes=context.rank == 0)
         interval = min(self.train.log_every_steps, self.rows.order.num_steps)
-        self.pending = Pending(interval, len(self.objective.names), context.device)
+        self.pending = Pending(interval, len(names) - 1, context.device)
+        self.step = Step(
+            self.model,
+            self.optimizer,
+            wrapped=wrapped,
+            train=self.train,
+            context=context,
+            average=self.average,
+            pending=self.pending,
+        )
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         seed_rank(self.train.seed, context.rank, 0)
@@ -113,18 +119,21 @@ class Loop:
         if recipe is self._using:
             return
         self.recipe = self._using = recipe
-        self.objective = recipe.supervised.build(self.context.splits.manifest.num_outputs)
+        self.objective = cast(Objective, recipe.objective.build(self.manifest.signature))
         wanted = recipe.optimizer.build([nn.Parameter(torch.zeros(1, device=self.context.device))]).param_groups[0]
-        for group in self.optimizer.param_groups:
-            group.update({name: value for name, value in wanted.items() if name != "params"})
-        self.base_rates = [wanted["lr"]] * len(self.optimizer.param_groups)
+        self.step.use({name: value for name, value in wanted.items() if name != "params"})
 
     def _epoch(self) -> None:
         self.model.train()
         steps = self.rows.order.num_steps
         began = time.perf_counter()
-        for batch in self.rows.batches(self.progress.epoch, self.progress.epoch_step):
-            self._step(batch)
+        if not self.progress.epoch_step:  # streams begin anew
+            self.step.carry = None
+        batches = self.rows.batches(self.progress.epoch, self.progress.epoch_step, pieces=self.train.accumulation)
+        for pieces in batches:
+            factor = self.recipe.schedule.factor(self.progress.step, self.num_steps)
+            self.step(pieces, self.objective, rate_factor=factor)
+            self.journal.stepped()
             done = self.progress.epoch_step == steps
             due = self.train.checkpoint_every_steps
             save = bool(due) and self.progress.step % (due or 1) == 0 and not done
@@ -136,60 +145,39 @@ class Loop:
         self._refuse_broken_weights()
         self.journal.epoch_trained()
 
-    def _step(self, batch: Batch) -> None:
-        """One optimizer step: the gradient of the mean loss over the global batch."""
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * self.recipe.schedule.factor(self.progress.step, self.num_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages over ranks: a rank's share of the sum counts world_size times
-        scale = self.context.world_size / batch.global_rows if batch.num_rows else 0.0
-        pieces = min(self.train.accumulation, max(batch.num_rows, 1))
-        self.pending.begin(batch)
-        for piece in range(pieces):
-            if piece + 1 < pieces:
-                with self.context.no_sync(self.wrapped):
-                    self._backward(batch, piece, pieces, scale)
-            else:
-                self._backward(batch, piece, pieces, scale)
-        if self.train.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.clip_norm)
-            self.pending.grad_norm = norm
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.model)
-        self.journal.stepped()
-
-    def _backward(self, batch: Batch, piece: int, pieces: int, scale: float) -> None:
-        inputs, targets = batch.inputs, batch.targets
-        if pieces > 1:
-            inputs, targets = inputs.tensor_split(pieces)[piece], targets.tensor_split(pieces)[piece]
-        with autocast(self.train.precision, self.context.device):
-            measured = self.objective.measure(self.wrapped, inputs, targets)
-        measured.loss.backward(torch.full_like(measured.loss, scale))
-        if batch.num_rows:  # a row that only stands in for an empty slice counts nothing
-            self.pending.add(measured.loss.detach(), self.objective.sums(measured, targets))
-
     def _validate(self) -> None:
+        """Measure the validation split; of averaged and plain weights, choose the better ones for this epoch."""
         if self.validation is None:
             return
         self._average_buffers()
-        metrics = evaluate(
-            self._evaluated(),
-            self.validation,
-            self.objective,
-            context=self.context,
-            precision=self.train.precision,
-            batch_size=EVALUATION_ROWS,
-        )
-        self.journal.validated(metrics)
+        metrics = self._measured(self.model)
+        extra = {}
+        if self.average:
+            averaged = self._measured(self.average.module)
+            better = self._rank(averaged) <= self._rank(metrics)
+            self.chosen = self.average.module if better else self.model
+            metrics = averaged if better else metrics
+            extra = {"weights": "averaged" if better else "plain"}
+        self.journal.validated(metrics, **extra)
         if not np.isfinite(metrics["loss"]):
             self._diverged("validation loss", self.progress.step)
+
+    def _measured(self, model: nn.Module) -> dict[str, float]:
+        assert self.validation is not None
+        precision = self.train.precision
+        return evaluate(model, self.validation, self.objective, context=self.context, precision=precision)
+
+    def _rank(self, metrics: dict[str, float]) -> tuple[float, float]:
+        """Less is better; not finite is worst."""
+        sign = -1 if self.objective.better == "more" else 1
+        value, loss = sign * metrics[self.objective.best], metrics["loss"]
+        return (value, loss) if np.isfinite(value + loss) else (np.inf, np.inf)
 
     def conclude(self) -> dict[str, Any]:
         """Evaluate the best weights on the test split. Returns what `fit` returns."""
         self.background.wait()
-        self.context.agree(0)  # rank 0 has written the best weights before any rank reads them
-        tested = evaluate_best(self.model, self.objective, context=self.context, precision=self.train.precision)
+        self.context.share(None)  # rank 0 has written the best weights before any rank reads them
+        tested = evaluate_best(self.model, self.objective, recipe=self.recipe, context=self.context)
         result = self.journal.result(
             tested=tested,
             checkpoints=self.checkpoints,
@@ -202,24 +190,26 @@ class Loop:
 
     def _log_interval(self, began: float) -> float:
         """Add up the steps since the last call over all ranks and write their means. Returns the time now."""
-        progress, pending, journal = self.progress, self.pending, self.journal
-        sums, digest, rows = pending.collect()
-        sums = self.context.reduce_sums(sums)
-        totals = sums.sum(0).tolist()
+        collected = self.pending.collect()
+        sums = self.context.sum(collected.sums)
+        totals, size = sums.sum(0).tolist(), collected.size
         if not np.isfinite(totals[0]):
             first = int((~torch.isfinite(sums[:, 0])).nonzero()[0])
-            self._diverged("loss", progress.step - len(sums) + first + 1)
-        halves = self.context.reduce_sums(torch.from_numpy(digest).to(self.context.device)).tolist()
+            self._diverged("loss", self.progress.step - len(sums) + first + 1)
+        digest = self.context.sum(torch.from_numpy(collected.digest).to(self.context.device)).tolist()
         elapsed = time.perf_counter() - began
-        journal.trained(rows=rows, seconds=elapsed, digest=halves)
+        self.journal.trained(rows=collected.rows, seconds=elapsed, digest=digest)
         extra: dict[str, Any] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if pending.grad_norm is not None:
-            extra["grad_norm"] = float(pending.grad_norm)
-        journal.interval(totals, weight=rows, rows_per_s=rows / elapsed, **extra)
+        if self.pending.grad_norm is not None:
+            extra["grad_norm"] = float(self.pending.grad_norm)
+        counts = [collected.weight, *totals[size + 1 :]] if len(totals) > size else None
+        self.journal.interval(
+            totals[:size], weight=collected.weight, counts=counts, rows_per_s=collected.rows / elapsed, **extra
+        )
         return time.perf_counter()
 
     def _diverged(self, what: str, step: int) -> NoReturn:
-        raise self.progress.diverged(what, step=step, rate=self.base_rates[0])
+        raise self.progress.diverged(what, step=step, rate=self.step.base_rates[0])
 
     def _refuse_broken_weights(self) -> None:
         """Never keep weights that are NaN: the loss was taken before the step that made them so, and looks well."""
@@ -229,71 +219,73 @@ class Loop:
 
     # -- the best weights, checkpoints, resuming -------------------------------------------------------------------
 
-    def _evaluated(self) -> nn.Module:
-        """The weights that are evaluated and kept: the moving average where there is one."""
-        return self.average.module if self.average else self.model
-
     def _keep_best(self) -> None:
         """Write the weights where they are the best so far."""
-        better: Any = "more" if self.objective.mode == "max" else "less"
-        if not self.journal.note_best(self.objective.best_metric.removeprefix("validation/"), better):
+        about = {}
+        if self.average and self.validation is not None:
+            about = {"weights": "averaged" if self.chosen is self.average.module else "plain"}
+        if not self.journal.note_best(self.objective.best, self.objective.better, **about):
             return
-        if not self.progress.validation:
+        if self.validation is None:
             self._average_buffers()
         if self.context.rank == 0:
-            assert self.progress.best is not None
-            weights = to_cpu(self._evaluated().state_dict())
-            best, manifest = dict(self.progress.best), self.context.splits.manifest
+            weights = to_cpu(self.chosen.state_dict())
+            best, manifest = dict(self.progress.best or {}), self.manifest
             self.background.submit(lambda: save_model(self.context.run, weights, best=best, manifest=manifest))
 
     def _average_buffers(self) -> None:
         """Give all ranks the mean of their running statistics (batch normalisation's); gradients never see these."""
-        if self.context.world_size == 1 or not self.buffers:
+        modules = [self.model, *([self.average.module] if self.average else [])]
+        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.context.world_size == 1 or not buffers:
             return
-        flat = torch.cat([buffer.flatten().double() for buffer in self.buffers])
-        mean = self.context.reduce_sums(flat) / self.context.world_size
-        for buffer, values in zip(self.buffers, mean.split([b.numel() for b in self.buffers]), strict=True):
+        flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+        mean = self.context.sum(flat) / self.context.world_size
+        for buffer, values in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
-        if self.average:
-            for own, averaged in zip(self.model.buffers(), self.average.module.buffers(), strict=True):
-                averaged.copy_(own)
 
     def _checkpoint(self) -> None:
         """Save everything that decides how training goes on. The loop waits only for the copy, not for the writing."""
         self._average_buffers()
         generators = self.context.gather(generator_state(self.context.device))
+        carry = gathered(self.step.carry, self.context)
         if self.context.rank == 0:
             state: State = {
                 "recipe": self.whole_recipe.model_dump_json(),
                 "world_size": self.context.world_size,
-                "rows": described_rows(self.context.splits.manifest),
+                "rows": described_rows(self.manifest),
                 "progress": self.journal.state(),
                 "model": to_cpu(self.model.state_dict()),
                 "optimizer": to_cpu(self.optimizer.state_dict()),
                 "average": to_cpu(self.average.state_dict()) if self.average else None,
                 "generators": [generator.cpu() for generator in generators],
+                "carry": to_cpu(carry),
             }
             step = self.progress.step
             self.background.submit(lambda: self.checkpoints.save(step, state))
         self.journal.flush()
 
     def _resume(self) -> None:
+        context = self.context
         # Rank 0 looks: ranks that list an object store on their own might see different files.
-        newest = self.checkpoints.newest_step() if self.context.rank == 0 else None
-        step = self.context.agree(-1 if newest is None else newest)
-        if step < 0:
+        step = context.share(self.checkpoints.newest_step() if context.rank == 0 else None)
+        if step is None:
             return
         state = self.checkpoints.at(step)
-        self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.context.splits.manifest))
+        self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.manifest))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:
             self.average.load_state_dict(state["average"])
-        self.journal.progress = Progress.restored(state["progress"])
-        if state["world_size"] == self.context.world_size:
-            set_generator_state(state["generators"][self.context.rank], self.context.device)
+        self.journal.progress = progress = Progress.restored(state["progress"])
+        if progress.epoch_step:
+            place = self.rows.order.place(progress.epoch, progress.epoch_step, context.rank, context.world_size)
+            first = place.start - self.rows.order.place(progress.epoch, progress.epoch_step, 0, 1).start
+            self.step.carry = on_device(of_rows(state.get("carry"), first, place.num_rows), context.device)
+        if state["world_size"] == context.world_size:
+            set_generator_state(state["generators"][context.rank], context.device)
         else:
-            seed_rank(self.train.seed, self.context.rank, self.progress.step)
+            seed_rank(self.train.seed, context.rank, progress.step)
         self._take_saved_best()
 
     def _take_saved_best(self) -> None:
@@ -302,16 +294,13 @@ class Loop:
         With another number of workers, or on a GPU, the epochs that follow need not come to the same figures again; the
         weights would then stay, and `best` would speak of others. Where they do, nothing is different at the end.
         """
-        context = self.context
-        better: Any = "more" if self.objective.mode == "max" else "less"
-        text = ""
-        if context.rank == 0 and (context.run / "model").exists("model.safetensors"):
-            text = json.dumps(read_model(context.run).best)
-        if size := context.agree(len(text)):
-            own = torch.tensor(list(text.encode()) or [0] * size, dtype=torch.uint8, device=context.device)
-            self.progress.take_best(json.loads(bytes(context.gather(own)[0].tolist())), better)
+        run = self.context.run
+        there = self.context.rank == 0 and (run / "model").exists("model.safetensors")
+        saved = self.context.share(read_model(run).best if there else None)
+        if saved:
+            self.progress.take_best(saved, self.objective.better)
         elif self.progress.best is not None:
-            logger.warning("%s/model: the best weights are gone; the best from here on count", context.run)
+            logger.warning("%s/model: the best weights are gone; the best from here on count", run)
             self.progress.best = None
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from cluster.errors import Diverged
+from nn_models.metrics import Better
 
 # What fields were called in checkpoints of earlier versions.
 EARLIER_NAMES = {"rows": "weight", "epoch_sums": "sums"}
@@ -60,7 +61,7 @@ class Progress:
         self.epoch_step = self.weight = 0
         self.sums, self.counts, self.digest = [0.0] * len(self.sums), [], [0, 0]
 
-    def take_best(self, found: dict[str, Any], better: Literal["less", "more"]) -> bool:
+    def take_best(self, found: dict[str, Any], better: Better) -> bool:
         """Make `found` the best where it is better than what there was; whether it is. Its loss decides equal ones."""
         sign, best = -1 if better == "more" else 1, self.best
 

@@ -1,4 +1,4 @@
-"""Splits: the data of a run as it reaches a worker."""
+"""Splits: the data of a run as it reaches a worker, and the batches of one rank from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import torch
 
-from cluster.data.augment import Augmentation
-from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining, TrainingRows
-from cluster.data.manifest import Manifest
-from cluster.data.order import LaneOrder, held, training_order
+from cluster.data.augment import Augmentation, augmentation_of
+from cluster.data.layouts import LENGTH
+from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRows
+from cluster.data.manifest import SPLITS, Manifest
+from cluster.data.order import InOrder, LaneOrder, Order, StreamOrder, Weights, held, training_order
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
+
+EVALUATION_ROWS = 500  # of a step in evaluation, where nothing is kept for a backward pass
 
 
 @dataclass(frozen=True)
@@ -23,29 +26,76 @@ class Splits:
     where: str  # the prepared data set, read by workers only where training rows are streamed
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
 
-    def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> TrainingRows:
+    def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> RowsOfRank:
         """The training rows of one rank."""
         train, manifest = recipe.train, self.manifest
-        augmentation = None
-        if recipe.data.augment:
-            augmentation = Augmentation(recipe.data.augment, shape=manifest.input_shape, seed=train.seed)
+        augmentation = augmentation_of(recipe.data.augment, manifest.signature, recipe.columns)
+        reading = self.reading(recipe, device, augmentation=augmentation)
         order = training_order(
             manifest,
             global_batch_size=train.global_batch_size,
             seed=train.seed,
             window=recipe.data.shuffle_window,
+            weights=self._weights(recipe, "train"),
         )
         if isinstance(order, LaneOrder):
             data = DataSet(Folder(self.where))
-            return StreamedTraining(
-                data, order, rank=rank, world_size=world_size, device=device, augmentation=augmentation
-            )
-        rows = HeldRows(self.tables["train"], manifest, device)
-        return HeldTraining(rows, order, rank=rank, world_size=world_size, augmentation=augmentation)
+            return StreamedRows(data, order, reading, rank=rank, world_size=world_size)
+        rows = self.held("train", device, names=reading.names)
+        return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
-    def held(self, split: str, device: torch.device) -> HeldRows | None:
-        """A split for evaluation; None where there is no such split."""
-        return HeldRows(self.tables[split], self.manifest, device) if split in self.tables else None
+    def evaluation(
+        self,
+        split: str,
+        recipe: Recipe,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        batch_size: int = EVALUATION_ROWS,
+    ) -> RowsOfRank | None:
+        """One rank's share of a split to evaluate on, so many rows a step; None where there is no such split."""
+        if split not in self.tables:
+            return None
+        reading = self.reading(recipe, device, split=split)
+        rows, weights = self.held(split, device, names=reading.names), self._weights(recipe, split)
+        order: Order
+        if self.manifest.order == "streams":  # as many as in training: each begins without what came before it
+            order = StreamOrder(rows.num_rows, num_streams=recipe.train.global_batch_size, weights=weights)
+        else:
+            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights)
+        return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
+
+    def held(self, split: str, device: torch.device, *, names: frozenset[str]) -> Held:
+        """These columns of a split that is held."""
+        return Held(self.tables[split], self.manifest, device, names=names)
+
+    def reading(
+        self, recipe: Recipe, device: torch.device, *, augmentation: Augmentation | None = None, split: str = "train"
+    ) -> Reading:
+        """How a recipe's model and objective are given the rows."""
+        return Reading(
+            self.manifest,
+            device,
+            names=recipe.columns,
+            scale=recipe.scale,
+            seed=recipe.train.seed,
+            augmentation=augmentation,
+            split=SPLITS.index(split),
+        )
+
+    def _weights(self, recipe: Recipe, split: str) -> Weights:
+        """What each row of a split counts in the loss."""
+        name = recipe.objective.counts
+        if name is None:
+            return 1
+        column = self.manifest.signature[name]
+        if column.layout == "dense":
+            return column.row_shape[0]
+        if split in self.tables:
+            lengths: Weights = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
+            return lengths
+        return DataSet(Folder(self.where)).lengths(split, name)
 
 
 def open_splits(data: DataSet, *, window: int | None) -> Splits:

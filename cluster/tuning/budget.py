@@ -114,9 +114,9 @@ class Needs:
         return " and ".join(f"{amount:g} {name}" for name, amount in total.items() if amount)
 
 
-def needs_of(recipe: Recipe, workers: Workers) -> Needs:
+def needs_of(workers: Workers) -> Needs:
     """What a trial of such workers holds: its driver counts."""
-    if workers.halves:
+    if workers.coordinated:
         return Needs([{"CPU": 1}, *[workers.bundle] * workers.most], [])
     if workers.most <= 1:
         return Needs([workers.bundle], [])

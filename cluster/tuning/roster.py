@@ -10,6 +10,7 @@ import numpy as np
 
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
+from cluster.recipe.fit import check
 from cluster.recipe.recipe import Recipe
 from cluster.training.run_directory import RESULT, RunDirectory, read_metrics, result_of
 from cluster.training.splits import Splits, open_splits
@@ -133,7 +134,7 @@ class Roster:
             self.state.records.append(record)
             try:
                 recipe = self._space.trial(self._base, overrides)
-                recipe.check(self._data.of(recipe)[0].manifest)
+                check(recipe, self._data.of(recipe)[0].manifest)
             except UserError as error:
                 record.status, record.error = "invalid", str(error)
                 self._searcher.tell(index, overrides, None)

@@ -24,6 +24,7 @@ from cluster.recipe.distributions import (
     text,
     walk,
 )
+from cluster.recipe.fit import check
 from cluster.recipe.recipe import ChangeSpec, Recipe
 from cluster.recipe.sweep import SweepSpec
 from nn_models.errors import Problem, UserError, is_within
@@ -177,7 +178,7 @@ class Space:
             try:
                 trial = self.trial(recipe, overrides)
                 if manifest is not None:
-                    trial.check(manifest)
+                    check(trial, manifest)
             except UserError as error:
                 own = (problem for problem in error.problems if is_within(problem.path, path))
                 refusals.append(next(own, error.problems[0]))

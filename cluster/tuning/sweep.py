@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
+from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_what_cannot_start, workers_of
@@ -147,17 +148,17 @@ class _Sweep:
         self.space = Space(self.spec)
         self.manifest = prepared(recipe.data).manifest
         self.space.check(recipe, self.manifest)
-        self.base.check(self.manifest)
+        check(self.base, self.manifest)
         self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
-        self.grouped = self.workers.halves or self.workers.most > 1
+        self.grouped = self.workers.coordinated or self.workers.most > 1
         if self.spec.scheduler == "pbt" and self.grouped:
             raise UserError(
                 "sweep.scheduler",
                 "pbt exchanges the state of trials of one worker only",
                 "leave out --workers, or choose asha",
             )
-        self.needs = needs_of(recipe, self.workers)
+        self.needs = needs_of(self.workers)
         self.data = OpenData()
         refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
         self.most_fused, self.fuse_asked = 1, False
@@ -239,7 +240,7 @@ class _Sweep:
             path=list(sys.path),
         )
         # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
-        nested = self.grouped and not self.workers.halves
+        nested = self.grouped and not self.workers.coordinated
         listening = tune.Listening(
             on_start=roster.on_start,
             on_epoch=roster.on_epoch,

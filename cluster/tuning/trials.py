@@ -135,7 +135,7 @@ class Trial(tune.Trainable):
     def session(self) -> RaySession:
         """Ray, for a run that has processes of its own."""
         _, stored = self.world.data.get(self.trial.where, (None, None))
-        return RaySession(ray, embedded=self.world.embedded, placed=self.world.workers.halves, stored=stored)
+        return RaySession(ray, embedded=self.world.embedded, placed=self.world.workers.coordinated, stored=stored)
 
     # -- what population-based training exchanges --------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class EpochTrial(Trial):
         """See Trial."""
         self.open_run()
         trial, workers = self.trial, self.world.workers
-        session = self.session() if workers.halves and workers.most else None
+        session = self.session() if workers.coordinated and workers.most else None
         data, run = DataSet(trial.where.folder), self.directory.folder
         with self._failing():
             self.training = open_training(trial.recipe, data, self.splits(), run, workers, session)

@@ -48,4 +48,4 @@ def inspect(
 
     data = DataSet(path)
     data.verify()
-    print_manifest(data.folder.uri, data.manifest, as_json=as_json)
+    print_manifest(data.folder.uri, data.manifest, as_json=as_json, verified=True)

@@ -23,11 +23,12 @@ def print_summary(
 ) -> None:
     """The resolved recipe, its layers, steps and memory, and the plan of its sweep."""
     if as_json:
+        signature = manifest.signature
         facts = {
             "recipe": recipe.model_dump(mode="json"),
-            "input_shape": manifest.input_shape,
-            "condition_shape": manifest.condition_shape,
-            "num_outputs": manifest.num_outputs,
+            "input_shape": signature.input_shape,
+            "condition_shape": signature.condition_shape,
+            "num_outputs": signature.num_outputs if "target" in signature else None,
             "layers": [vars(layer) for layer in summary.layers],
             **{name: value for name, value in vars(summary).items() if name != "layers"},
             "sweep": plan.facts() if plan else None,
@@ -48,7 +49,7 @@ def print_summary(
     console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
     parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
     text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
-    each = "a worker" if recipe.adversarial is None else "both halves"
+    each = "both halves" if recipe.model.gives == "halves" else "a worker"
     console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
     if plan:
         plan.print_on(console)
@@ -89,10 +90,10 @@ def print_recipes(*, as_json: bool) -> None:
     _pairs(comments)
 
 
-def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
+def print_manifest(where: str, manifest: Manifest, *, as_json: bool, verified: bool = False) -> None:
     """What a prepared data set holds."""
     if as_json:
-        print(json.dumps({"path": where, **manifest.model_dump(mode="json")}))
+        print(json.dumps({"path": where, **manifest.content()}))
         return
     console = _console()
     console.print(f"data set         {where}", markup=False)
@@ -104,9 +105,11 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool) -> None:
     if manifest.class_names:
         more = ", …" if len(manifest.class_names) > 20 else ""
         console.print(f"classes          {', '.join(manifest.class_names[:20])}{more}", markup=False)
-    if len(manifest.mean) <= 4:
-        console.print(f"mean, deviation  {_numbers(manifest.mean)}; {_numbers(manifest.std)}")
-    console.print("checksums        match")
+    for stored in manifest.columns.values():
+        if 0 < len(stored.mean) <= 4:
+            console.print(f"mean, deviation  {_numbers(stored.mean)}; {_numbers(stored.std)}")
+    if verified:
+        console.print("checksums        match")
 
 
 def print_outcome(metrics: Mapping[str, float | None], facts: Mapping[str, object]) -> None:
@@ -126,11 +129,16 @@ def _pairs(rows: Mapping[str, str]) -> None:
 
 
 def _shape(manifest: Manifest) -> str:
-    shape = f"{_by(manifest.input_shape)} {manifest.input_dtype}"
-    kind = "numbers" if not manifest.class_names else "class" if manifest.num_outputs == 1 else "classes"
-    if manifest.condition_shape:
-        return f"{_by(manifest.condition_shape)} -> {shape} of {manifest.num_outputs} {kind}"
-    return f"{shape} to {manifest.num_outputs} {kind}"
+    """What a row holds: in short where these are numbers of one shape and one thing to predict."""
+    columns = {name: stored.column for name, stored in manifest.columns.items()}
+    arrays = [column.scaled and column.layout == "dense" for name, column in columns.items() if name != "target"]
+    if "target" not in columns or not columns["target"].predicted or not all(arrays):
+        return manifest.signature.describe()
+    shape, num = f"{_by(columns['input'].row_shape)} {manifest.columns['input'].dtype}", columns["target"].num_outputs
+    kind = "numbers" if not manifest.class_names else "class" if num == 1 else "classes"
+    if "condition" in columns:
+        return f"{_by(columns['condition'].row_shape)} -> {shape} of {num} {kind}"
+    return f"{shape} to {num} {kind}"
 
 
 def _by(shape: tuple[int, ...]) -> str:

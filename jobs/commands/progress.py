@@ -3,34 +3,32 @@
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm", "rows_digest")
+from nn_models.metrics import LOSS, Metric
+from nn_models.zoo import METRICS
 
-# Of a GAN's many metrics those that fit on a line, in this order and under these names.
-OF_A_GAN = {
-    "frechet_distance": "Frechet",
-    "frechet_floor": "floor",
-    "label_agreement": "label agreement",
-    "diversity": "diversity",
-    "generator_loss": "generator",
-    "discriminator_loss": "discriminator",
-    "l1": "L1",
-    "real_accuracy": "right on real",
-    "fake_accuracy": "on made",
-}
-BEST_BY = ("frechet_distance", "l1", "diversity")  # the first that is there stands on the bar, with the losses
+if TYPE_CHECKING:
+    from cluster.recipe.recipe import Recipe
+
+NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm", "rows_digest")
 
 
 class Progress:
-    """Called with each line of metrics."""
+    """Called with each line of metrics.
 
-    def __init__(self, name: str, *, epochs: int) -> None:
+    Where metrics have short words (nn_models/metrics.py), only these stand on a line, in the order in which the
+    recipe's objective declares them; without a recipe, any objective. Others stand there by their names.
+    """
+
+    def __init__(self, name: str, *, epochs: int, recipe: "Recipe | None" = None) -> None:
+        self._recipe = recipe
+        self._declared = tuple(METRICS.values()) if recipe is None else recipe.objective.known_metrics()
         self._console = Console(stderr=True)
         self._epochs = epochs
         # of a terminal of 80 columns half is for the figures
@@ -40,7 +38,7 @@ class Progress:
             Bar(*columns, console=self._console, transient=True, expand=True) if self._console.is_terminal else None
         )
         self._task = self._bar.add_task(name, total=epochs, metrics="starting") if self._bar else None
-        self._game: dict[str, float] = {}  # a GAN's last metrics of any split
+        self._seen: dict[str, float] = {}  # the last metrics with short words, of any split
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -62,7 +60,7 @@ class Progress:
             self._bar.update(self._task, completed=done, metrics=self._on_the_bar(str(line["split"]), metrics))
         elif ended or line["split"] == "test":
             print(
-                f"{self._place(line):12} {line['split']:10} {_text(metrics)}  ({line['time_s']:.1f} s)",
+                f"{self._place(line):12} {line['split']:10} {self._text(metrics)}  ({line['time_s']:.1f} s)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -73,26 +71,37 @@ class Progress:
         return f"epoch {line['epoch'] + 1}/{self._epochs}" if line["step"] else "untrained"
 
     def _on_the_bar(self, split: str, metrics: Mapping[str, float]) -> str:
-        if not _of_a_gan(metrics):
-            return f"{split} {_text(metrics)}"
-        self._game |= metrics
-        parts = [_text_of_a_gan(self._game, [name for name in BEST_BY if name in self._game][:1])]
-        if {"generator_loss", "discriminator_loss"} <= set(self._game):
-            parts.append(f"losses {self._game['generator_loss']:.3f} / {self._game['discriminator_loss']:.3f}")
+        """Half a line: what the best is chosen by, and the losses where there are several."""
+        if not self._short(metrics):
+            return f"{split} {self._text(metrics)}"
+        self._seen |= metrics
+        known = self._short(self._seen)
+        parts = [_short_text(self._seen, self._leading(known))]
+        losses = [self._seen[metric.name] for metric in known if metric.together == LOSS.name]
+        if len(losses) > 1:
+            parts.append(f"losses {' / '.join(f'{loss:.3f}' for loss in losses)}")
         return "  ".join(parts)
 
+    def _leading(self, known: Sequence[Metric]) -> list[Metric]:
+        """The one that says most: that which has a floor, else what the best is chosen by, else the first."""
+        floored = {metric.floor_of for metric in self._declared}
+        best = None
+        if self._recipe:  # asked only here: by now it is known that its model and objective go together
+            best = self._recipe.objective.reported(self._recipe.model, None).best
+        judged = [metric for metric in known if metric.better]
+        return sorted(judged, key=lambda metric: (metric.name not in floored, metric.name != best))[:1]
 
-def _of_a_gan(metrics: Mapping[str, float]) -> bool:
-    return "discriminator_loss" in metrics or "diversity" in metrics
+    def _short(self, metrics: Mapping[str, float]) -> list[Metric]:
+        """Those of the metrics that have short words, in the order in which they are declared."""
+        return [metric for metric in self._declared if metric.short and metric.name in metrics]
+
+    def _text(self, metrics: Mapping[str, float]) -> str:
+        if known := self._short(metrics):
+            return _short_text(metrics, known)
+        return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def _text(metrics: Mapping[str, float]) -> str:
-    if _of_a_gan(metrics):
-        return _text_of_a_gan(metrics, list(OF_A_GAN))
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
-def _text_of_a_gan(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    """The metrics of these names; a Frechet distance is large, or rounded to what can be told of it."""
-    known = {OF_A_GAN[name]: metrics[name] for name in names if name in metrics}
-    return "  ".join(f"{name} {value:.{3 if abs(value) < 10 else 1}f}" for name, value in known.items())
+def _short_text(metrics: Mapping[str, float], known: Sequence[Metric]) -> str:
+    """Figures under their short words; a distance may be large, and is rounded to what can be told of it."""
+    values = {metric.short: metrics[metric.name] for metric in known}
+    return "  ".join(f"{short} {value:.{3 if abs(value) < 10 else 1}f}" for short, value in values.items())

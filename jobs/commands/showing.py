@@ -17,6 +17,7 @@ def show(
 ) -> None:
     """Show a recipe resolved: layers, parameters, steps, memory; its sweep's space and cost. Trains nothing."""
     from cluster.data.prepare import prepared
+    from cluster.recipe.fit import check
     from cluster.recipe.loading import load_recipe
     from cluster.runs.summary import summarise
     from cluster.runtime import parse_workers
@@ -26,7 +27,7 @@ def show(
     _, most = parse_workers(workers)
     resolved = load_recipe(recipe, overrides(set_))
     manifest = prepared(resolved.data).manifest
-    resolved.check(manifest)
+    check(resolved, manifest)
     plan = plan_of(resolved, manifest, num_workers=max(1, most)) if resolved.sweep else None
     print_summary(resolved, manifest, summarise(resolved, manifest, num_workers=most), plan, as_json=as_json)
 

@@ -78,7 +78,7 @@ def plan_of(recipe: Recipe, manifest: Manifest, *, num_workers: int) -> Plan:
     space = Space(recipe.sweep)
     space.check(recipe, manifest)
     found = target(recipe, manifest)
-    needs = needs_of(recipe, workers_of(recipe, num_workers, False, alone=False))
+    needs = needs_of(workers_of(recipe, num_workers, False, alone=False))
     cpus = os.cpu_count() or 1
     room = room_for(needs, [{"CPU": cpus}])
     return Plan(

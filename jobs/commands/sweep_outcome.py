@@ -74,7 +74,7 @@ def _refuse_missing_gpus(recipe: Recipe, workers: int) -> None:
     """Raise UserError before Ray is started where this machine has fewer GPUs than one trial holds."""
     import torch
 
-    needs = needs_of(recipe, workers_of(recipe, workers, True, alone=False))
+    needs = needs_of(workers_of(recipe, workers, True, alone=False))
     wanted, have = sum(bundle.get("GPU", 0) for bundle in needs.all), torch.cuda.device_count()
     if wanted > have:
         raise UserError(

@@ -34,20 +34,20 @@ def train(
     """Train a recipe."""
     from cluster.runtime import configure_ray, parse_workers
     from jobs.commands.printing import print_outcome
-    from jobs.commands.progress import Progress
 
     least, most = parse_workers(workers)
     configure_ray()
     from cluster.recipe.loading import load_recipe
     from cluster.runs.train import train as run_training
     from cluster.training.run_directory import RunDirectory, new_run_name
+    from jobs.commands.progress import Progress
 
     resolved = load_recipe(recipe, overrides(set_))
     if resume and run is None:
         raise UserError("--resume", "say which run to continue with --run DIR")
     run = new_run_name(resolved) if run is None else run
     try:
-        with Progress(resolved.name, epochs=resolved.train.epochs) as progress:
+        with Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
             outcome = run_training(
                 resolved,
                 num_workers=least if least == most else (least, most),

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about a run."""
+"""The report: one self-contained HTML page about a run or a sweep."""
 
 from jobs.report.page import write_report
 

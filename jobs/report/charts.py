@@ -3,12 +3,15 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.report.files import AbsentError, is_number
+from nn_models.metrics import Metric
+from nn_models.zoo import METRICS
 
 Array = NDArray[Any]
 
@@ -20,14 +23,10 @@ SPLITS = ("train", "validation", "test")
 SHOWN_LAST = ("learning_rate", "grad_norm", "rows_per_s")
 NOT_METRICS = ("step", "epoch", "time_s")
 
-# Of a GAN: metrics that are drawn in one chart, in two colours, as they mean something only beside each other ...
-TOGETHER = {
-    "loss": {"generator_loss": "generator", "discriminator_loss": "discriminator"},
-    "discriminator accuracy": {"real_accuracy": "on real rows", "fake_accuracy": "on made rows"},
-}
-COLOURS = ("first", "second")
-# ... and those that are a level to reach in the chart of another: what perfect rows would have.
-FLOORS = {"frechet_floor": "frechet_distance", "kernel_floor": "kernel_distance"}
+COLOURS = ("first", "second")  # of metrics that share a chart
+TOGETHER = [metric for metric in METRICS.values() if metric.together]
+# Levels to reach in the chart of another metric: what perfect rows would have.
+FLOORS = {metric.name: metric.floor_of for metric in METRICS.values() if metric.floor_of}
 
 
 def number(value: Any) -> str | None:
@@ -40,15 +39,21 @@ def number(value: Any) -> str | None:
 
 
 def words(name: str) -> str:
-    """A metric's name in words."""
-    name = re.sub("per s$", "per second", name.replace("/", " ").replace("_", " "))
-    return re.sub(r"\b(frechet|l1)\b", lambda found: found[0].capitalize(), name)
+    """A metric's name in words, with its split where it has one: `test/accuracy`."""
+    split, _, bare = name.rpartition("/")
+    told = re.sub("per s$", "per second", _metric(bare).in_words)
+    return f"{split.replace('/', ' ')} {told}" if split else told
 
 
 def figure(name: str, value: float) -> str:
-    """A metric's value: accuracies in per cent."""
-    is_share = name.endswith(("accuracy", "label_agreement")) and 0 <= value <= 1
+    """A metric's value: shares in per cent."""
+    is_share = _metric(name.rpartition("/")[2]).is_share and 0 <= value <= 1
     return f"{100 * value:.2f}\u202f%" if is_share else str(number(value))
+
+
+def _metric(name: str) -> Metric:
+    """As it is declared; of what nobody declares nothing but the name is known."""
+    return METRICS.get(name) or Metric(name)
 
 
 class Curve(NamedTuple):
@@ -164,14 +169,18 @@ def metric_charts(records: Sequence[Mapping[str, Any]], best_step: Any, marks: S
     across = _Across("epoch" if length else "step", length or 1, best_step if is_number(best_step) else None, marks)
     names = {name for record in records for name, value in record.items() if is_number(value)} - set(NOT_METRICS)
     floors = {name: metric for name, metric in FLOORS.items() if {name, metric} <= names}
-    together = {title: labels for title, labels in TOGETHER.items() if set(labels) <= names}
+    together: dict[str, dict[str, str]] = {}
+    for metric in TOGETHER:
+        if metric.name in names:
+            together.setdefault(metric.together, {})[metric.name] = metric.label
+    together = {title: labels for title, labels in together.items() if len(labels) > 1}
     alone = names - set(floors) - {name for labels in together.values() for name in labels}
     charts = [
         _metric_chart(
             title,
             [
                 series._replace(label=label, colour=colour)
-                for (name, label), colour in zip(labels.items(), COLOURS, strict=True)
+                for (name, label), colour in zip(labels.items(), cycle(COLOURS), strict=False)
                 for series in _series(name, records, across.scale)
             ],
             across,
@@ -208,7 +217,7 @@ def _series(name: str, records: Sequence[Mapping[str, Any]], scale: float) -> li
 def _levels(name: str, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     """(label, value) of a floor on each split that has curves of its own; it is the same at each look."""
     last = {str(record.get("split", "train")): record[name] for record in records if is_number(record.get(name))}
-    return [(f"{words(name).partition(' ')[2]}, {split}", float(value)) for split, value in last.items()]
+    return [(f"floor, {split}", float(value)) for split, value in last.items()]
 
 
 def _metric_chart(
@@ -268,7 +277,7 @@ def _metric_chart(
 def spans_decades(name: str, values: Array) -> bool:
     """Whether only a logarithmic axis shows all of the values."""
     low, high = values.min(), values.max()
-    enough = 10 if name == "frechet_distance" else 100  # a bad start would hide how near the floor the end is
+    enough = 10 if name in FLOORS.values() else 100  # a bad start would hide how near the floor the end is
     return bool(re.search("loss|grad_norm|perplexity|frechet", name) and low > 0 and high / low >= enough)
 
 

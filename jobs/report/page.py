@@ -1,22 +1,19 @@
-"""The page: gathers figures, curves and pictures of a run and renders report.html."""
+"""The page: gathers figures, curves and the sections of a run's evidence and renders report.html."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
-from numpy.typing import NDArray
+from markupsafe import Markup
 
 from cluster.storage import Folder
-from jobs.report import game
-from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, steps_per_epoch, words
-from jobs.report.files import BROKEN, AbsentError, Tensors, is_number, left_out, mapping, read_records
-from jobs.report.pictures import example_shape, read_evaluation, read_first_layer
-from jobs.report.rendering import duration, flat, write_page
-from jobs.report.samples import described_grid, read_samples
+from jobs.report.charts import MAX_CHARTS, SPLITS, Chart, figure, metric_charts, number, words
+from jobs.report.files import BROKEN, AbsentError, is_number, left_out, mapping, read_records
+from jobs.report.rendering import duration, flat, fragment, write_page
+from jobs.report.sections import SECTIONS, chosen
+from jobs.report.sections.section import Run
 from nn_models.errors import UserError
-
-Array = NDArray[Any]
 
 
 def write_report(run: str) -> str:
@@ -28,92 +25,60 @@ def write_report(run: str) -> str:
     """
     folder = Folder(run)
     if _is_sweep(folder):
-        from jobs.report.sweep import write_sweep_report  # imports torch, with the recipe's Specs
+        from jobs.report.sweep import write_sweep_report
 
         return write_sweep_report(folder)
     _refuse_what_is_no_run(folder)
-    notes: list[str] = []
-    recipe: dict[str, Any] = {}
+    found = Run(folder)
+    notes = found.notes
     recipe_text = None
     with left_out(notes, "The recipe", file="recipe.yaml"):
         recipe_text = folder.read_bytes("recipe.yaml").decode(errors="replace")
-        recipe = mapping(yaml.safe_load(recipe_text))
-    result: dict[str, Any] = {}
+        found.recipe = mapping(yaml.safe_load(recipe_text))
     with left_out(notes, "The final result", file="result.json"):
-        result = mapping(json.loads(folder.read_bytes("result.json")))
+        found.result = mapping(json.loads(folder.read_bytes("result.json")))
     environment: list[tuple[str, str]] = []
     with left_out(notes, "The environment", file="environment.json"):
         environment = list(flat(mapping(json.loads(folder.read_bytes("environment.json")))))
+    recipe, result = found.recipe, found.result
     best = mapping(result.get("best"))
-    records: list[dict[str, Any]] = []
+    marks = [mark for section in SECTIONS for mark in section.marks(found)]
     charts: list[Chart] = []
     with left_out(notes, "The curves", file="metrics.jsonl"):
-        records, num_unreadable = read_records(folder.read_bytes("metrics.jsonl"))
+        found.records, num_unreadable = read_records(folder.read_bytes("metrics.jsonl"))
         if num_unreadable:
             notes.append(f"Lines of metrics.jsonl that cannot be read: {num_unreadable}.")
-        charts = metric_charts(records, best_step=best.get("step"), marks=game.marks(result))
+        charts = metric_charts(found.records, best_step=best.get("step"), marks=marks)
         if not charts:
             raise AbsentError("metrics.jsonl holds no finite value")
         if len(charts) > MAX_CHARTS:
             notes.append(f"The curves: only {MAX_CHARTS} of the {len(charts)} metrics are drawn.")
-    kinds = {section: mapping(recipe.get(section)).get("kind") for section in ("model", "data", "objective")}
-    evaluation: dict[str, Any] = dict.fromkeys(("num_classes", "scatter", "right", "wrong"))
-    filters = played = None
-    if game.is_game(recipe, result, records):
-        played = _game(folder, str(kinds["model"]), result, records, notes)
-    else:
-        image_shape = None
-        with left_out(notes, "The predictions", file="evaluation.safetensors"):
-            tensors = Tensors(folder, "evaluation.safetensors")
-            image_shape = example_shape(tensors)
-            evaluation |= read_evaluation(tensors, notes)
-        with left_out(notes, "The learned filters", file="model/model.safetensors"):
-            filters = read_first_layer(Tensors(folder, "model/model.safetensors"), image_shape)
-
+    sections = chosen(found)
+    above: list[Markup] = []
+    below: list[Markup] = []
+    for section in sections:
+        with left_out(notes, section.title, file=section.file):
+            if values := section.read(found):
+                (above if section.above else below).append(fragment(section.template, **values))
     return write_page(
         folder,
         "report.html",
         name=str(recipe.get("name") or folder.path.rsplit("/", 1)[-1]),
-        kinds=kinds,
+        kinds={part: mapping(recipe.get(part)).get("kind") for part in ("model", "data", "objective")},
         status=str(result.get("status") or "unfinished"),
         error=result.get("error"),
-        figures=_figures(mapping(result.get("metrics")), of_game=played is not None),
+        figures=_figures(mapping(result.get("metrics")), next((s.figures for s in sections if s.figures), ())),
         facts=[(label, value) for label, value in _facts(recipe, result) if value],
         charts=charts[:MAX_CHARTS],
         best=words(str(best["metric"])) if best.get("metric") else None,
-        game=played,
-        evaluation=evaluation,
-        filters=filters,
+        marks=marks,
+        above=above,
+        below=below,
         recipe=recipe_text,
         environment=environment,
         result=json.dumps(result, indent=2, ensure_ascii=False) if result else None,
         notes=notes,
     )
-
-
-def _game(
-    folder: Folder, model: str, result: Mapping[str, Any], records: list[dict[str, Any]], notes: list[str]
-) -> dict[str, Any]:
-    """What the page shows of a GAN alone."""
-    best = game.best_look(result, records)
-    data: dict[str, Any] = {}
-    with left_out(notes, "The best generator's weights", file="model/model.safetensors"):
-        data = mapping(json.loads(Tensors(folder, "model/model.safetensors").metadata.get("data", "{}")))
-    shape = data.get("input_shape")
-    samples = None
-    if not (isinstance(shape, list) and len(shape) == 1):  # rows of features are no pictures
-        epoch_steps = steps_per_epoch(records)
-        samples = read_samples(folder, records, notes, best_step=best.get("step"), epoch_steps=epoch_steps)
-    heads, quality = game.quality_table(best, result, records)
-    ended = result.get("ended")
-    return {
-        "ended": ended if isinstance(ended, str) else None,
-        "heads": heads,
-        "quality": quality,
-        "rollbacks": game.rollbacks(result, records),
-        "samples": samples,
-        "grid": described_grid(model, data),
-    }
 
 
 def _is_sweep(folder: Folder) -> bool:
@@ -139,15 +104,14 @@ def _refuse_what_is_no_run(folder: Folder) -> None:
     raise UserError(str(folder), "not a run (it holds no recipe.yaml, metrics.jsonl or result.json)", fix)
 
 
-def _figures(metrics: Mapping[str, Any], *, of_game: bool) -> list[tuple[str, str]]:
-    """The numbers that matter most: of the test split where there is one, the loss after the others."""
+def _figures(metrics: Mapping[str, Any], first: Sequence[str]) -> list[tuple[str, str]]:
+    """The numbers that matter most: of the test split where there is one; those in `first`, or the loss last."""
     for split in reversed(SPLITS):
         found = {name: value for name, value in metrics.items() if name.startswith(f"{split}/") and is_number(value)}
-        if found and of_game:
-            bare = {name.partition("/")[2]: value for name, value in found.items()}
-            return [(words(f"{split}/{name}"), text) for name, text in game.headline(bare)]
         if found:
             names = sorted(found, key=lambda name: name.endswith("/loss"))
+            if first:
+                names = [name for name in (f"{split}/{bare}" for bare in first) if name in found]
             return [(words(name), figure(name, found[name])) for name in names[:4]]
     return []
 

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from cluster.storage import Folder
 from jobs.report.files import is_number
@@ -14,14 +16,7 @@ from nn_models.errors import UserError
 
 def write_page(folder: Folder, template: str, **values: Any) -> str:
     """Write report.html and return where it is. Raises UserError where it cannot be written."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = templates.get_template(template).render(where=str(folder), **values)
+    html = _templates().get_template(template).render(where=str(folder), **values)
     try:
         folder.write_bytes("report.html", html.lstrip().encode(errors="replace"))  # a name may hold a lone surrogate
     except OSError as error:
@@ -29,6 +24,22 @@ def write_page(folder: Folder, template: str, **values: Any) -> str:
             f"{folder}/report.html", f"cannot be written ({error})", "make the directory writable"
         ) from None
     return f"{folder}/report.html"
+
+
+def fragment(template: str, **values: Any) -> Markup:
+    """A part of a page, from a template in sections/, to be put into the page as it is."""
+    return Markup(_templates().get_template(f"sections/{template}").render(**values))
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

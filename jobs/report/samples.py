@@ -29,14 +29,23 @@ class Sample(NamedTuple):
     picture: str  # data URI
     step: int
     when: str
-    quality: str  # its Frechet distance, or what else there is
+    quality: str  # a metric with its value
     best: bool
 
 
 def read_samples(
-    folder: Folder, records: Sequence[Mapping[str, Any]], notes: list[str], *, best_step: Any, epoch_steps: float
+    folder: Folder,
+    records: Sequence[Mapping[str, Any]],
+    notes: list[str],
+    *,
+    best_step: Any,
+    epoch_steps: float,
+    told: Sequence[str],
 ) -> dict[str, Any]:
-    """What the page shows of RUN/samples: {"best": Sample or None, "over_time": [Sample, …], "num_looks"}."""
+    """What the page shows of RUN/samples: {"best": Sample or None, "over_time": [Sample, …], "num_looks"}.
+
+    Beside each grid stands the first of the metrics `told` that its look has.
+    """
     page: dict[str, Any] = {"best": None, "over_time": [], "num_looks": 0}
     with left_out(notes, "The samples", file=FOLDER):
         named = ((re.fullmatch(r"step-(\d{1,15})\.png", name), name) for name in (folder / FOLDER).names())
@@ -58,7 +67,7 @@ def read_samples(
                     picture=_embedded((folder / FOLDER).read_bytes(files[step])),
                     step=step,
                     when=_when(step, epoch_steps),
-                    quality=_quality(looks.get(step, {})),
+                    quality=_quality(looks.get(step, {}), told),
                     best=step == best,
                 )
         page = {"best": found.get(best) if best is not None else None, "over_time": list(found.values())}
@@ -78,16 +87,6 @@ def spread(steps: Sequence[int], best: int | None) -> list[int]:
     return sorted(chosen)
 
 
-def described_grid(model: str | None, data: Mapping[str, Any]) -> str:
-    """What stands where in a grid, by the kind of model and the description of its data."""
-    if data.get("condition_shape"):
-        return "In each row, twice: the image given, what was made from it, and the true one."
-    names = data.get("class_names")
-    if model == "conditional_gan" and isinstance(names, list) and 0 < len(names) <= COLUMNS:
-        return f"The classes from left to right: {', '.join(map(str, names * (COLUMNS // len(names))))}."
-    return ""
-
-
 def _when(step: int, epoch_steps: float) -> str:
     if not step:
         return "untrained"
@@ -95,8 +94,8 @@ def _when(step: int, epoch_steps: float) -> str:
     return f"step {number(step)}{epoch}"
 
 
-def _quality(look: Mapping[str, Any]) -> str:
-    for name in ("frechet_distance", "l1", "diversity"):
+def _quality(look: Mapping[str, Any], told: Sequence[str]) -> str:
+    for name in told:
         if is_number(look.get(name)):
             return f"{words(name)} {figure(name, look[name])}"
     return ""

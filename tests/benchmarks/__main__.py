@@ -13,6 +13,7 @@ ORDER = (
     "training_in_process",
     "training_two_workers",
     "loader",
+    "augmentation",
     "startup_in_process",
     "startup_ray",
     "reporting",

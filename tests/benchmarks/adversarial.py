@@ -15,9 +15,9 @@ import torch
 from by_hand.gan import steps as plain_steps
 from measuring import Case, fashion, in_turn, options, publish, scratch
 
-from cluster.adversarial.players import LocalPlayers, Players, for_images
+from cluster.adversarial.players import LocalPlayers, Players
 from cluster.data.rows import table_rows
-from cluster.data.scaling import symmetric
+from cluster.data.scaling import Scaling
 from cluster.data.shards import DataSet
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
@@ -118,10 +118,11 @@ def main() -> None:
         data = fashion(folder / "data", rows=chosen.rows)
         splits: Splits = open_splits(data, window=None)
         tables = {split: ray.put(table) for split, table in splits.tables.items()}
-        images = symmetric(torch.from_numpy(table_rows(splits.tables["train"], data.manifest).inputs.copy()))
+        stored = torch.from_numpy(table_rows(splits.tables["train"], data.manifest).columns["input"].values.copy())
+        images = Scaling(data.manifest.columns, "symmetric", torch.device("cpu"))({"input": stored})["input"]
         exact, pipelined = (gan_recipe(data, width=chosen.width, mode=mode) for mode in ("exact", "pipelined"))
         local = of_players(LocalPlayers(exact, splits, device=torch.device("cpu")), steps=chosen.steps)
-        signature = for_images(splits).manifest.signature
+        signature = data.manifest.signature
         plain = of_plain(plain_steps(exact, signature, images), steps=chosen.steps)
 
         def with_actors(recipe: Recipe, measure: Callable[[Callable[[], float]], Any]) -> Any:

@@ -49,8 +49,7 @@ def measured(recipe: str, make: Make) -> Metrics:
     """The metrics on the test split of any other way to make rows."""
     loaded = load_recipe(recipe)
     data = prepared(loaded.data)
-    model, _, section = described(loaded)
-    return Quality(open_features(data), data, spec=model, quality=section.quality, split="test").measure(make)
+    return Quality(open_features(data), data, recipe=loaded, split="test").measure(make)
 
 
 def untrained(recipe: str, seed: int) -> Metrics:

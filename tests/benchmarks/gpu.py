@@ -17,7 +17,7 @@ from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
-from cluster.training.loop import fit
+from cluster.training.loop import Loop
 from cluster.training.run_directory import RunDirectory
 from cluster.training.splits import open_splits
 
@@ -29,19 +29,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
 LARGE_BATCH = 2048
 
 
-class Watched(LocalContext):
+class Watched:
     """Profiles the steps between the second and the third line of metrics of the second epoch."""
 
-    def __init__(self, **world: Any) -> None:
-        super().__init__(**world)
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.log = loop, loop.journal.log
+        loop.journal.log = self.report  # type: ignore[method-assign]
         self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
         self.lines = 0
 
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        if metrics["epoch"] == 1 and "rows_per_s" in metrics:
+    def report(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
+        self.log(split, metrics, **extra)
+        if self.loop.progress.epoch == 1 and "rows_per_s" in extra:
             self.lines += 1
             if self.lines in (2, 3):
-                torch.cuda.synchronize(self.device)
+                torch.cuda.synchronize(self.loop.context.device)
                 self.profiler.start() if self.lines == 2 else self.profiler.stop()
 
     def busy(self) -> Iterator[tuple[float, float]]:
@@ -55,9 +57,12 @@ def idle(recipe: Recipe, data: DataSet, device: torch.device) -> float:
     splits = open_splits(data, window=None)
     with scratch() as run:
         RunDirectory(Folder(run)).begin(recipe, {})
-        context = Watched(run=Folder(run), splits=splits, device=device)
-        fit(recipe, context=context)
-    spans = list(context.busy())
+        loop = Loop(recipe, LocalContext(run=Folder(run), splits=splits, device=device))
+        watched = Watched(loop)
+        for _ in loop.epochs():
+            pass
+        loop.close()
+    spans = list(watched.busy())
     first = reached = spans[0][0]
     working = 0.0
     for start, end in spans:  # they overlap where streams do

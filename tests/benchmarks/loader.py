@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from cluster.data.rows import table_rows
-from cluster.data.scaling import Normalise
+from cluster.data.scaling import Scaling
 from cluster.data.shards import DataSet
 from cluster.runtime import ray_session
 from cluster.training.splits import open_splits
@@ -32,13 +32,19 @@ def of_manta(data: DataSet) -> Epoch:
     splits = open_splits(data, window=None)
     rows = splits.training(fashion_recipe("mlp", data), rank=0, world_size=1, device=CPU)
     epochs = iter(range(1_000_000))  # each has an order of its own
-    return lambda: ((batch.inputs, batch.targets) for batch in rows.batches(next(epochs), 0))
+    return lambda: ((batch["input"], batch["target"]) for (batch,) in rows.batches(next(epochs)))
+
+
+def normaliser(data: DataSet) -> Callable[[Tensor], Tensor]:
+    """Stored images as manta's loader scales them."""
+    scaling = Scaling(data.manifest.columns, "standard", CPU)
+    return lambda stored: scaling({"input": stored})["input"]  # type: ignore[return-value]
 
 
 def of_data_loader(data: DataSet, *, floats: bool) -> Epoch:
     rows = table_rows(data.table("train"), data.manifest)
-    stored, targets = torch.from_numpy(rows.inputs.copy()), torch.from_numpy(rows.targets.copy())
-    normalise = Normalise(data.manifest, CPU)
+    stored, targets = (torch.from_numpy(rows.columns[name].values.copy()) for name in ("input", "target"))
+    normalise = normaliser(data)
     inputs = normalise(stored) if floats else stored
     batches = DataLoader(TensorDataset(inputs, targets), batch_size=BATCH, shuffle=True)
     return lambda: batches if floats else ((normalise(chosen), labels) for chosen, labels in batches)
@@ -51,7 +57,7 @@ def of_ray_data(data: DataSet) -> Epoch:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    shape, normalise = data.manifest.input_shape, Normalise(data.manifest, CPU)
+    shape, normalise = data.manifest.signature.input_shape, normaliser(data)
     files = [data.folder.full(shard.file) for shard in data.shards("train")]
 
     class Images(NumpyBatchCollateFn):

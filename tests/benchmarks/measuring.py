@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cluster.data.manifest import MANIFEST
 from cluster.data.prepare import prepared
-from cluster.data.rows import Rows, table_rows
+from cluster.data.rows import table_rows
+from cluster.data.scaling import Scaling
 from cluster.data.shards import DataSet, write_shard
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
@@ -124,7 +127,8 @@ def fresh_process(*command: str | Path, **settings: str) -> tuple[float, str]:
     """Run Python with these arguments to its end: (wall seconds, standard output). A failure shows what it wrote."""
     line = [sys.executable, *map(str, command)]
     began = time.perf_counter()
-    process = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}  # a Ray of its own, if any
+    process = subprocess.run(line, capture_output=True, text=True, env={**here, **settings}, check=False)
     wall_s = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(line)}\nended with {process.returncode}:\n{process.stdout}{process.stderr}")
@@ -136,10 +140,18 @@ def fashion(folder: Path, *, rows: int = 0) -> DataSet:
     whole = prepared(load_recipe({"model": MODELS["mlp"], "data": {"kind": "fashion_mnist"}}).data)
     some = table_rows(whole.table("train").slice(0, rows or None), whole.manifest)
     place = Folder(folder).create()
-    shard = write_shard(place, "train-00000.parquet", Rows(some.ids, some.inputs, some.targets))
+    shard = write_shard(place, "train-00000.parquet", some, whole.manifest.columns)
     manifest = whole.manifest.model_copy(update={"splits": {"train": (shard,)}})
     place.write_text(MANIFEST, manifest.model_dump_json())
     return DataSet(place)
+
+
+def ready(data: DataSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All training rows as a hand-written loop holds them: inputs scaled already, and targets."""
+    rows = table_rows(data.table("train"), data.manifest)
+    stored = {name: torch.from_numpy(layout.values.copy()).to(device) for name, layout in rows.columns.items()}
+    scaled = Scaling(data.manifest.columns, "standard", device)(stored)
+    return scaled["input"], scaled["target"]
 
 
 def fashion_recipe(model: str, data: DataSet, **train: Any) -> Recipe:

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from measuring import BATCH, Case, fresh_process, options, publish, scratch
 
-from cluster.data.loader import StreamedTraining
-from cluster.data.manifest import MANIFEST, Manifest, Shard
-from cluster.data.order import training_order
+from cluster.data.layouts import Dense
+from cluster.data.loader import Reading, StreamedRows
+from cluster.data.manifest import MANIFEST, Manifest, Shard, StoredColumn
+from cluster.data.order import LaneOrder, training_order
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.storage import Folder
+from nn_models.columns import Image, Label
 
 SHAPE, WINDOW, SHARD_ROWS = (1, 28, 28), 8192, 30_000
 
@@ -25,23 +27,17 @@ SHAPE, WINDOW, SHARD_ROWS = (1, 28, 28), 8192, 30_000
 def synthetic(folder: Path, rows: int) -> None:
     """Random images as shards: random bytes do not compress, so storage is as large as memory would be."""
     place, generator = Folder(folder).create(), np.random.default_rng(0)
+    columns = {
+        "input": StoredColumn(column=Image(shape=SHAPE), dtype="uint8", mean=(0.5,), std=(0.29,)),
+        "target": StoredColumn(column=Label(size=10), dtype="int64"),
+    }
     shards: list[Shard] = []
     for first in range(0, rows, SHARD_ROWS):
         ids = np.arange(first, min(first + SHARD_ROWS, rows))
         images = generator.integers(0, 256, (len(ids), *SHAPE), np.uint8)
-        part = Rows(ids, images, generator.integers(0, 10, len(ids)))
-        shards.append(write_shard(place, f"train-{len(shards):05d}.parquet", part))
-    manifest = Manifest(
-        source="synthetic",
-        input_shape=SHAPE,
-        input_dtype="uint8",
-        target_kind="label",
-        num_outputs=10,
-        class_names=tuple(str(name) for name in range(10)),
-        mean=(0.5,),
-        std=(0.29,),
-        splits={"train": tuple(shards)},
-    )
+        part = Rows(ids, {"input": Dense(images), "target": Dense(generator.integers(0, 10, len(ids)))})
+        shards.append(write_shard(place, f"train-{len(shards):05d}.parquet", part, columns))
+    manifest = Manifest(source="synthetic", columns=columns, splits={"train": tuple(shards)})
     place.write_text(MANIFEST, manifest.model_dump_json())
 
 
@@ -49,9 +45,12 @@ def stream(folder: str) -> None:
     """One epoch; prints the process's peak memory in MiB before and after, and the rows seen."""
     data = DataSet(folder)
     order = training_order(data.manifest, global_batch_size=BATCH, seed=0, window=WINDOW)
-    rows = StreamedTraining(data, order, rank=0, world_size=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert isinstance(order, LaneOrder)
+    names = ("input", "target")
+    reading = Reading(data.manifest, torch.device("cpu"), names=names, scale="standard", seed=0)
+    rows = StreamedRows(data, order, reading, rank=0, world_size=1)
     before = _peak_mib()
-    seen = sum(batch.num_rows for batch in rows.batches(0, 0))
+    seen = sum(batch.place.num_rows for (batch,) in rows.batches(0))
     print(json.dumps({"before": before, "peak": _peak_mib(), "rows": seen}))
 
 

@@ -6,26 +6,22 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from measuring import BATCH, MODELS, Case, fashion, fashion_recipe, options, publish, scratch
+from measuring import BATCH, MODELS, Case, fashion, fashion_recipe, options, publish, ready, scratch
 from torch.nn import functional as F
 
-from cluster.data.rows import table_rows
-from cluster.data.scaling import Normalise
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.evaluation import autocast
-from cluster.training.loop import fit
+from cluster.training.loop import Loop
 from cluster.training.run_directory import RunDirectory
 from cluster.training.splits import open_splits
 
 
 def hand_written(recipe: Recipe, data: DataSet, device: torch.device) -> Iterator[None]:
     """The least that trains the same model, for ever; stops for breath where manta's loop writes its metrics."""
-    rows = table_rows(data.table("train"), data.manifest)
-    inputs = Normalise(data.manifest, device)(torch.from_numpy(rows.inputs.copy()).to(device))
-    targets = torch.from_numpy(rows.targets.copy()).to(device)
+    inputs, targets = ready(data, device)
     model = recipe.model.build(data.manifest.signature).to(device)
     if recipe.train.compile:
         model.compile()
@@ -43,13 +39,13 @@ def hand_written(recipe: Recipe, data: DataSet, device: torch.device) -> Iterato
                 yield
 
 
-class InTurn(LocalContext):
+class InTurn:
     """Lets the other loop do the same number of steps whenever manta's has written a line of metrics, so that both
     meet the same machine. A pair is a whole epoch of each in seconds, with all that manta does between two epochs."""
 
-    def __init__(self, other: Iterator[None], **world: Any) -> None:
-        super().__init__(**world)
-        self.other = other
+    def __init__(self, other: Iterator[None], loop: Loop) -> None:
+        self.other, self.device = other, loop.context.device
+        self.log, loop.journal.log = loop.journal.log, self.report  # type: ignore[method-assign]
         self.pairs: list[tuple[float, float]] = []
         self.manta_s = self.other_s = 0.0
         self.since = perf_counter()
@@ -60,10 +56,11 @@ class InTurn(LocalContext):
             torch.cuda.synchronize(self.device)
         return perf_counter()
 
-    def report(self, metrics: Mapping[str, Any]) -> None:
+    def report(self, split: str, metrics: Mapping[str, float], **extra: Any) -> None:
+        self.log(split, metrics, **extra)
         here = self.now()
         self.manta_s += here - self.since
-        if metrics.get("end_of_epoch"):
+        if extra.get("end_of_epoch"):
             self.pairs.append((self.manta_s, self.other_s))
             self.manta_s = self.other_s = 0.0
         else:
@@ -78,10 +75,13 @@ def compare(recipe: Recipe, data: DataSet, *, device: torch.device, name: str, w
     with scratch() as run:
         RunDirectory(Folder(run)).begin(recipe, {})
         other = hand_written(recipe, data, device)
-        context = InTurn(other, run=Folder(run), splits=splits, device=device)
-        fit(recipe, context=context)
+        loop = Loop(recipe, LocalContext(run=Folder(run), splits=splits, device=device))
+        in_turn = InTurn(other, loop)
+        for _ in loop.epochs():
+            pass
+        loop.close()
     rows = data.manifest.rows("train")
-    return Case(name, wanted, "rows/s", [(rows / manta_s, rows / other_s) for manta_s, other_s in context.pairs[1:]])
+    return Case(name, wanted, "rows/s", [(rows / manta_s, rows / other_s) for manta_s, other_s in in_turn.pairs[1:]])
 
 
 def main() -> None:

@@ -250,7 +250,7 @@ def test_spectral_norm_makes_the_largest_singular_value_one(spec, signature):
 
 
 def build(loss, **fields):
-    return AdversarialObjectiveSpec(loss=loss, **fields).build()
+    return AdversarialObjectiveSpec(loss=loss, **fields).build(FACES)
 
 
 @pytest.mark.parametrize("loss", ["minimax", "non_saturating"])
@@ -407,7 +407,7 @@ def test_penaltys_gradient_equals_finite_differences(spec: AdversarialSpec, sign
     # weights of ordinary size: those of N(0, 0.02) make gradients, and so differences, of 1e-6
     weights = {name: torch.randn_like(weight).requires_grad_() for name, weight in discriminator.named_parameters()}
     real, fake = torch.randn(2, 3, *signature.input_shape, dtype=torch.float64)
-    condition = torch.randn(3, *signature.condition_shape, dtype=torch.float64) if spec.paired else None
+    condition = torch.randn(3, *signature.condition_shape, dtype=torch.float64) if spec.given else None
 
     def penalty(*values):
         def run(images, condition):

@@ -7,12 +7,26 @@ from scipy.special import log_softmax
 from sklearn import metrics
 from torch import nn
 
+from nn_models.batch import Batch, Place
+from nn_models.columns import Label, Numbers
 from nn_models.errors import UserError
+from nn_models.evidence import confidence, confusion
 from nn_models.objectives import ClassificationSpec, RegressionSpec
+from nn_models.signature import Signature
 from nn_models.spec import validate
 from nn_models.zoo import AnyObjectiveSpec
 
 ROWS, CLASSES = 50, 4
+
+
+def rows(inputs, targets) -> Batch:
+    return Batch({"input": inputs, "target": targets}, Place.of(len(inputs)), lambda: torch.arange(len(inputs)))
+
+
+def of(spec, num_outputs):
+    """The objective for so many classes, or numbers."""
+    kind = Label if spec.reads["target"] == (Label,) else Numbers
+    return spec.build(Signature(columns={"target": kind(size=num_outputs)}))
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +42,8 @@ def batch():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_cross_entropy(batch, label_smoothing):
     logits, labels = batch
-    objective = ClassificationSpec(label_smoothing=label_smoothing).build(CLASSES)
-    loss = objective.measure(nn.Identity(), logits, labels).loss.item()
+    objective = of(ClassificationSpec(label_smoothing=label_smoothing), CLASSES)
+    loss = objective.measure(nn.Identity(), rows(logits, labels)).loss.item()
 
     target = (1 - label_smoothing) * np.eye(CLASSES)[labels] + label_smoothing / CLASSES  # Szegedy et al. 2016
     assert loss == pytest.approx(-(target * log_softmax(logits.numpy(), axis=1)).sum(), rel=1e-12)
@@ -42,32 +56,31 @@ def test_cross_entropy(batch, label_smoothing):
 
 def test_classification_metrics(batch):
     logits, labels = batch
-    objective = ClassificationSpec().build(CLASSES)
-    sums = objective.sums(objective.measure(nn.Identity(), logits, labels), labels)
-    predictions, probabilities = objective.confidence(logits)
+    objective = of(ClassificationSpec(), CLASSES)
+    sums = objective.measure(nn.Identity(), rows(logits, labels)).sums
+    predictions, probabilities = confidence(logits)
 
-    assert sums.shape == (len(objective.names),)
+    assert sums.shape == (len(objective.metrics),)
     assert sums.dtype == torch.float64
     assert sums.item() == metrics.accuracy_score(labels, predictions, normalize=False)
-    assert objective.confusion(logits, labels).tolist() == metrics.confusion_matrix(labels, predictions).tolist()
+    assert confusion(logits, labels, CLASSES).tolist() == metrics.confusion_matrix(labels, predictions).tolist()
     assert torch.equal(probabilities, logits.softmax(1)[range(ROWS), predictions])
 
 
 def test_confusion_matrices_of_batches_add_up_even_without_some_classes(batch):
     logits, labels = batch
-    objective = ClassificationSpec().build(CLASSES)
-    parts = [objective.confusion(logits[rows], labels[rows]) for rows in torch.arange(ROWS).split(3)]
-    assert torch.equal(sum(parts), objective.confusion(logits, labels))
+    parts = [confusion(logits[some], labels[some], CLASSES) for some in torch.arange(ROWS).split(3)]
+    assert torch.equal(sum(parts), confusion(logits, labels, CLASSES))
     assert parts[0].dtype == torch.int64
 
 
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_regression(num_outputs):
     outputs, targets = torch.randn(2, ROWS, num_outputs, dtype=torch.float64)
-    objective = RegressionSpec().build(num_outputs)
+    objective = of(RegressionSpec(), num_outputs)
     given = targets.squeeze(1) if num_outputs == 1 else targets  # a column of numbers comes as (B,)
-    measured = objective.measure(nn.Identity(), outputs, given)
-    mse, mae = (objective.sums(measured, given) / ROWS).tolist()
+    measured = objective.measure(nn.Identity(), rows(outputs, given))
+    mse, mae = (measured.sums / ROWS).tolist()
 
     assert mse == pytest.approx(metrics.mean_squared_error(targets, outputs), rel=1e-12)
     assert mae == pytest.approx(metrics.mean_absolute_error(targets, outputs), rel=1e-12)
@@ -78,54 +91,53 @@ def test_regression(num_outputs):
     ("spec", "targets"), [(ClassificationSpec(label_smoothing=0.2), [2, 0]), (RegressionSpec(), [[1.0, 2, 3]] * 2)]
 )
 def test_gradient_of_the_loss_equals_finite_differences(spec, targets):
-    objective, targets = spec.build(3), torch.tensor(targets)
+    objective, targets = of(spec, 3), torch.tensor(targets)
     outputs = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: objective.measure(nn.Identity(), x, targets).loss, outputs)
+    assert torch.autograd.gradcheck(lambda x: objective.measure(nn.Identity(), rows(x, targets)).loss, outputs)
 
 
 @pytest.mark.parametrize(
     ("spec", "targets"), [(ClassificationSpec(), torch.tensor([1, 2])), (RegressionSpec(), torch.randn(2, 3))]
 )
 def test_loss_is_float32_under_bfloat16_autocast(spec, targets):
-    objective, model, x = spec.build(3), nn.Linear(5, 3), torch.randn(2, 5)
+    objective, model, x = of(spec, 3), nn.Linear(5, 3), torch.randn(2, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        measured = objective.measure(model, x, targets)
-        sums = objective.sums(measured, targets)
+        measured = objective.measure(model, rows(x, targets))
     assert measured.outputs.dtype == torch.bfloat16
     assert measured.loss.dtype == torch.float32
-    exact = objective.measure(nn.Identity(), measured.outputs.float(), targets)
+    exact = objective.measure(nn.Identity(), rows(measured.outputs.float(), targets))
     assert torch.equal(measured.loss, exact.loss)
-    assert torch.equal(sums, objective.sums(exact, targets))
+    assert torch.equal(measured.sums, exact.sums)
 
 
 @pytest.mark.parametrize(
     ("spec", "targets"), [(ClassificationSpec(), torch.tensor([1, 2])), (RegressionSpec(), torch.randn(2, 3))]
 )
 def test_only_the_loss_holds_the_graph(spec, targets):
-    objective = spec.build(3)
-    measured = objective.measure(nn.Linear(5, 3), torch.randn(2, 5), targets)
+    objective = of(spec, 3)
+    measured = objective.measure(nn.Linear(5, 3), rows(torch.randn(2, 5), targets))
     assert measured.loss.shape == ()
     assert measured.loss.requires_grad
     assert not measured.outputs.requires_grad
-    assert not objective.sums(measured, targets).requires_grad
+    assert not measured.sums.requires_grad
 
 
 def test_regression_refuses_targets_that_would_broadcast():
-    objective = RegressionSpec().build(3)
+    objective = of(RegressionSpec(), 3)
     with pytest.raises(RuntimeError, match="shape"):
-        objective.measure(nn.Identity(), torch.randn(2, 3), torch.randn(2))
+        objective.measure(nn.Identity(), rows(torch.randn(2, 3), torch.randn(2)))
 
 
 def test_one_class_is_refused():
     with pytest.raises(
         UserError, match=r"objective\.kind: classification needs at least 2 classes, but the data has 1; "
     ):
-        ClassificationSpec().build(1)
+        of(ClassificationSpec(), 1)
 
 
 def test_specs():
     spec = validate(AnyObjectiveSpec, {"kind": "classification", "label_smoothing": 0.1}, prefix="objective")
-    assert (spec.target_kind, RegressionSpec.target_kind) == ("label", "number")
+    assert (spec.reads["target"], RegressionSpec.reads["target"]) == ((Label,), (Numbers,))
     with pytest.raises(UserError, match=r"objective\.label_smoothing: must be less than 1, not 1"):
         validate(AnyObjectiveSpec, {"kind": "classification", "label_smoothing": 1}, prefix="objective")
     with pytest.raises(UserError, match=r"objective\.kind: unknown kind 'regresion'; did you mean regression\?"):

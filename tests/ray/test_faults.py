@@ -15,12 +15,12 @@ from nn_models.errors import Problem, UserError
 from tests.ray.conftest import EXACT
 from tests.ray.faults import MARK, digests, killing, left_over, steps_done, wait_for, weights
 
-# Dropout, momentum and the moving average carry state; checkpoints fall in mid-epoch. Slow enough to be hit.
-SLOW = {
+# Dropout, momentum and the moving average carry state; checkpoints fall in mid-epoch. Long enough to be hit.
+LONG = {
     "model.hidden": [256, 256],
     "model.dropout": 0.2,
     "train.ema_decay": 0.9,
-    "train.epochs": 6,
+    "train.epochs": 12,
     "train.checkpoint_every_steps": 5,
     "data.augment": [{"kind": "random_crop", "padding": 1}],
 }
@@ -28,14 +28,14 @@ SLOW = {
 
 @pytest.fixture(scope="module")
 def undisturbed(ray, tmp_path_factory):
-    return cluster.train(EXACT, num_workers=2, run=str(tmp_path_factory.mktemp("whole") / "run"), overrides=SLOW)
+    return cluster.train(EXACT, num_workers=2, run=str(tmp_path_factory.mktemp("whole") / "run"), overrides=LONG)
 
 
 @pytest.mark.parametrize("step", [1, 17, 60])
 def test_a_killed_worker_changes_nothing(ray, undisturbed, tmp_path, step):
     run = tmp_path / "run"
     with killing("RayTrainWorker", when=lambda: steps_done(run) >= step, number=step % 2):
-        outcome = cluster.train(EXACT, num_workers=2, run=str(run), overrides=SLOW)
+        outcome = cluster.train(EXACT, num_workers=2, run=str(run), overrides=LONG)
     assert outcome.status == "finished"
     assert outcome.result["restarts"] == 1
     ours, theirs = weights(run), weights(undisturbed.run)
@@ -100,7 +100,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_can_be_continued(undisturbed,
     """From the command line, with an embedded Ray of its own."""
     run = tmp_path / "run"
     recipe = tmp_path / "exact.yaml"
-    settings = [f"--set={path}={json.dumps(value)}" for path, value in SLOW.items()]
+    settings = [f"--set={path}={json.dumps(value)}" for path, value in LONG.items()]
     recipe.write_text(json.dumps(EXACT))
     command = [sys.executable, "-m", "jobs", "train", str(recipe), *settings, "--workers=2", f"--run={run}"]
     mark = {MARK: str(tmp_path)}

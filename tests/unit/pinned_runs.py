@@ -20,7 +20,7 @@ import cluster
 from cluster.adversarial.coordinator import Coordinator
 from cluster.adversarial.features import Features, open_features
 from cluster.adversarial.halves import DiscriminatorHalf, GeneratorHalf
-from cluster.adversarial.players import LocalPlayers, Played, for_images
+from cluster.adversarial.players import LocalPlayers, Played
 from cluster.data.manifest import MANIFEST
 from cluster.data.prepare import prepare, prepared
 from cluster.data.shards import DataSet
@@ -86,7 +86,23 @@ def prepare_data(data: Section, out: Path) -> None:
 def described(out: Path) -> dict[str, Any]:
     """What the manifest says of a data set, by the names of its version 1."""
     content: dict[str, Any] = json.loads((out / MANIFEST).read_text())
-    return content
+    manifest = DataSet(Folder(out)).manifest
+    signature, stored = manifest.signature, manifest.columns["input"]
+    known = {
+        "version": 1,
+        "source": manifest.source,
+        "input_shape": list(signature.input_shape),
+        "input_dtype": stored.dtype,
+        "target_kind": "label" if signature["target"].kind == "label" else "number",
+        "num_outputs": signature.num_outputs,
+        "class_names": list(manifest.class_names),
+        "mean": list(stored.mean),
+        "std": list(stored.std),
+        "splits": content["splits"],
+    }
+    if signature.condition_shape:
+        known["condition_shape"] = list(signature.condition_shape)
+    return known
 
 
 def made_tables(folder: Path) -> dict[str, Section]:
@@ -147,7 +163,7 @@ class ReplicaPlayers(LocalPlayers):
         signature = splits.manifest.signature
         self.generator = GeneratorHalf(recipe, signature, device=CPU, reduce=_sum_over_ranks)
         self.discriminator = DiscriminatorHalf(recipe, signature, device=CPU, reduce=_sum_over_ranks)
-        self._rows = for_images(splits).training(recipe, rank=distributed.get_rank(), world_size=WORLD_SIZE, device=CPU)
+        self._rows = splits.training(recipe, rank=distributed.get_rank(), world_size=WORLD_SIZE, device=CPU)
 
     def play(self, first_step: int, num_steps: int, rate: float) -> Played:
         """See Players."""

@@ -1,6 +1,7 @@
 """Runs `fit` in several processes over gloo, without Ray: `python -m tests.unit.ranks JOBS`.
 
-JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Prints the exit codes of each
+JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Where a job says "dies_at", all
+its ranks die in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of each
 job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
 """
 
@@ -11,17 +12,19 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from cluster.data.prepare import prepared
+from cluster.group import join, leave
 from cluster.recipe.loading import load_recipe
+from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.context import GroupContext, LocalContext
+from cluster.training.journal import Journal
 from cluster.training.loop import fit
 from cluster.training.splits import open_splits
 
@@ -29,7 +32,8 @@ from cluster.training.splits import open_splits
 def main() -> None:
     torch.set_num_threads(1)
     jobs = json.loads(sys.argv[1])
-    _fit(jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0}, 0)  # imports what torch imports when it is used
+    # imports what torch imports when it is used
+    _fit(jobs[0] | {"run": tempfile.mkdtemp(), "world_size": 0, "dies_at": None}, 0)
     print(json.dumps([forked(partial(_fit, job), world_size=job["world_size"]) for job in jobs]))
 
 
@@ -51,17 +55,10 @@ def _fork(work: Callable[[int], None], rank: int, world_size: int, store: Path) 
             # torch 2.15 advises an argument that torch 2.11 does not know
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             if world_size:
-                os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-                distributed.init_process_group(
-                    "gloo",
-                    init_method=f"file://{store}",
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=timedelta(seconds=120),
-                )
+                join(f"file://{store}", rank, world_size=world_size, timeout_s=120)
             work(rank)
             if world_size:
-                distributed.destroy_process_group()
+                leave()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -69,8 +66,28 @@ def _fork(work: Callable[[int], None], rank: int, world_size: int, store: Path) 
         os._exit(code)
 
 
+def _recipe(job: dict) -> Recipe:
+    if "class" not in job:
+        return load_recipe(job["recipe"])
+    module, name = job["class"].split(":")
+    return getattr(import_module(module), name).model_validate(job["recipe"])
+
+
+def _die_at(step: int) -> None:
+    whole = Journal.stepped
+
+    def stepped(journal: Journal, *steps: int) -> None:
+        if journal.progress.step + 1 == step:
+            os._exit(9)
+        whole(journal, *steps)
+
+    Journal.stepped = stepped
+
+
 def _fit(job: dict, rank: int) -> None:
-    recipe = load_recipe(job["recipe"])
+    recipe = _recipe(job)
+    if job.get("dies_at"):
+        _die_at(job["dies_at"])
     splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
     place = {"run": Folder(job["run"]), "splits": splits, "device": torch.device("cpu")}
     result = fit(recipe, context=GroupContext(**place) if job["world_size"] else LocalContext(**place))

@@ -6,7 +6,8 @@ from torch import nn
 
 from nn_models import zoo
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
-from nn_models.adversarial_losses import GAMES, AdversarialObjectiveSpec
+from nn_models.adversarial_losses import GAMES, METRICS, AdversarialObjectiveSpec
+from nn_models.columns import Image
 from nn_models.errors import UserError
 from nn_models.feedforward import MLPSpec
 from nn_models.objectives import ClassificationSpec
@@ -32,6 +33,13 @@ def images(height, width=None, *, channels=1, condition_shape=None, num_outputs=
 
 def pairs(height, width=None):
     return images(height, width, condition_shape=(1, height, width or height))
+
+
+def condition_of(spec, signature):
+    """Four rows of what the halves are given; labels, which are not looked at, where that is nothing."""
+    if spec.given is not None and isinstance(signature[spec.given], Image):
+        return torch.randn(4, *signature[spec.given].row_shape)
+    return torch.arange(4)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -137,13 +145,13 @@ def test_all_kinds_are_called_alike(spec, signature):
     """As training does it, without a word about the kind."""
     spec.check(signature)
     source = torch.randn(4, spec.noise_size)
-    condition = torch.randn(4, *signature.condition_shape) if spec.paired else torch.arange(4)
+    condition = condition_of(spec, signature)
     made = spec.build_generator(signature)(source, condition)
     logits = spec.build_discriminator(signature)(made, condition)
     assert made.shape == (4, *signature.input_shape)
     assert logits.shape[0] == 4
     for loss in GAMES:
-        objective = AdversarialObjectiveSpec(loss=loss).build()
+        objective = AdversarialObjectiveSpec(loss=loss).build(digits)
         assert objective.discriminator_real(logits).shape == ()
         assert objective.generator(logits).shape == ()
 
@@ -218,7 +226,7 @@ def test_instance_norm_makes_rows_independent_of_their_batch():
 def test_a_spec_knows_whether_its_discriminator_mixes_rows(spec, signature, mixes):
     discriminator = spec.build_discriminator(signature)
     rows = torch.randn(4, *signature.input_shape, requires_grad=True)
-    condition = torch.randn(4, *signature.condition_shape) if spec.paired else torch.arange(4)
+    condition = condition_of(spec, signature)
     discriminator(rows, condition)[0].sum().backward()
     assert rows.grad[1:].any() == mixes
     assert spec.discriminator_mixes_rows == mixes
@@ -229,7 +237,7 @@ def test_a_spec_knows_whether_its_discriminator_mixes_rows(spec, signature, mixe
 
 @losses
 def test_losses_are_sums_over_rows_and_means_over_patches(loss):
-    objective = AdversarialObjectiveSpec(loss=loss).build()
+    objective = AdversarialObjectiveSpec(loss=loss).build(digits)
     logits = torch.randn(6, 1, 3, 4, dtype=torch.float64)
     for term in (objective.discriminator_real, objective.discriminator_fake, objective.generator):
         rows = torch.stack([term(logit) for logit in logits.flatten(1).T]).mean(0)  # each patch by itself, (B,) logits
@@ -240,7 +248,7 @@ def test_losses_are_sums_over_rows_and_means_over_patches(loss):
 
 @losses
 def test_losses_of_half_precision_logits_are_float32(loss):
-    objective = AdversarialObjectiveSpec(loss=loss).build()
+    objective = AdversarialObjectiveSpec(loss=loss).build(digits)
     logits = torch.randn(5).bfloat16()
     for term in (objective.discriminator_real, objective.discriminator_fake, objective.generator):
         assert term(logits).dtype == torch.float32
@@ -248,7 +256,7 @@ def test_losses_of_half_precision_logits_are_float32(loss):
 
 
 def test_smoothing_touches_the_real_side_only():
-    plain, smooth = (AdversarialObjectiveSpec(label_smoothing=s).build() for s in (0, 0.1))
+    plain, smooth = (AdversarialObjectiveSpec(label_smoothing=s).build(digits) for s in (0, 0.1))
     logits = torch.randn(5)
     assert not torch.equal(plain.discriminator_real(logits), smooth.discriminator_real(logits))
     assert torch.equal(plain.discriminator_fake(logits), smooth.discriminator_fake(logits))
@@ -266,7 +274,7 @@ def test_smoothing_touches_the_real_side_only():
 )
 def test_the_penaltys_weight(fields, weight):
     objective = validate(AnyObjectiveSpec, {"kind": "adversarial", **fields})
-    assert objective.build().gradient_penalty == weight
+    assert objective.build(digits).gradient_penalty == weight
     assert validate(AnyObjectiveSpec, objective.model_dump(mode="json")) == objective
 
 
@@ -282,7 +290,7 @@ class Flat(nn.Module):
 
 
 def test_penalty_of_a_flat_discriminator_is_one_a_row_with_a_finite_slope():
-    discriminator, objective = Flat(), AdversarialObjectiveSpec().build()
+    discriminator, objective = Flat(), AdversarialObjectiveSpec().build(digits)
     real, fake = torch.randn(2, 3, 1, 2, 2)
     penalty = objective.penalty(discriminator, real, fake, None, torch.Generator())
     assert penalty.item() == 3
@@ -291,7 +299,7 @@ def test_penalty_of_a_flat_discriminator_is_one_a_row_with_a_finite_slope():
 
 
 def test_penalty_leaves_generator_and_data_alone_and_is_repeatable():
-    discriminator, objective = GANSpec(dropout=0).build_discriminator(digits), AdversarialObjectiveSpec().build()
+    discriminator, objective = GANSpec(dropout=0).build_discriminator(digits), AdversarialObjectiveSpec().build(digits)
     real, fake = torch.randn(2, 3, 1, 8, 8)
     fake.requires_grad_()
     state = torch.get_rng_state()
@@ -436,6 +444,45 @@ def test_an_objective_and_a_model_that_do_not_fit(objective, model, message):
     with pytest.raises(UserError) as refusal:
         objective.check(model)
     assert str(refusal.value) == message
+
+
+LOSSES = ["generator_loss", "discriminator_loss"]
+ACCURACIES = ["real_accuracy", "fake_accuracy"]
+SEEN = ["diversity", "frechet_distance", "kernel_distance"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "signature", "train", "validation", "best"),
+    [
+        ({}, DCGANSpec(), digits, LOSSES + ACCURACIES, SEEN, "frechet_distance"),
+        ({}, DCGANSpec(), None, LOSSES + ACCURACIES, SEEN, "frechet_distance"),
+        ({}, DCGANSpec(), images(8, num_outputs=1), LOSSES + ACCURACIES, ["diversity"], None),
+        ({}, GANSpec(), Signature(input_shape=(3,)), LOSSES + ACCURACIES, SEEN, "frechet_distance"),
+        ({"loss": "wasserstein"}, DCGANSpec(), digits, LOSSES, SEEN, "frechet_distance"),
+        ({}, ConditionalGANSpec(), digits, LOSSES + ACCURACIES, [*SEEN, "label_agreement"], "frechet_distance"),
+        (
+            {"l1_weight": 9},
+            Pix2PixSpec(),
+            pairs(8),
+            [*LOSSES, *ACCURACIES, "l1"],
+            [*SEEN, "l1"],
+            "frechet_distance",
+        ),
+        ({}, Pix2PixSpec(), images(8, condition_shape=(1, 8, 8), num_outputs=1), LOSSES + ACCURACIES,
+         ["diversity", "l1"], "l1"),
+    ],
+)  # fmt: skip
+def test_what_is_reported_of_each_model_and_data(objective, model, signature, train, validation, best):
+    reported = AdversarialObjectiveSpec(**objective).reported(model, signature)
+    assert [metric.name for metric in reported.train] == train
+    assert [metric.name for metric in reported.validation] == validation
+    assert reported.best == best
+    assert best is None or METRICS[best].better == "less"
+
+
+def test_each_floor_is_that_of_a_metric_that_is_reported():
+    floors = {metric.name: metric.floor_of for metric in METRICS.values() if metric.floor_of}
+    assert floors == {"frechet_floor": "frechet_distance", "kernel_floor": "kernel_distance"}
 
 
 def test_an_objective_and_a_model_that_fit():

@@ -23,7 +23,7 @@ from cluster.data.prepare import prepared
 from cluster.errors import RunFailed
 from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
-from cluster.training.checkpoints import read_model
+from cluster.training.checkpoints import Checkpoints, read_model
 from cluster.training.run_directory import RunDirectory
 from cluster.training.splits import open_splits
 from nn_models import UserError
@@ -36,6 +36,10 @@ TINY: dict[str, Any] = {
     "optimizer": {"kind": "adam", "lr": 2e-4, "betas": [0.5, 0.999]},
     "train": {"global_batch_size": 64, "epochs": 3, "log_every_steps": 7, "ema_decay": 0.9},
 }
+
+
+# few steps, and each look measures one generator
+LARGE: dict[str, Any] = {"global_batch_size": 600, "ema_decay": None}
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +78,7 @@ def test_a_run_leaves_what_it_should(whole):
     )
     best = min(lines(whole.run, "validation"), key=lambda line: line["frechet_distance"])
     assert whole.result["best"]["step"] == best["step"]
+    assert whole.result["best"]["weights"] == best["weights"]
     assert whole.result["untrained"]["frechet_distance"] == lines(whole.run, "validation")[0]["frechet_distance"]
     pictures = sorted(Path(whole.run, "samples").iterdir())
     assert len(pictures) == 4
@@ -83,6 +88,50 @@ def test_a_run_leaves_what_it_should(whole):
     assert cluster.evaluate(whole.run)["metrics"] == {
         name: value for name, value in whole.metrics.items() if name.startswith("test/")
     }
+
+
+@pytest.mark.parametrize(
+    ("averaged", "plain", "chosen", "best"),
+    [
+        ([50.0, 40.0, 45.0], [50.0, 42.0, 41.0], ["averaged", "averaged", "plain"], 1),
+        ([50.0, 42.0, 45.0], [50.0, 40.0, float("nan")], ["averaged", "plain", "averaged"], 1),
+    ],
+)
+def test_the_better_of_averaged_and_plain_weights_is_told_of_and_kept(
+    averaged, plain, chosen, best, tmp_path, monkeypatch
+):
+    looks = {"averaged": iter(averaged), "plain": iter(plain)}
+
+    def measure(_: Quality, make: Any) -> dict[str, float]:
+        return {"diversity": 1.0, "frechet_distance": next(looks[make.keywords["weights"]])}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quality, "measure", measure)
+        patch.setattr("cluster.adversarial.coordinator.measured", lambda *_, **__: {})
+        recipe = {**TINY, "train": TINY["train"] | {"epochs": 2}}
+        result = coordinate(recipe, tmp_path / "run", LocalPlayers)
+    told = lines(tmp_path / "run", "validation")
+    assert [line["weights"] for line in told] == chosen
+    assert [line["frechet_distance"] for line in told] == [min(pair) for pair in zip(averaged, plain, strict=True)]
+    assert (result["best"]["step"], result["best"]["weights"]) == (told[best]["step"], chosen[best])
+    assert read_model(Folder(tmp_path / "run")).best == result["best"]
+    checkpoints = Checkpoints(Folder(tmp_path / "run") / "checkpoints", keep=2)
+    half = checkpoints.read(f"best-{result['best']['step']:010d}.pt")["halves"]["generator"]
+    kept, others = half["module"], {n.removeprefix("module."): w for n, w in half["average"].items() if "." in n}
+    if chosen[best] == "averaged":
+        kept, others = others, kept
+    for name, weight in weights(tmp_path / "run").items():
+        half_name, _, own = name.partition(".")
+        if half_name == "generator":
+            assert torch.equal(weight, kept[own])
+            assert torch.equal(weight, others[own]) == (not weight.is_floating_point())
+
+
+def test_weights_that_are_not_averaged_are_nothing_to_choose_from(tmp_path):
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 1} | LARGE}
+    result = coordinate(recipe, tmp_path / "run", LocalPlayers)
+    assert "weights" not in result["best"]
+    assert all("weights" not in line for line in lines(tmp_path / "run", "validation"))
 
 
 class Losing(LocalPlayers):
@@ -132,6 +181,15 @@ def test_lost_halves_go_on_from_the_last_checkpoint(whole, tmp_path, lost):
         assert mine == theirs
 
 
+def test_lost_halves_go_on_from_a_checkpoint_within_an_epoch(whole, tmp_path):
+    Losing.lost, Losing.played = (3, 8), 0
+    recipe = {**TINY, "train": TINY["train"] | {"checkpoint_every_steps": 8}}
+    result = coordinate(recipe, tmp_path / "run", Losing)
+    assert result["restarts"] == 2
+    assert result["metrics"] == whole.metrics
+    assert all(torch.equal(ours, weights(whole.run)[name]) for name, ours in weights(tmp_path / "run").items())
+
+
 def test_halves_that_are_lost_too_often_fail_the_run(tmp_path):
     Losing.lost, Losing.played = (1, 2, 3, 4, 5), 0
     with pytest.raises(RunFailed, match=r"train.max_failures allows \(3\)"):
@@ -163,7 +221,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_end(whole, tmp_path):
 def test_a_best_generator_newer_than_the_checkpoint_is_no_longer_the_runs(tmp_path, monkeypatch):
     distances = iter([50.0, 40.0, 30.0, 20.0, 60.0, 70.0, 80.0])  # the last before the interruption is the best
     monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": next(distances)})
-    recipe = {**TINY, "train": TINY["train"] | {"epochs": 4, "checkpoint_every_epochs": 2, "global_batch_size": 600}}
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 4, "checkpoint_every_epochs": 2} | LARGE}
     Interrupted.count = -2
     with pytest.raises(KeyboardInterrupt):
         coordinate(recipe, tmp_path / "run", Interrupted)
@@ -180,7 +238,7 @@ def test_a_run_goes_on_without_its_newest_checkpoint(tmp_path, monkeypatch):
     # the last look, of rows that are not finite, asks for a rollback
     distances = iter([50.0, 40.0, 30.0, 60.0, float("nan"), 80.0])
     monkeypatch.setattr(Quality, "measure", lambda *_: {"diversity": 1.0, "frechet_distance": next(distances)})
-    recipe = {**TINY, "train": TINY["train"] | {"epochs": 3, "global_batch_size": 600}}
+    recipe = {**TINY, "train": TINY["train"] | {"epochs": 3} | LARGE}
     Interrupted.count = -1
     with pytest.raises(KeyboardInterrupt):
         coordinate(recipe, tmp_path / "run", Interrupted)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
 
+from cluster.data.manifest import StoredColumn
 from cluster.data.prepare import prepared
 from cluster.errors import Diverged
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.optimizers import AnyOptimizerSpec
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
+from cluster.training.average import MovingAverage
 from cluster.training.checkpoints import Checkpoints, read_model
 from cluster.training.context import LocalContext
 from cluster.training.loop import fit
@@ -26,9 +29,13 @@ from cluster.training.splits import Splits, open_splits
 from cluster.tuning.fused import layers as fused_layers
 from cluster.tuning.fused.groups import groups, pays, why_not
 from cluster.tuning.fused.loop import FusedLoop
+from cluster.tuning.fused.member import Member, Weights
 from cluster.tuning.fused.model import FusedModel
 from cluster.tuning.fused.optimizers import FusedOptimizers
+from nn_models.batch import Batch, Place
+from nn_models.columns import Image, Sequence
 from nn_models.errors import UserError
+from nn_models.objectives import Classification, ClassificationSpec
 from nn_models.spec import validate
 from tests.unit import made
 
@@ -96,6 +103,11 @@ def together(recipes: list[Recipe], where: list[Folder]) -> dict[int, dict[str, 
 
 def alone(recipe: Recipe, where: Folder) -> dict[str, Any]:
     return fit(recipe, context=LocalContext(run=where, splits=splits_of(recipe), device=CPU))
+
+
+def batch_of(**columns: torch.Tensor) -> Batch:
+    rows = len(columns["input"])
+    return Batch(columns, Place.of(rows), lambda: torch.arange(rows))
 
 
 def lines(run: Folder, split: str | None = None) -> list[dict[str, Any]]:
@@ -267,6 +279,98 @@ def test_a_kill_while_checkpoints_are_written_leaves_a_step_that_all_have(keep, 
         resumed = loop.conclude()
     for number, result in undisturbed.items():
         close(resumed[number]["metrics"], result["metrics"])
+
+
+# -- moving averages -------------------------------------------------------------------------------------------------
+
+
+def test_moving_averages_are_those_of_each_trial_alone(recipes):
+    train = {"ema_decay": 0.5}
+    described = recipes({}, {"train.seed": 4}, model={"kind": "mlp", "hidden": [3], "batch_norm": True}, train=train)
+    signature = splits_of(described[0]).manifest.signature
+    model = FusedModel(described, signature, device=CPU)
+    modules = []
+    for recipe in described:
+        torch.manual_seed(recipe.train.seed)
+        modules.append(recipe.model.build(signature))
+    averages = [MovingAverage(module, 0.5) for module in modules]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(10):  # the decay is 0.1 at first and 0.5 from the eighth on
+        for place, (module, average) in enumerate(zip(modules, averages, strict=True)):
+            changed = {
+                name: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor + 1
+                for name, tensor in module.state_dict().items()
+            }
+            module.load_state_dict(changed)
+            average.update()
+            model.load(place, changed, None)
+        model.update_average()
+        if step == 5:
+            model.keep([1])
+            modules, averages = modules[1:], averages[1:]
+    ours, theirs = model.averages(0), averages[0].state_dict()
+    assert ours is not None
+    assert ours.keys() == theirs.keys()
+    assert "module.hidden.0.norm.running_mean" in ours
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    for name, tensor in model.weights(0, averaged=True).items():
+        assert torch.equal(tensor, theirs[f"module.{name}"])
+    for name, tensor in modules[0].state_dict().items():
+        assert torch.equal(model.weights(0)[name], tensor)
+
+
+def test_the_better_weights_are_evaluated_and_kept(recipes, tmp_path):
+    # a net that learns fast is ahead of its average; one whose steps are far too large is behind it
+    described = recipes({"optimizer.lr": 0.01}, {"optimizer.lr": 3.0}, train={"epochs": 3, "ema_decay": 0.99})
+    where = runs(tmp_path, "fused", 2)
+    results = together(described, where)
+    for number, result in results.items():
+        told = {line["epoch"]: line["weights"] for line in lines(where[number], "validation")}
+        best, state = result["best"], newest(where[number])
+        assert best["weights"] == told[best["epoch"]]
+        assert read_model(where[number]).best["weights"] == best["weights"]
+        if best["epoch"] == 2:  # the newest checkpoint is of this epoch
+            kept = {"plain": state["model"], "averaged": state["average"]}[best["weights"]]
+            prefix = "module." if best["weights"] == "averaged" else ""
+            for name, tensor in read_model(where[number]).weights.items():
+                assert torch.equal(tensor, kept[f"{prefix}{name}"])
+    assert results[0]["best"]["weights"] == "plain"
+    assert results[0]["best"]["epoch"] == 2
+    assert results[1]["best"]["weights"] == "averaged"
+
+
+@pytest.mark.parametrize(
+    ("averaged", "plain", "chosen"),
+    [
+        ((0.5, 1.0), (0.6, 1.0), "plain"),
+        ((0.6, 1.0), (0.5, 0.5), "averaged"),
+        ((0.5, 1.0), (0.5, 0.9), "plain"),  # of equal accuracy, the smaller loss
+        ((0.5, 1.0), (0.5, 1.0), "averaged"),
+        ((0.1, 9.0), (0.5, math.nan), "averaged"),
+        ((0.5, math.inf), (0.1, 9.0), "plain"),
+        ((0.5, math.nan), (0.5, math.nan), "averaged"),
+    ],
+)
+def test_which_weights_are_the_better_ones(averaged, plain, chosen, recipes, tmp_path):
+    (recipe,) = recipes({})
+    member = Member.of(0, recipe, Folder(tmp_path), names=["loss", "accuracy"], chosen="averaged")
+    measured: dict[Weights, tuple[float, float]] = {"averaged": averaged, "plain": plain}
+    found = {kind: {"accuracy": accuracy, "loss": loss} for kind, (accuracy, loss) in measured.items()}
+    finite = member.validated(found, Classification(label_smoothing=0.0))
+    assert member.chosen == chosen
+    assert member.about == {"weights": chosen}
+    assert finite == math.isfinite(measured[member.chosen][1])
+
+
+def test_without_held_out_rows_the_averaged_weights_are_kept(recipes, tmp_path):
+    where = runs(tmp_path, "fused", 2)
+    results = together(recipes(*RATES[:2], data="train only", train={"ema_decay": 0.9, "epochs": 1}), where)
+    for number, result in results.items():
+        assert "weights" not in result["best"]
+        average = newest(where[number])["average"]
+        for name, tensor in read_model(where[number]).weights.items():
+            assert torch.equal(tensor, average[f"module.{name}"])
 
 
 # -- leaving the batch -----------------------------------------------------------------------------------------------
@@ -445,6 +549,39 @@ def test_what_cannot_be_fused_says_why(changes, reason, recipes, tmp_path):
         fused([described, described], runs(tmp_path, "fused", 2))
 
 
+class _MoreThanOutputs(ClassificationSpec):
+    fuses = False
+
+
+class _CountsElements(ClassificationSpec):
+    counts = "input"
+
+
+@pytest.mark.parametrize("objective", [_MoreThanOutputs(), _CountsElements()], ids=lambda spec: type(spec).__name__)
+def test_what_an_objective_measures_must_follow_from_outputs(objective, recipes):
+    (described,) = recipes({})
+    assert why_not(described) is None
+    reason = why_not(described.model_copy(update={"objective": objective}))
+    assert reason is not None
+    assert reason.path == "objective.kind"
+
+
+def test_rows_of_different_lengths_are_not_fused(recipes):
+    (described,) = recipes({}, model={"kind": "custom", "target": "tests.unit.nets:Linear"})
+    manifest = prepared(described.data).manifest
+    reasons = {}
+    for length in (2, None):
+        column = StoredColumn(column=Sequence(width=2, length=length), mean=(0.0, 0.0), std=(1.0, 1.0))
+        sequences = manifest.model_copy(update={"columns": manifest.columns | {"input": column}})
+        reasons[length] = why_not(described, sequences)
+    assert reasons[2] is None
+    assert reasons[None] is not None
+    assert reasons[None][:2] == (
+        "data",
+        "the rows' input differ in length, so that those of several trials make no batch",
+    )
+
+
 def test_own_models_run_by_vmap(recipes, tmp_path):
     model = {"kind": "custom", "target": "tests.unit.nets:Linear"}
     described = recipes(*RATES[:2], {"train.seed": 4}, model=model)
@@ -457,7 +594,9 @@ def test_own_models_run_by_vmap(recipes, tmp_path):
 
 def test_small_nets_pay(recipes):
     nets = {"mlp": {"hidden": [512]}, "cnn": {"channels": [8]}, "alexnet": {}}
-    images = prepared(recipes({}, data="images")[0].data).manifest.model_copy(update={"input_shape": (3, 28, 28)})
+    small_images = prepared(recipes({}, data="images")[0].data).manifest
+    image = small_images.columns["input"].model_copy(update={"column": Image(shape=(3, 28, 28))})
+    images = small_images.model_copy(update={"columns": small_images.columns | {"input": image}})
     for kind, fields in nets.items():
         (small,) = recipes({}, data="images", model={"kind": kind, **fields})
         (large,) = recipes({"train.global_batch_size": 512}, data="images", model={"kind": kind, **fields})
@@ -552,17 +691,18 @@ def test_wide_layers_compute_what_vmap_does(data, shared, recipes):
     manifest = splits_of(described[0]).manifest
     generator = torch.Generator().manual_seed(0)
     lead = (6,) if shared else (6, 3)
-    inputs = torch.randn(*lead, *manifest.input_shape, generator=generator)
+    inputs = torch.randn(*lead, *manifest.signature.input_shape, generator=generator)
     targets = torch.randint(0, 3, lead, generator=generator)
     if data == "numbers":
-        targets = torch.randn(*lead, manifest.num_outputs, generator=generator)
+        targets = torch.randn(*lead, manifest.signature.num_outputs, generator=generator)
+    batch = batch_of(input=inputs, target=targets)
     found = []
     for wide in (True, False):
         batched = FusedModel(described, manifest.signature, device=CPU, wide=wide)
-        losses, metrics = batched.measure(inputs, targets, shared=shared)
+        losses, metrics = batched.measure(batch, shared=shared)
         losses.sum().backward()
         gradients = [weight.grad for weight in batched.parameters.values()]
-        after = batched.evaluate(inputs, targets) if shared else None  # with the running statistics
+        after = batched.evaluate(batch, averaged=False) if shared else None  # with the running statistics
         found.append([losses.detach(), metrics, gradients, batched.buffers, after])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)  # float32, sums in another order
 
@@ -572,7 +712,7 @@ def test_losses_are_the_sums_of_torchs_cross_entropy(recipes):
     model = FusedModel(described, splits_of(described[0]).manifest.signature, device=CPU)
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(9, 4, generator=generator), torch.tensor([0, 1, 2] * 3)
-    losses, metrics = model.measure(inputs, targets, shared=True)
+    losses, metrics = model.measure(batch_of(input=inputs, target=targets), shared=True)
     for number, recipe in enumerate(described):
         torch.manual_seed(recipe.train.seed)
         outputs = recipe.model.build(splits_of(recipe).manifest.signature)(inputs)

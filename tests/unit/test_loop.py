@@ -25,11 +25,14 @@ from torch.optim import lr_scheduler
 
 import cluster
 from cluster.data.keys import digest_part, digest_text
+from cluster.data.manifest import Manifest
 from cluster.data.order import training_order
 from cluster.data.prepare import prepare, prepared
-from cluster.data.scaling import Normalise
+from cluster.data.rows import Rows
+from cluster.data.scaling import Scaling
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.errors import Diverged
+from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -37,6 +40,7 @@ from cluster.training import loop
 from cluster.training.checkpoints import Checkpoints, read_model, restore_model
 from cluster.training.context import LocalContext
 from cluster.training.events import Events
+from cluster.training.journal import Journal
 from cluster.training.loop import fit
 from cluster.training.run_directory import RunDirectory, read_metrics
 from cluster.training.splits import open_splits
@@ -102,7 +106,7 @@ def run(tmp_path):
 
 def context(recipe: Recipe, path: Path) -> LocalContext:
     splits = open_splits(prepared(recipe.data), window=recipe.data.shuffle_window)
-    recipe.check(splits.manifest)
+    check(recipe, splits.manifest)
     return LocalContext(run=Folder(path), splits=splits, device=CPU)
 
 
@@ -146,6 +150,12 @@ def timeless(value: Any) -> Any:
 # -- the same as a plain loop ----------------------------------------------------------------------------------------
 
 
+def scaled(manifest: Manifest, rows: Rows) -> torch.Tensor:
+    """The rows' inputs as a model reads them."""
+    stored = torch.from_numpy(np.array(rows.columns["input"].values))
+    return Scaling(manifest.columns, "standard", CPU)({"input": stored})["input"]
+
+
 class Plain:
     """A loop as anybody would write it, over the same order of rows."""
 
@@ -153,14 +163,15 @@ class Plain:
         data = prepared(recipe.data)
         self.recipe, self.manifest = recipe, data.manifest
         rows = made.split_rows(data, "train")
-        self.inputs = Normalise(data.manifest, CPU)(torch.from_numpy(np.array(rows.inputs)))
-        self.targets = torch.from_numpy(np.array(rows.targets))
+        self.inputs = scaled(data.manifest, rows)
+        self.targets = torch.from_numpy(np.array(rows.columns["target"].values))
         train = recipe.train
         self.order = training_order(
             data.manifest, global_batch_size=train.global_batch_size, seed=train.seed, window=recipe.data.shuffle_window
         )
         torch.manual_seed(train.seed)
         self.model = recipe.model.build(data.manifest.signature)
+        self.untrained = copy.deepcopy(self.model.state_dict())
         self.losses: list[float] = []
         self.weights: list[dict[str, torch.Tensor]] = []  # after each step
 
@@ -170,11 +181,11 @@ class Plain:
                 ids = torch.from_numpy(self.order.rows(epoch, step, 0, 1))
                 optimizer.zero_grad()
                 outputs = self.model(self.inputs[ids])
-                if self.manifest.target_kind == "label":
+                if self.targets.dtype == torch.int64:
                     loss = nn.functional.cross_entropy(outputs, self.targets[ids], reduction="sum")
                 else:
                     error = nn.functional.mse_loss(outputs, self.targets[ids], reduction="sum")
-                    loss = error / self.manifest.num_outputs
+                    loss = error / self.targets.shape[1]
                 (loss * (1 / len(ids))).backward()  # the mean, rounded as the loop rounds it
                 if clip_norm:
                     nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
@@ -239,21 +250,28 @@ def test_the_moving_average_is_what_is_evaluated_and_kept(recipe, run):
     described = recipe(train={"ema_decay": 0.9})
     plain = Plain(described).sgd()
     _, path = run(described)
-    average = {name: weight.double() for name, weight in plain.weights[0].items()}
-    for weights in plain.weights[1:]:
-        average = {name: 0.9 * average[name] + 0.1 * weights[name].double() for name in average}
+    average = {name: weight.double() for name, weight in plain.untrained.items()}
+    for updates, weights in enumerate(plain.weights):
+        decay = min(0.9, (1 + updates) / (10 + updates))
+        average = {name: decay * average[name] + (1 - decay) * weights[name].double() for name in average}
     state = newest(path)
     assert same(state["model"], plain.weights[-1])
     for name, weight in average.items():
         # float32 against float64 over 24 steps
         torch.testing.assert_close(state["average"][f"module.{name}"].double(), weight, rtol=1e-5, atol=1e-6)
     model = described.model.build(plain.manifest.signature)
-    model.load_state_dict({name: weight.float() for name, weight in average.items()})
     data = prepared(described.data)
     rows = made.split_rows(data, "validation")
-    outputs = model(Normalise(data.manifest, CPU)(torch.from_numpy(np.array(rows.inputs))))
-    loss = nn.functional.cross_entropy(outputs, torch.from_numpy(np.array(rows.targets)))
-    assert lines(path, "validation")[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)  # float32
+    targets = torch.from_numpy(np.array(rows.columns["target"].values))
+    found = {}
+    for kind, weights in (("averaged", average), ("plain", plain.weights[-1])):
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+        outputs = model(scaled(data.manifest, rows))
+        right = (outputs.argmax(1) == targets).float().mean().item()
+        found[kind] = (-right, nn.functional.cross_entropy(outputs, targets).item())
+    line = lines(path, "validation")[-1]
+    assert line["weights"] == min(found, key=lambda kind: found[kind])  # equal accuracies are decided by the loss
+    assert line["loss"] == pytest.approx(found[line["weights"]][1], rel=1e-4)  # float32
 
 
 def test_bf16_runs_and_keeps_float32_weights(recipe, run):
@@ -430,10 +448,11 @@ def test_regression_learns(recipe, run):
     rows = made.split_rows(data, "test")
     model, saved = restore_model(Folder(path), described)
     with torch.no_grad():
-        outputs = model(Normalise(saved.manifest, CPU)(torch.from_numpy(np.array(rows.inputs)))).numpy()
-    assert result["metrics"]["test/mae"] == pytest.approx(np.abs(outputs - rows.targets).mean(), rel=1e-5)  # float32
+        outputs = model(scaled(saved.manifest, rows)).numpy()
+    targets = rows.columns["target"].values
+    assert result["metrics"]["test/mae"] == pytest.approx(np.abs(outputs - targets).mean(), rel=1e-5)  # float32
     evidence = load_file(path / "evaluation.safetensors")
-    np.testing.assert_array_equal(evidence["example_targets"], rows.targets[:20])
+    np.testing.assert_array_equal(evidence["example_targets"], targets[:20])
 
 
 def test_classification_leaves_evidence(recipe, run):
@@ -618,15 +637,15 @@ class Interrupted(BaseException):
 
 def interrupt(monkeypatch, step: int) -> None:
     """The next `fit` ends while it takes this step."""
-    whole = loop.Loop._step
+    whole = Journal.stepped
 
-    def stepping(self, batch):
+    def stepping(self, *steps):
         if self.progress.step + 1 == step:
-            monkeypatch.setattr(loop.Loop, "_step", whole)
+            monkeypatch.setattr(Journal, "stepped", whole)
             raise Interrupted
-        whole(self, batch)
+        whole(self, *steps)
 
-    monkeypatch.setattr(loop.Loop, "_step", stepping)
+    monkeypatch.setattr(Journal, "stepped", stepping)
 
 
 ADAM = {"kind": "adamw", "lr": 0.01}
@@ -771,8 +790,8 @@ class SeesOther(LocalContext):
 
     newest = 8
 
-    def agree(self, number: int) -> int:
-        return number if number > 9 else self.newest
+    def share(self, value):
+        return self.newest if isinstance(value, int) else value
 
 
 def test_all_ranks_resume_from_the_step_that_rank_0_sees(unfinished, monkeypatch):

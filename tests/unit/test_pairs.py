@@ -1,4 +1,4 @@
-"""Pairs: what an image is made from travels with it, from the files to the batches."""
+"""Pairs: what an image is made from travels with it, from the files to what is said about them."""
 
 import io
 import json
@@ -8,38 +8,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
-from scipy import ndimage
 
-from cluster.data.augment import Augmentation
-from cluster.data.loader import HeldRows, HeldTraining, StreamedTraining
 from cluster.data.manifest import SPLITS
-from cluster.data.order import training_order
 from cluster.data.prepare import cache_key, prepared
-from cluster.data.rows import Rows
-from cluster.data.shards import ROW_GROUP_BYTES, DataSet, write_shard
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec, FashionMNISTSpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.pixels import edges
+from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import summarise
-from cluster.storage import Folder
 from jobs.commands.printing import print_manifest, print_summary
+from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-CPU = torch.device("cpu")
 ROWS = 30
 GAN = {"model": {"kind": "pix2pix", "width": 4}, "objective": {"kind": "adversarial"}}
 
@@ -53,56 +43,6 @@ def refusal(section: dict) -> str:
     return message
 
 
-# -- edges -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("colour", [(0,), (93,), (255,), (0, 0, 0), (200, 3, 77), (255, 255, 255)])
-def test_a_flat_image_has_no_edges(colour):
-    image = np.broadcast_to(np.array(colour, np.uint8)[:, None, None], (len(colour), 5, 7))
-    assert not edges(image[None]).any()
-
-
-def test_a_step_is_a_line_and_black_to_white_is_255():
-    image = np.zeros((1, 6, 8), np.uint8)
-    image[:, :, 4:] = 255
-    upright, lying = edges(np.stack([image, image]))[0, 0], edges(image.transpose(0, 2, 1)[None])[0, 0]
-    assert (upright == [0, 0, 0, 255, 255, 0, 0, 0]).all()  # to the image's very border
-    np.testing.assert_array_equal(lying, upright.T)
-    faint = edges(image[None] // 255 * 8)[0, 0]  # a step of 8: not scaled up
-    assert faint.max() == 8
-
-
-def test_edges_are_those_of_the_luminance():
-    def step(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-        image = np.zeros((len(left), 3, 4), np.uint8)
-        image[..., :2], image[..., 2:] = np.array(left)[:, None, None], np.array(right)[:, None, None]
-        return int(edges(image[None])[0, 0, 1, 1])
-
-    assert [step((0, 0, 0), pure) for pure in ((255, 0, 0), (0, 255, 0), (0, 0, 255))] == [76, 150, 29]  # BT.601
-    assert step((255, 0, 0), (0, 130, 0)) == 0  # as bright as each other
-    assert step((10, 10, 10), (60, 60, 60)) == step((10,), (60,)) == 50
-
-
-@settings(max_examples=50)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9))))
-def test_edges_are_scipys_of_pillows_grey(images):
-    found = edges(images)
-    assert found.shape == (len(images), 1, *images.shape[2:])
-    for image, edge in zip(images, found, strict=True):
-        grey = image[0] if len(image) == 1 else np.asarray(Image.fromarray(image.transpose(1, 2, 0)).convert("L"))
-        steep = [ndimage.sobel(grey.astype(float), axis, mode="nearest") for axis in (0, 1)]
-        np.testing.assert_array_equal(edge[0], np.minimum(255, np.round(np.hypot(*steep) / 4)))
-
-
-def test_an_images_edges_do_not_depend_on_what_it_is_computed_with(monkeypatch):
-    images = np.random.default_rng(0).integers(0, 256, (50, 3, 6, 5), dtype=np.uint8)
-    together = edges(images)
-    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 210)  # seven images
-    np.testing.assert_array_equal(edges(images), together)
-    monkeypatch.setattr("cluster.data.sources.pixels.BLOCK_PIXELS", 1)
-    np.testing.assert_array_equal(edges(images[::-1])[::-1], together)
-
-
 # -- edges of any set of images --------------------------------------------------------------------------------------
 
 
@@ -110,15 +50,15 @@ def test_digits_and_their_edges():
     data = prepared(PairsSpec(edges_of=DigitsSpec(), test_fraction=0.2))
     plain = prepared(DigitsSpec())
     assert data.manifest.source == "pairs"
-    assert data.manifest.condition_shape == data.manifest.input_shape == (1, 8, 8)
+    assert data.manifest.signature.condition_shape == data.manifest.signature.input_shape == (1, 8, 8)
     assert data.manifest.signature.condition_shape == (1, 8, 8)
     assert data.manifest.class_names == plain.manifest.class_names
     for split in SPLITS:
         ours, theirs = made.split_rows(data, split), made.split_rows(plain, split)
-        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
-        np.testing.assert_array_equal(ours.targets, theirs.targets)
-        np.testing.assert_array_equal(ours.condition, edges(theirs.inputs))
-        assert theirs.condition is None
+        np.testing.assert_array_equal(ours.columns["input"].values, theirs.columns["input"].values)
+        np.testing.assert_array_equal(ours.columns["target"].values, theirs.columns["target"].values)
+        np.testing.assert_array_equal(ours.columns["condition"].values, edges(theirs.columns["input"].values))
+        assert list(theirs.columns) == ["input", "target"]
 
 
 def test_edges_of_the_users_own_images(tmp_path):
@@ -127,9 +67,9 @@ def test_edges_of_the_users_own_images(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             Image.new("RGB", (6, 5), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
     manifest = prepared(PairsSpec(edges_of=ImageFolderSpec(path=str(tmp_path), image_size=(8, 7)))).manifest
-    assert (manifest.input_shape, manifest.condition_shape) == ((3, 8, 7), (1, 8, 7))
+    assert (manifest.signature.input_shape, manifest.signature.condition_shape) == ((3, 8, 7), (1, 8, 7))
     inner = made.images(tmp_path / "parquet", 40, shape=(3, 6, 5))
-    assert prepared(PairsSpec(edges_of=inner)).manifest.condition_shape == (1, 6, 5)
+    assert prepared(PairsSpec(edges_of=inner)).manifest.signature.condition_shape == (1, 6, 5)
 
 
 @pytest.mark.parametrize(
@@ -238,42 +178,44 @@ def train_rows(section: dict):
 
 def test_two_columns_of_encoded_images(table):
     manifest, rows = train_rows(table(condition_channels=1, target="animal"))
-    assert (manifest.input_shape, manifest.condition_shape, manifest.input_dtype) == ((3, 6, 7), (1, 6, 7), "uint8")
+    assert (manifest.signature.input_shape, manifest.signature.condition_shape) == ((3, 6, 7), (1, 6, 7))
+    assert manifest.columns["input"].dtype == manifest.columns["condition"].dtype == "uint8"
     assert manifest.class_names == ("cat", "cow", "dog")
-    np.testing.assert_array_equal(rows.inputs, PHOTOS.transpose(0, 3, 1, 2))
-    np.testing.assert_array_equal(rows.condition, SKETCHES[:, None])
-    assert [manifest.class_names[label] for label in rows.targets] == LABELS
+    np.testing.assert_array_equal(rows.columns["input"].values, PHOTOS.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(rows.columns["condition"].values, SKETCHES[:, None])
+    assert [manifest.class_names[label] for label in rows.columns["target"].values] == LABELS
     manifest, rows = train_rows(table())  # read in colour, both of them
-    assert manifest.condition_shape == (3, 6, 7)
-    np.testing.assert_array_equal(rows.condition, np.repeat(SKETCHES[:, None], 3, axis=1))
+    assert manifest.signature.condition_shape == (3, 6, 7)
+    np.testing.assert_array_equal(rows.columns["condition"].values, np.repeat(SKETCHES[:, None], 3, axis=1))
 
 
 def test_images_are_resized_together(table):
     _, rows = train_rows(table(image_shape=[3, 4, 5], condition_channels=1))
-    assert rows.inputs.shape == (ROWS, 3, 4, 5)
-    assert rows.condition.shape == (ROWS, 1, 4, 5)
+    assert rows.columns["input"].values.shape == (ROWS, 3, 4, 5)
+    assert rows.columns["condition"].values.shape == (ROWS, 1, 4, 5)
     small = [png(image[:3, :3]) for image in SKETCHES]
-    assert train_rows(table(sketches=small, image_shape=[3, 6, 7]))[1].condition.shape == (ROWS, 3, 6, 7)
+    _, rows = train_rows(table(sketches=small, image_shape=[3, 6, 7]))
+    assert rows.columns["condition"].values.shape == (ROWS, 3, 6, 7)
 
 
 def test_two_columns_of_lists(table):
     photos = PHOTOS.transpose(0, 3, 1, 2).reshape(ROWS, -1)
     section = table(photos.tolist(), SKETCHES.tolist(), image_shape=[3, 6, 7], condition_channels=1)
     _, rows = train_rows(section)
-    np.testing.assert_array_equal(rows.inputs.reshape(ROWS, -1), photos)
-    np.testing.assert_array_equal(rows.condition[:, 0], SKETCHES)
+    np.testing.assert_array_equal(rows.columns["input"].values.reshape(ROWS, -1), photos)
+    np.testing.assert_array_equal(rows.columns["condition"].values[:, 0], SKETCHES)
 
 
 def test_one_column_may_be_both(table):
     _, rows = train_rows(table(condition="photo", condition_channels=1))  # to learn to colour pictures
     grey = [np.asarray(Image.fromarray(photo).convert("L")) for photo in PHOTOS]
-    np.testing.assert_array_equal(rows.condition[:, 0], grey)
+    np.testing.assert_array_equal(rows.columns["condition"].values[:, 0], grey)
 
 
 def test_rows_without_labels_are_of_one_class(table):
     manifest, rows = train_rows(table())
-    assert (manifest.target_kind, manifest.class_names, manifest.num_outputs) == ("label", ("all",), 1)
-    assert rows.targets.tolist() == [0] * ROWS
+    assert manifest.signature["target"] == Label(names=("all",), size=1)
+    assert rows.columns["target"].values.tolist() == [0] * ROWS
 
 
 def test_a_test_split_that_stands_apart(table, tmp_path):
@@ -360,168 +302,26 @@ def test_bad_files_are_named(fields, message, table):
     assert "target_kind" not in said  # pairs have no such field
 
 
-# -- shards ----------------------------------------------------------------------------------------------------------
-
-
-def test_row_groups_hold_both_images_within_their_bytes(tmp_path):
-    rows = Rows(
-        np.arange(100),
-        np.zeros((100, 3, 100, 300), np.uint8),
-        np.zeros(100, np.int64),
-        np.zeros((100, 3, 100, 300), np.uint8),
-    )
-    shard = write_shard(Folder(tmp_path), "a.parquet", rows)
-    assert max(shard.row_groups) == ROW_GROUP_BYTES // 180_000
-    assert pq.read_schema(tmp_path / "a.parquet").names == ["row", "input", "target", "condition"]
-
-
-def test_other_sources_are_written_as_ever(tmp_path):
-    data = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    assert "condition_shape" not in (tmp_path / "out" / "manifest.json").read_text()
-    assert data.table("train").column_names == ["row", "input", "target"]
-    assert data.manifest.signature.condition_shape is None
-
-
-def test_a_manifest_whose_images_do_not_fit_each_other_is_refused(tmp_path):
-    data = made.written(PairsSpec(edges_of=DigitsSpec()), tmp_path / "out")
-    assert data.manifest.row_bytes == 64 + 64 + 8
-    file = tmp_path / "out" / "manifest.json"
-    content = json.loads(file.read_text())
-    assert content["condition_shape"] == [1, 8, 8]
-    file.write_text(json.dumps(content | {"condition_shape": [1, 9, 9]}))
-    with pytest.raises(UserError, match="condition_shape and the input do not fit each other; prepare the data again"):
-        DataSet(str(tmp_path / "out"))
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------
-
-WINDOW = 60
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> DataSet:
-    """640 training rows in 20 row groups: colour images to be made from their edges."""
-    folder = tmp_path_factory.mktemp("pairs")
-    return made.written(PairsSpec(edges_of=made.images(folder / "in", 800, shape=(3, 6, 7))), folder / "out")
-
-
-def training(data: DataSet, *, window=None, batch=50, rank=0, world_size=1, augmentation=None):
-    order = training_order(data.manifest, global_batch_size=batch, seed=0, window=window)
-    place = {"rank": rank, "world_size": world_size, "augmentation": augmentation}
-    if window is None:
-        return HeldTraining(HeldRows(data.table("train"), data.manifest, CPU), order, **place)
-    return StreamedTraining(data, order, device=CPU, **place)
-
-
-@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_each_row_comes_with_what_it_is_made_from(window, world_size, pairs):
-    stored = made.split_rows(pairs, "train")
-    expected = torch.from_numpy(stored.condition.astype(np.float32)) / 127.5 - 1
-    seen = 0
-    for rank in range(world_size):
-        for batch in training(pairs, window=window, rank=rank, world_size=world_size).batches(1, 0):
-            assert batch.condition.dtype == torch.float32
-            assert torch.equal(batch.condition, expected[batch.ids])
-            seen += len(batch.ids)
-    assert seen == 640
-    assert expected.min() == -1
-    assert expected.max() <= 1
-
-
-@pytest.mark.parametrize("window", [None, WINDOW], ids=["held", "streamed"])
-def test_a_row_that_stands_in_has_a_condition_too(window, pairs):
-    world_size = 9 if window is None else 6
-    empty = [
-        batch
-        for rank in range(world_size)
-        for batch in training(pairs, window=window, batch=8, rank=rank, world_size=world_size).batches(0, 0)
-        if not batch.num_rows
-    ]
-    assert empty
-    assert {tuple(batch.condition.shape) for batch in empty} == {(1, 1, 6, 7)}
-
-
-def test_resuming_at_a_step_gives_the_same_conditions(pairs):
-    for window in (None, WINDOW):
-        whole = list(training(pairs, window=window).batches(2, 0))
-        tail = list(training(pairs, window=window).batches(2, 7))
-        assert all(torch.equal(a.condition, b.condition) for a, b in zip(whole[7:], tail, strict=True))
-
-
-def test_conditions_of_held_rows(pairs, tmp_path):
-    rows = HeldRows(pairs.table("test"), pairs.manifest, CPU)
-    ids = np.array([3, 0, 3])
-    np.testing.assert_array_equal(rows.stored_condition(ids), made.split_rows(pairs, "test").condition[ids])
-    stored, _, _ = next(rows.pass_over(7, rank=0, world_size=1))
-    assert len(stored) == 7
-    plain = made.written(made.images(tmp_path / "in", 40), tmp_path / "out")
-    assert HeldRows(plain.table("test"), plain.manifest, CPU).stored_condition(ids) is None
-    assert all(batch.condition is None for batch in training(plain).batches(0, 0))
-    assert all(batch.condition is None for batch in training(plain, window=20).batches(0, 0))
-
-
-# -- augmentation ----------------------------------------------------------------------------------------------------
-
-MOVING = [
-    {"kind": "horizontal_flip"},
-    {"kind": "random_crop", "padding": 2},
-    {"kind": "rotation", "degrees": 90},
-    {"kind": "resized_crop"},
-]
-
-
-def test_both_images_are_moved_alike(table):
-    copies = table(condition="photo")  # each image is to be made from itself
-    data = prepared(validate(AnyDataSpec, copies | {"augment": MOVING} | ALL, prefix="data"))
-    specs = load_recipe(GAN | {"data": copies | {"augment": MOVING}}).data.augment
-    augmentation = Augmentation(specs, shape=data.manifest.input_shape, seed=0)
-    normal = [torch.tensor(part).reshape(-1, 1, 1) for part in (data.manifest.mean, data.manifest.std)]
-    changed: dict[int, torch.Tensor] = {}
-    for window in (None, 10):
-        for batch in training(data, window=window, batch=8, augmentation=augmentation).batches(0, 0):
-            made_of = (batch.condition + 1) / 2
-            # float32: back from [-1, 1], and from the deviations that the inputs are measured in
-            torch.testing.assert_close(batch.inputs * normal[1] + normal[0], made_of, atol=1e-5, rtol=0)
-            for row, image in zip(batch.ids.tolist(), batch.condition, strict=True):
-                assert torch.equal(changed.setdefault(row, image), image)  # held or streamed
-    plain = made.split_rows(data, "train").condition
-    same = [np.array_equal(((changed[row] + 1) * 127.5).round().numpy(), plain[row]) for row in changed]
-    assert sum(same) < 5
-
-
-@pytest.mark.parametrize("kind", ["color_jitter", "erasing"])
-def test_what_would_change_them_otherwise_is_refused(kind, pairs):
-    augment = [{"kind": "horizontal_flip"}, {"kind": kind}]
-    for section in ({"kind": "pairs", "edges_of": {"kind": "digits"}}, {"kind": "shards", "path": "x"}):
-        with pytest.raises(UserError) as caught:
-            load_recipe(GAN | {"data": section | {"augment": augment}}).check(pairs.manifest)
-        assert str(caught.value) == (
-            f"data.augment: {kind} would not change both images of a pair alike; leave it out, and use "
-            "horizontal_flip, random_crop, rotation, resized_crop"
-        )
-    load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}, "augment": MOVING}}).check(
-        pairs.manifest
-    )
-
-
 # -- what is said about them -----------------------------------------------------------------------------------------
 
 
 def test_pix2pix_takes_pairs_and_nothing_else(capsys):
     recipe = load_recipe(GAN | {"data": {"kind": "pairs", "edges_of": {"kind": "digits"}}})
     data = prepared(recipe.data)
-    recipe.check(data.manifest)
+    check(recipe, data.manifest)
     print_summary(recipe, data.manifest, summarise(recipe, data.manifest), as_json=False)
     assert "1 x 8 x 8 -> 1 x 8 x 8 uint8 of 10 classes" in capsys.readouterr().out
     with pytest.raises(UserError, match="the data has only one image a row; choose a data set of image pairs"):
-        recipe.check(prepared(DigitsSpec()).manifest)
+        check(recipe, prepared(DigitsSpec()).manifest)
 
 
-def test_prepared_pairs_are_described(pairs, table, capsys):
-    print_manifest("there", pairs.manifest, as_json=False)
+def test_prepared_pairs_are_described(table, tmp_path, capsys):
+    manifest = prepared(PairsSpec(edges_of=made.images(tmp_path / "in", 80, shape=(3, 6, 7)))).manifest
+    print_manifest("there", manifest, as_json=False)
     assert "source           pairs; 1 x 6 x 7 -> 3 x 6 x 7 uint8 of 3 classes" in capsys.readouterr().out
-    print_manifest("there", pairs.manifest, as_json=True)
-    assert json.loads(capsys.readouterr().out)["condition_shape"] == [1, 6, 7]
+    print_manifest("there", manifest, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"path": "there", **manifest.content()}
+    assert told["columns"]["condition"]["column"]["shape"] == [1, 6, 7]
     print_manifest("there", train_rows(table())[0], as_json=False)
     assert "3 x 6 x 7 -> 3 x 6 x 7 uint8 of 1 class\n" in capsys.readouterr().out

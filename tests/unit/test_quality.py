@@ -12,21 +12,26 @@ from cluster.adversarial import features as features_module
 from cluster.adversarial.collapse import CollapseWatch
 from cluster.adversarial.features import FOLDER, WEIGHTS, Features, open_features
 from cluster.adversarial.quality import Quality, _Distances, _spread
-from cluster.data.loader import HeldRows
+from cluster.data.manifest import StoredColumn
 from cluster.data.prepare import prepared
-from cluster.data.shards import some_rows
+from cluster.data.shards import DataSet, some_rows
 from cluster.data.sources.images import DigitsSpec
-from cluster.recipe.adversarial import CollapseSpec, QualitySpec
-from cluster.recipe.recipe import TrainSpec
+from cluster.data.sources.prepared import ShardsSpec
+from cluster.recipe.adversarial import AdversarialTrainSpec, CollapseSpec, QualitySpec
+from cluster.recipe.recipe import Recipe, TrainSpec
 from cluster.storage import Folder
 from cluster.training.checkpoints import restore_model
 from cluster.training.run_directory import RunDirectory
+from cluster.training.splits import open_splits
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
+from nn_models.adversarial_losses import AdversarialObjectiveSpec
+from nn_models.columns import Label, Numbers
 from nn_models.errors import UserError
 from nn_models.pix2pix import Pix2PixSpec
 from tests.unit import made
 
 QUICK = TrainSpec(epochs=1, global_batch_size=32)
+CPU = torch.device("cpu")
 
 
 def normal(rows, mean, covariance, seed=0):
@@ -37,7 +42,23 @@ def normal(rows, mean, covariance, seed=0):
 def all_rows(data, split="validation"):
     """(images in [-1, 1], labels), computed without any of the monitor's code."""
     rows = made.split_rows(data, split)
-    return torch.from_numpy(rows.inputs.astype(np.float32)) / 127.5 - 1, torch.from_numpy(rows.targets.copy())
+    images, labels = (rows.columns[name].values for name in ("input", "target"))
+    return torch.from_numpy(images.astype(np.float32)) / 127.5 - 1, torch.from_numpy(labels.copy())
+
+
+def as_trained_on(data):
+    """The inputs of the validation split as the classifier's training reads them."""
+    recipe = features_module.classifier_recipe(data)
+    rows = open_splits(data, window=None).evaluation("validation", recipe, rank=0, world_size=1, device=CPU)
+    return torch.cat([batch["input"] for (batch,) in rows.batches(0)])
+
+
+def without_classes(data, column):
+    """The same data with another column to predict."""
+    columns = {**data.manifest.columns, "target": StoredColumn(column=column, dtype="float32", moments=False)}
+    other = DataSet(data.folder)
+    other.manifest = data.manifest.model_copy(update={"columns": columns})
+    return other
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +79,18 @@ def small(tmp_path):
     return made.written(made.images(tmp_path / "source", 150, shape=(1, 8, 8)), tmp_path / "data")
 
 
+def quality_of(data, spec, features, split="validation", **quality):
+    recipe = Recipe(
+        model=spec,
+        data=ShardsSpec(path=data.folder.uri),
+        objective=AdversarialObjectiveSpec(),
+        adversarial=AdversarialTrainSpec(quality=QualitySpec(**quality)),
+    )
+    return Quality(features, data, recipe=recipe, split=split)
+
+
 def digits_quality(seen, digits, spec=None, split="validation", **quality):
-    return Quality(seen, digits, spec=spec or DCGANSpec(), quality=QualitySpec(**quality), split=split)
+    return quality_of(digits, spec or DCGANSpec(), seen, split, **quality)
 
 
 # -- distances -----------------------------------------------------------------------------------------------------
@@ -148,10 +179,9 @@ def test_features_are_what_the_classifiers_last_layer_reads(seen, digits):
     model, _ = restore_model(digits.folder / FOLDER, RunDirectory(digits.folder / FOLDER).recipe("model/recipe.yaml"))
     read = []
     model.dense.output.register_forward_hook(lambda _, inputs, outputs: read.extend([*inputs, outputs]))
-    held = HeldRows(digits.table("validation"), digits.manifest, torch.device("cpu"))
     with torch.no_grad():
-        for _, inputs, _ in held.pass_over(50, rank=0, world_size=1):
-            model(inputs)  # normalised as in the classifier's training
+        for inputs in as_trained_on(digits).split(50):
+            model(inputs)
     images, _ = all_rows(digits)
     # float32, whose roundings differ by the way to the same numbers
     torch.testing.assert_close(seen(images), torch.cat(read[::2]), atol=1e-4, rtol=1e-4)
@@ -162,9 +192,8 @@ def test_features_keep_each_channels_normalisation(tmp_path):
     data = made.written(made.images(tmp_path / "source", 60, shape=(3, 8, 9)), tmp_path / "data")
     features = open_features(data, train=QUICK)
     images, _ = all_rows(data)
-    held = HeldRows(data.table("validation"), data.manifest, torch.device("cpu"))
-    _, inputs, _ = next(held.pass_over(100, rank=0, world_size=1))
-    torch.testing.assert_close(images * features.scale + features.shift, inputs, atol=1e-5, rtol=1e-5)
+    # float32, whose roundings differ by the way to the same numbers
+    torch.testing.assert_close(images * features.scale + features.shift, as_trained_on(data), atol=1e-5, rtol=1e-5)
 
 
 def test_features_take_part_in_no_training(seen):
@@ -251,11 +280,8 @@ def test_a_classifier_of_other_data_is_named_with_what_to_do(small, tmp_path):
 
 
 def test_images_without_classes_have_no_features(small):
-    one = small.manifest.model_copy(update={"num_outputs": 1, "class_names": ("all",)})
-    number = small.manifest.model_copy(update={"target_kind": "number", "class_names": ()})
-    for manifest in (one, number):
-        small.manifest = manifest
-        assert open_features(small) is None
+    for column in (Label(names=("all",)), Numbers(size=1)):
+        assert open_features(without_classes(small, column)) is None
     assert not small.folder.exists(FOLDER)
 
 
@@ -288,8 +314,8 @@ def test_some_rows_are_always_the_same_ones_from_all_over_a_split(digits):
     assert len(set(rows.ids.tolist())) == 300
     assert rows.ids.tolist() == again.ids.tolist() != sorted(rows.ids.tolist())
     whole = made.split_rows(digits, "train")
-    assert np.array_equal(rows.inputs, whole.inputs[rows.ids])
-    assert np.array_equal(rows.targets, whole.targets[rows.ids])
+    for name, column in rows.columns.items():
+        assert np.array_equal(column.values, whole.columns[name].values[rows.ids])
     assert rows.ids.max() - rows.ids.min() > 0.9 * len(whole.ids)
     assert len(some_rows(digits, "validation", 10**6).ids) == digits.manifest.rows("validation")
 
@@ -329,7 +355,7 @@ def test_made_rows_that_are_training_rows_are_as_good_as_the_floor(seen, digits)
 def test_held_out_rows_are_no_distance_from_themselves(seen, digits):
     quality = digits_quality(seen, digits)
     rows = some_rows(digits, "validation", quality.num_rows)
-    images = torch.from_numpy(rows.inputs.astype(np.float32)) / 127.5 - 1
+    images = torch.from_numpy(rows.columns["input"].values.astype(np.float32)) / 127.5 - 1
     metrics = quality.measure(Copier(images))
     # the images' last bits differ by the way they were computed
     assert metrics["frechet_distance"] == pytest.approx(0, abs=1e-4)
@@ -406,7 +432,7 @@ def test_rows_that_are_not_finite_make_metrics_nan(seen, digits, value):
 
 
 def test_without_features_the_diversity_is_of_pixels(digits):
-    quality = digits_quality(None, digits)
+    quality = digits_quality(None, without_classes(digits, Label(names=("all",))))
     images, _ = all_rows(digits, "train")
     metrics = quality.measure(Copier(images))
     assert set(metrics) == {"diversity"}
@@ -416,7 +442,7 @@ def test_without_features_the_diversity_is_of_pixels(digits):
 
 def test_feature_vectors_are_compared_standardised(tmp_path):
     data = made.written(made.features(tmp_path / "source", 2000), tmp_path / "data")
-    quality = Quality(open_features(data), data, spec=GANSpec(), quality=QualitySpec())
+    quality = quality_of(data, GANSpec(), open_features(data))
     metrics = quality.measure(lambda source, _: torch.randn(len(source), 4))
     # the first feature is the row's number: as wide as the normal distribution, but flat
     assert metrics["frechet_distance"] < 0.2
@@ -428,7 +454,7 @@ def test_feature_vectors_are_compared_standardised(tmp_path):
 def test_a_split_with_a_single_row_is_refused(tmp_path):
     data = made.written(made.features(tmp_path / "source", 10, validation_fraction=0.1), tmp_path / "data")
     with pytest.raises(UserError, match=r"adversarial.quality: needs 2 rows .*data.validation_fraction"):
-        Quality(open_features(data), data, spec=GANSpec(), quality=QualitySpec())
+        quality_of(data, GANSpec(), open_features(data))
 
 
 def test_pairs_are_made_from_the_held_out_conditions(tmp_path):
@@ -437,15 +463,18 @@ def test_pairs_are_made_from_the_held_out_conditions(tmp_path):
     data = made.written(PairsSpec(edges_of=DigitsSpec()), tmp_path / "data")
     features = Features(data.manifest)  # in place of a trained classifier; its features are the pixels
     features.forward = lambda images: images.flatten(1)
-    quality = Quality(features, data, spec=Pix2PixSpec(), quality=QualitySpec(num_images=100))
-    rows = some_rows(data, "validation", 100)
-    real, edges = (torch.from_numpy(x.astype(np.float32)) / 127.5 - 1 for x in (rows.inputs, rows.condition))
+    quality = quality_of(data, Pix2PixSpec(), features, num_images=100)
+    columns = some_rows(data, "validation", 100).columns
+    stored = (columns[name].values.astype(np.float32) for name in ("input", "condition"))
+    real, edges = (torch.from_numpy(values) / 127.5 - 1 for values in stored)
     copier = Copier(real)
     assert quality.measure(copier)["l1"] == pytest.approx(0, abs=1e-6)
     assert torch.cat(copier.sources).shape == (100, 0)
     torch.testing.assert_close(torch.cat(copier.conditions), edges)
     assert quality.measure(lambda _, condition: condition)["l1"] == pytest.approx(float((edges - real).abs().mean()))
-    assert Quality(None, data, spec=Pix2PixSpec(), quality=QualitySpec()).best_metric == "l1"
+    unlabelled = quality_of(without_classes(data, Label(names=("all",))), Pix2PixSpec(), None, num_images=100)
+    assert unlabelled.best_metric == "l1"
+    assert list(unlabelled.measure(Copier(real))) == ["diversity", "l1"]
 
 
 # -- collapse ------------------------------------------------------------------------------------------------------

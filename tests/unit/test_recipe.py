@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.data.manifest import Manifest
 from cluster.data.prepare import prepared
+from cluster.recipe.fit import check
 from cluster.recipe.loading import builtin_recipes, dump_recipe, load_recipe, parse_yaml
 from cluster.recipe.optimizers import SGDSpec
 from cluster.recipe.recipe import Recipe
@@ -46,7 +47,7 @@ def file(tmp_path):
     return write
 
 
-def manifest(shape=(4,), *, target_kind="label", num_outputs=3, dtype="float32", rows=100) -> Manifest:
+def manifest(shape=(4,), *, target_kind="label", num_outputs=3, dtype="float32", rows=100, **more) -> Manifest:
     shard = {"file": "a", "rows": rows, "row_groups": [rows], "bytes": 1, "sha256": ""}
     return validate(
         Manifest,
@@ -60,6 +61,7 @@ def manifest(shape=(4,), *, target_kind="label", num_outputs=3, dtype="float32",
             "mean": [0.0] * shape[0],
             "std": [1.0] * shape[0],
             "splits": {"train": [shard], "validation": [shard]} if rows > 0 else {},
+            **more,
         },
     )
 
@@ -357,7 +359,7 @@ def test_a_run_claims_an_empty_directory_only(tmp_path):
 )
 def test_what_does_not_fit_is_refused(content, data, message):
     with pytest.raises(UserError) as caught:
-        load_recipe(MINIMAL | content).check(data)
+        check(load_recipe(MINIMAL | content), data)
     assert message in str(caught.value)
 
 
@@ -365,9 +367,7 @@ def test_what_does_not_fit_is_refused(content, data, message):
 SHAPES = {
     "fashion_mnist": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000),
     "cifar10": manifest((3, 32, 32), num_outputs=10, dtype="uint8", rows=45_000),
-    "pairs": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000).model_copy(
-        update={"condition_shape": (1, 28, 28)}
-    ),
+    "pairs": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000, condition_shape=(1, 28, 28)),
 }
 
 
@@ -375,16 +375,16 @@ SHAPES = {
 def test_the_summary_of_a_builtin_recipe(name):
     recipe = load_recipe(name)
     data = SHAPES[recipe.data.kind] if recipe.data.kind in SHAPES else prepared(recipe.data).manifest
-    recipe.check(data)
+    check(recipe, data)
     summary = summarise(recipe, data)
     model = recipe.model.build(data.signature)
     assert summary.num_parameters == sum(p.numel() for p in model.parameters())
     assert sum(layer.num_parameters for layer in summary.layers) == summary.num_parameters
     if recipe.adversarial is None:
-        assert summary.layers[-1].output_shape == (data.num_outputs,)
+        assert summary.layers[-1].output_shape == (data.signature.num_outputs,)
     else:  # the generator makes a row, which the discriminator then judges, as a whole or by patches
         made = [layer for layer in summary.layers if layer.name.startswith("generator.")][-1]
-        assert math.prod(made.output_shape) == math.prod(data.input_shape)
+        assert math.prod(made.output_shape) == data.signature.input_size
         assert summary.layers[-1].name.startswith("discriminator.")
         assert summary.layers[-1].output_shape[:1] in [(), (1,)]
     assert summary.num_steps == summary.steps_per_epoch * recipe.train.epochs
@@ -434,12 +434,12 @@ def test_custom_models_that_are_not(name, message):
 def test_a_custom_model_in_no_module():
     recipe = load_recipe(MINIMAL, {"model": {"kind": "custom", "target": "no_such_package.nets:Net"}})
     with pytest.raises(UserError, match=r"model.target: cannot import no_such_package.nets.*PYTHONPATH"):
-        recipe.check(manifest())
+        check(recipe, manifest())
     assert "model.target: must name a module and a class" in refusal(
         MINIMAL, {"model": {"kind": "custom", "target": "x"}}
     )
     with pytest.raises(UserError, match=r"model.arguments: tests.unit.nets:Linear does not take {'depth': 3}"):
-        custom("Linear", depth=3).check(manifest())
+        check(custom("Linear", depth=3), manifest())
 
 
 def test_a_model_of_ones_own_data(tmp_path):

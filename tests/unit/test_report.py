@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from jobs.report import write_report
+from jobs.report import charts, sections, write_report
+from jobs.report.sections import SECTIONS
+from nn_models.batch import Batch, Place
 from nn_models.errors import UserError
+from nn_models.objectives import ClassificationSpec, RegressionSpec, SupervisedSpec, only_here
+from nn_models.signature import Signature
+from nn_models.zoo import METRICS, OBJECTIVES
 
 VOID = {"meta", "img", "br"}
 RECIPE = """name: digits-cnn
@@ -87,6 +93,7 @@ def write_run(
     class_names: list[str] | None = None,
     model: dict[str, np.ndarray] | None = None,
     recipe: str = RECIPE,
+    section: str | None = None,
 ) -> Path:
     rng = np.random.default_rng(0)
     (run / "model").mkdir(parents=True)
@@ -114,7 +121,8 @@ def write_run(
             "example_confidences": np.linspace(0.3, 0.98, 12, dtype=np.float32),
         }
     names = class_names or [f"digit{index}" for index in range(10)]
-    save_file(evaluation, run / "evaluation.safetensors", metadata={"class_names": json.dumps(names), "split": "test"})
+    metadata = {"class_names": json.dumps(names), "split": "test"} | ({"section": section} if section else {})
+    save_file(evaluation, run / "evaluation.safetensors", metadata=metadata)
     weights = model or {
         "layers.10.weight": rng.normal(size=(4, 8, 3, 3)).astype(np.float32),
         "layers.2.weight": rng.normal(size=(8, 1, 3, 3)).astype(np.float32),
@@ -352,6 +360,72 @@ def test_a_regression_is_drawn_against_the_truth(tmp_path: Path):
     assert alternatives[1] == "output 2: predicted against true for 20 rows; mean absolute error 0.25"
 
 
+@pytest.mark.parametrize("named", [True, False])  # earlier versions wrote no name
+@pytest.mark.parametrize("objective", [ClassificationSpec(), RegressionSpec()], ids=lambda spec: spec.kind)
+def test_what_an_objective_keeps_is_shown_by_its_section(tmp_path: Path, objective: SupervisedSpec, named: bool):
+    classes = isinstance(objective, ClassificationSpec)
+    column = {"kind": "label", "size": 3} if classes else {"kind": "numbers", "size": 2}
+    signature = Signature(columns={"input": {"kind": "image", "shape": (1, 4, 4)}, "target": column})
+    evidence = objective.build(signature).evidence(signature)
+    assert evidence is not None
+    images = torch.zeros(6, 1, 4, 4)
+    target = torch.tensor([0, 1, 2, 0, 1, 2]) if classes else torch.ones(6, 2)
+    batch = Batch({"input": images, "target": target}, Place.of(6), lambda: torch.arange(6), {"input": images})
+    evidence.add(batch, torch.eye(3)[[0, 1, 1, 0, 1, 1]] if classes else torch.zeros(6, 2))
+    kept = {name: tensor.numpy() for name, tensor in evidence.tensors(only_here, torch.device("cpu")).items()}
+    section = evidence.section if named else None
+    page = report(write_run(tmp_path / "run", evaluation=kept, class_names=["a", "b", "c"], section=section))
+    assert ("Confusion" in page.headings) == ("Predictions" in page.headings) == classes
+    assert ("Predicted against true" in page.headings) == (not classes)
+    assert page.alternatives.count("true c, predicted b") == (2 if classes else 0)
+    assert "Not on this page" not in page.headings
+
+
+def test_evidence_that_nothing_here_shows(tmp_path: Path):
+    page = report(write_run(tmp_path / "run", section="sentences"))
+    assert "The predictions: the report has no section sentences." in page.words
+    assert {"Curves", "Learned filters"} <= set(page.headings)
+    assert "Confusion" not in page.headings
+
+
+def test_broken_names_of_classes_cost_only_the_predictions(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    confusion = {"confusion": np.eye(2, dtype=np.int64)}
+    save_file(confusion, run / "evaluation.safetensors", metadata={"class_names": "[1,", "section": "classes"})
+    page = report(run)
+    assert {"Curves", "Learned filters"} <= set(page.headings)
+    assert "The predictions: evaluation.safetensors cannot be read (JSONDecodeError" in page.words
+
+
+def test_sections_have_names_and_templates_of_their_own():
+    assert len({section.name for section in SECTIONS}) == len(SECTIONS)
+    folder = Path(sections.__file__).parent
+    assert {section.template for section in SECTIONS} <= {path.name for path in folder.glob("*.html")}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_metrics_that_share_a_chart_have_labels_and_colours(kind: str):
+    shared: dict[str, list[str]] = {}
+    for metric in OBJECTIVES[kind].known_metrics():
+        if metric.together:
+            shared.setdefault(metric.together, []).append(metric.label)
+    for labels in shared.values():
+        assert all(labels)
+        assert len(set(labels)) == len(labels) <= len(charts.COLOURS)
+
+
+def test_metrics_are_named_and_counted_as_declared():
+    assert charts.words("test/frechet_distance") == "test Frechet distance"
+    assert charts.words("l1") == "L1"
+    assert charts.words("validation/top_5_accuracy") == "validation top 5 accuracy"  # nobody declares it
+    assert charts.words("rows_per_s") == "rows per second"
+    assert charts.figure("test/label_agreement", 0.5) == charts.figure("anything_accuracy", 0.5) == "50.00\u202f%"
+    assert charts.figure("accuracy", 7.0) == "7"
+    assert charts.figure("loss", 0.5) == "0.5"
+    known = set(METRICS)
+    assert {metric.floor_of for metric in METRICS.values()} - {""} <= known
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"absent: no such directory; name the directory of a run"):
         write_report(str(tmp_path / "absent"))
@@ -377,11 +451,11 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path):
     assert Path(write_report(str(run))).read_bytes() == first
 
 
-def test_neither_torch_nor_matplotlib_is_imported(tmp_path: Path):
+def test_neither_ray_nor_matplotlib_is_imported(tmp_path: Path):
     run = write_run(tmp_path / "run")
     code = (
         "import sys; from jobs.report import write_report; write_report(sys.argv[1]);"
-        "print({'torch', 'matplotlib', 'ray'} & set(sys.modules))"
+        "print({'matplotlib', 'ray'} & set(sys.modules))"
     )
     finished = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "set()"

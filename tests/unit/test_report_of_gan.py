@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from cluster.data.manifest import Manifest, StoredColumn
 from jobs.report.samples import MAX_GRIDS, spread
 from tests.unit.test_report import Page, report
 
@@ -59,6 +60,21 @@ def png(size: tuple[int, int] = (34, 20), *, noise: bool = False) -> bytes:
     return buffer.getvalue()
 
 
+def described(*, shape: tuple[int, ...] = (1, 8, 8), pairs: bool = False, version: int = 2) -> dict[str, Any]:
+    """What model.safetensors says of the data: the manifest without its shards, of either version."""
+    names, moments = list("0123456789"), {"mean": [0.5] * shape[0], "std": [0.25] * shape[0]}
+    if version == 1:
+        old = {"input_shape": shape, "input_dtype": "float32", "condition_shape": shape if pairs else None}
+        target = {"target_kind": "label", "num_outputs": 10, "class_names": names}
+        return {"version": 1, "source": "digits", **old, **target, **moments, "splits": {}}
+    image = {"kind": "image", "shape": shape} if len(shape) == 3 else {"kind": "features", "size": shape[0]}
+    columns = {"input": {"column": image, **moments}, "target": {"column": {"kind": "label", "names": names}}}
+    if pairs:
+        columns["condition"] = {"column": image, "dtype": "uint8", "moments": False}
+    stored = {name: StoredColumn.model_validate(column) for name, column in columns.items()}
+    return Manifest(source="digits", columns=stored, splits={}).model_dump(mode="json")
+
+
 def write_run(
     run: Path,
     *,
@@ -75,9 +91,8 @@ def write_run(
     (run / "environment.json").write_text(json.dumps({"seed": 0}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (run / "result.json").write_text(json.dumps(result() if ends is None else ends))
-    described = {"input_shape": [1, 8, 8], "condition_shape": None, "class_names": list("0123456789")} | (data or {})
     weights = {"generator.0.weight": np.ones((2, 1, 3, 3), np.float32)}
-    save_file(weights, run / "model/model.safetensors", metadata={"data": json.dumps(described)})
+    save_file(weights, run / "model/model.safetensors", metadata={"data": json.dumps(data or described())})
     for line in metrics:
         if line["split"] == "validation":
             (run / f"samples/step-{line['step']:010d}.png").write_bytes(picture or png())
@@ -133,18 +148,28 @@ def test_the_curves_of_a_game(tmp_path: Path):
     assert "Red: rollbacks." not in report(write_run(tmp_path / "other")).words
 
 
-def test_what_a_conditional_and_a_paired_grid_show(tmp_path: Path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_conditional_and_a_paired_grid_show(tmp_path: Path, version: int):
     conditional = RECIPE.replace("dcgan}", "conditional_gan}")
-    page = report(write_run(tmp_path / "a", recipe=conditional, metrics=lines(label_agreement=0.9)))
+    data = described(version=version)
+    page = report(write_run(tmp_path / "a", recipe=conditional, metrics=lines(label_agreement=0.9), data=data))
     assert "The classes from left to right: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9." in page.words
     assert "label agreement 90.00 %" in page.words
-    page = report(write_run(tmp_path / "b", metrics=lines(l1=0.25), data={"condition_shape": [1, 8, 8]}))
+    paired = described(pairs=True, version=version)
+    page = report(write_run(tmp_path / "b", metrics=lines(l1=0.25), data=paired))
     assert "In each row, twice: the image given, what was made from it, and the true one." in page.words
     assert "L1 0.25" in page.words
 
 
-def test_rows_that_are_no_images(tmp_path: Path):
-    run = write_run(tmp_path / "run", data={"input_shape": [4]})
+def test_a_description_of_the_data_that_is_none(tmp_path: Path):
+    page = report(write_run(tmp_path / "run", data={"input_shape": "wide"}))
+    assert "The best generator's weights: model/model.safetensors cannot be read (UserError: data" in page.words
+    assert {"What it makes", "Samples over time"} <= headings(page)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_rows_that_are_no_images(tmp_path: Path, version: int):
+    run = write_run(tmp_path / "run", data=described(shape=(4,), version=version))
     for picture in (run / "samples").iterdir():
         picture.unlink()
     page = report(run)

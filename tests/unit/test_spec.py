@@ -8,8 +8,6 @@ from hypothesis import strategies as st
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from nn_models.errors import UserError, did_you_mean
-from nn_models.model import ModelSpec
-from nn_models.signature import Signature
 from nn_models.spec import Spec, invalid, override, validate
 
 
@@ -222,33 +220,6 @@ class TestOverride:
         changes = {"train.epochs": epochs, "net.dropout": dropout, "net.norm": norm}
         expected = Plan(net=Dense(hidden=(5,), dropout=dropout, norm=norm), train=Train(epochs=epochs))
         assert override(Plan(), changes) == override(Plan(), dict(reversed(changes.items()))) == expected
-
-
-class TestSignature:
-    @pytest.mark.parametrize(
-        ("shape", "kind", "size"),
-        [((5,), "features", 5), ((3, 4, 6), "image", 72), ((4, 6), "2-dimensional", 24), ((), "0-dimensional", 1)],
-    )
-    def test_kinds(self, shape, kind, size):
-        signature = Signature(input_shape=shape, num_outputs=2)
-        assert (signature.input_kind, signature.input_size) == (kind, size)
-
-    def test_refusals(self):
-        assert refusal(Signature, {"input_shape": [0], "num_outputs": 0}).splitlines() == [
-            "input_shape.0: must be greater than 0, not 0",
-            "num_outputs: must be greater than 0, not 0",
-        ]
-
-    def test_a_model_refuses_what_it_does_not_accept(self):
-        class Image(ModelSpec):
-            accepts = frozenset({"image"})
-            kind: Literal["picture"] = "picture"
-
-        Image().check(Signature(input_shape=(1, 2, 2), num_outputs=2))
-        with pytest.raises(
-            UserError, match=r"picture reads image input, but the data has features input of shape \(3,\)"
-        ):
-            Image().check(Signature(input_shape=(3,), num_outputs=2))
 
 
 def test_did_you_mean():

@@ -10,6 +10,7 @@ from torch import nn
 import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
+from nn_models.columns import Label, Sequence
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
@@ -169,8 +170,8 @@ def run(module, model, signature):
     if not isinstance(module, Halves):
         return module(rows_of(signature.input_shape))
     spec = zoo.validate(zoo.AnyModelSpec, model)
-    condition = torch.arange(NUM_ROWS) % signature.num_outputs  # not looked at where the model is not conditional
-    if spec.paired:
+    condition = torch.arange(NUM_ROWS) % signature.num_outputs  # not looked at where the model is given none
+    if spec.given == "condition":
         condition = rows_of(signature.condition_shape)
     made = module(rows_of([spec.noise_size]), condition)
     assert made.shape == (NUM_ROWS, *signature.input_shape)
@@ -221,8 +222,9 @@ def test_builds_and_runs_on_the_meta_device(model, signature):
         module = zoo.build(model, signature)
         if isinstance(module, Halves):
             spec = zoo.validate(zoo.AnyModelSpec, model)
-            shape = signature.condition_shape if spec.paired else ()
-            condition = torch.empty(NUM_ROWS, *shape, dtype=torch.float32 if spec.paired else torch.int64)
+            pair = spec.given == "condition"
+            shape = signature.condition_shape if pair else ()
+            condition = torch.empty(NUM_ROWS, *shape, dtype=torch.float32 if pair else torch.int64)
             outputs = module.discriminator(module(torch.empty(NUM_ROWS, spec.noise_size), condition), condition)
         else:
             outputs = module(torch.empty(NUM_ROWS, *signature.input_shape))
@@ -260,9 +262,10 @@ def test_image_models_refuse_features(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in zoo.MODELS if kind != "custom"])
-def test_input_of_no_known_kind_is_refused(kind):
-    with pytest.raises(UserError, match=rf"model\.kind: {kind} reads .*2-dimensional input of shape \(5, 4\)"):
-        zoo.build({"kind": kind}, Signature(input_shape=(5, 4), num_outputs=2))
+def test_input_of_another_kind_is_refused(kind):
+    sequences = Signature(columns={"input": Sequence(width=4, length=5), "target": Label(size=2)})
+    with pytest.raises(UserError, match=rf"model\.kind: {kind} .*the data has sequence input of shape \(5, 4\)"):
+        zoo.build({"kind": kind}, sequences)
 
 
 @pytest.mark.parametrize(

@@ -3,34 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cluster.data.augment import AnyAugmentSpec
-from cluster.data.manifest import TargetKind
+from cluster.data.layouts import Layout
+from cluster.data.manifest import StoredColumn
+from nn_models.columns import Image, Label
 from nn_models.spec import Spec
 
-Array = NDArray[np.generic]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]  # of a side; more is a slip of the keyboard that would fill the memory
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a row holds. `class_names` is empty for targets that are numbers.
-
-    Where rows are pairs of images, `condition_shape` is that of the image to start from, which is uint8.
-    """
-
-    input_shape: tuple[int, ...]
-    input_dtype: str  # uint8 | float32
-    target_kind: TargetKind
-    num_outputs: int
-    class_names: tuple[str, ...] = ()
-    condition_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,18 +29,15 @@ class Source(Protocol):
     """An opened source. It is pickled to the processes that convert its parts."""
 
     @property
-    def columns(self) -> Columns:
-        """What its rows hold."""
+    def columns(self) -> Mapping[str, StoredColumn]:
+        """What its rows hold, in the order in which it is stored; mean, std and elements are measured later."""
 
     @property
     def pools(self) -> Mapping[str, list[Part]]:
         """The parts of "train", and of "test" where the source has a test split of its own."""
 
-    def load(self, part: Part) -> tuple[Array, Array] | tuple[Array, Array, Array]:
-        """Inputs (rows, *input_shape) and targets (rows,) or (rows, outputs). Raises UserError for bad content.
-
-        Pairs have conditions (rows, *condition_shape) as well.
-        """
+    def load(self, part: Part) -> Mapping[str, Layout]:
+        """The part's rows of each of the columns. Raises UserError for bad content."""
 
 
 class DataSpec(Spec):
@@ -65,6 +46,8 @@ class DataSpec(Spec):
     # Fields about how rows are used; all others decide what is prepared.
     TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window"})
 
+    # "streams": rows are windows of one text, in its order, and a split is a stretch of it
+    order: ClassVar[Literal["shuffled", "streams"]] = "shuffled"
     kind: str
     augment: tuple[AnyAugmentSpec, ...] = Field((), description="random changes to training images, in order")
     shuffle_window: PositiveInt | None = Field(
@@ -82,6 +65,11 @@ class DataSpec(Spec):
     def fingerprint(self) -> str:
         """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
         return ""
+
+    @property
+    def prepared_at(self) -> str | None:
+        """The folder of data that is prepared already; None for a source."""
+        return None
 
     def open(self) -> Source:
         """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""
@@ -109,6 +97,19 @@ class DrawnTestSpec(SplitSpec):
     def held_out_for_test(self) -> float:
         """See SplitSpec."""
         return self.test_fraction
+
+
+def labels(names: tuple[str, ...]) -> StoredColumn:
+    """The column of a class a row, by its names."""
+    return StoredColumn(column=Label(names=names, size=len(names)), dtype="int64")
+
+
+def pixels(shape: tuple[int, ...], *, moments: bool = True) -> StoredColumn:
+    """The column of an image a row, (channels, height, width) bytes; with or without mean and std."""
+    channels, height, width = shape
+    image = Image(shape=(channels, height, width))
+    # what is left at its default stays out of the manifest
+    return StoredColumn(column=image, dtype="uint8", **({} if moments else {"moments": False}))
 
 
 def absolute(path: str, base: str) -> str:

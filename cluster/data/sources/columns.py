@@ -1,7 +1,7 @@
-"""parquet: the user's own columns; shards: a data set that `manta data prepare` has written."""
+"""Columns of the user's Parquet files as arrays: images, features, numbers and labels."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -9,11 +9,29 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
-from cluster.data.sources.base import Array, Pixels
+from cluster.data.layouts import Array
+from cluster.data.manifest import StoredColumn
+from cluster.data.sources.base import Pixels, labels, pixels
 from cluster.data.sources.pixels import MODES, decode_image
+from nn_models.columns import Features, Image, Numbers
 from nn_models.errors import UserError
 
 Shape = tuple[PositiveInt, Pixels, Pixels]
+
+
+class Reader(Protocol):
+    """How a column of a data set is read from columns of a file."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the file."""
+
+    @property
+    def stored(self) -> StoredColumn:
+        """The column of the data set."""
+
+    def read(self, table: pa.Table, where: str) -> Array:
+        """(rows, *row_shape). Raises UserError for rows that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +42,20 @@ class ArrayColumns:
     shape: tuple[int, ...]  # of a row
     dtype: str  # uint8 | float32
     resize: bool  # encoded images of another size
+    moments: bool = True  # of images of bytes: whether their mean and std are kept
+
+    @property
+    def stored(self) -> StoredColumn:
+        """See Reader."""
+        if len(self.shape) == 1:
+            return StoredColumn(column=Features(size=self.shape[0]), dtype="float32")
+        if self.dtype == "uint8":
+            return pixels(self.shape, moments=self.moments)
+        channels, height, width = self.shape
+        return StoredColumn(column=Image(shape=(channels, height, width)), dtype="float32")
 
     def read(self, table: pa.Table, where: str) -> Array:
-        """(rows, *shape). Raises UserError for rows that do not fit."""
+        """See Reader."""
         if _is_encoded(table[self.names[0]].type):
             return self._images(table[self.names[0]], f"{where}, column {self.names[0]}")
         columns = ", ".join(self.names)
@@ -57,6 +86,69 @@ class ArrayColumns:
                 for row, value in enumerate(column.to_pylist())
             ]
         )
+
+
+@dataclass(frozen=True)
+class NumberColumn:
+    """The column of the number to predict, or of lists of them."""
+
+    name: str
+    size: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See Reader."""
+        return (self.name,)
+
+    @property
+    def stored(self) -> StoredColumn:
+        """See Reader."""
+        return StoredColumn(column=Numbers(size=self.size), dtype="float32")
+
+    def read(self, table: pa.Table, where: str) -> Array:
+        """See Reader."""
+        where = f"{where}, column {self.name}"
+        numbers = _numbers(table[self.name], where)
+        if not np.isfinite(numbers).all():
+            raise UserError(where, "NaN or infinity", "fill or drop those rows")
+        if numbers.shape[1] != self.size:
+            raise UserError(
+                where, f"{numbers.shape[1]} numbers a row where the first file has {self.size}", "mend the file"
+            )
+        return numbers
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """The column of the class; without a `name` all rows are of the one class that there is."""
+
+    name: str | None
+    classes: tuple[str, ...]
+    or_numbers: bool = False  # it might hold numbers as well, which is what a column of no labels is told
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See Reader."""
+        return (self.name,) if self.name else ()
+
+    @property
+    def stored(self) -> StoredColumn:
+        """See Reader."""
+        return labels(self.classes)
+
+    def read(self, table: pa.Table, where: str) -> Array:
+        """See Reader."""
+        if self.name is None:
+            return np.zeros(table.num_rows, np.int64)
+        where = f"{where}, column {self.name}"
+        texts = label_texts(table[self.name], where, or_numbers=self.or_numbers)
+        found = pc.index_in(texts, pa.array(self.classes, pa.string()))
+        if found.null_count:
+            unknown = texts.filter(found.is_null())[0].as_py()
+            raise UserError(
+                where, f"no training row has the class {unknown!r}", "drop such rows, or add some to train on"
+            )
+        return found.to_numpy().astype(np.int64)
 
 
 def array_columns(
@@ -94,8 +186,21 @@ def array_columns(
     return ArrayColumns(columns, image_shape, "uint8" if integers else "float32", resize)
 
 
-def _labels(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.ChunkedArray:
-    """A column of labels as their names."""
+def number_column(first: pa.Table, name: str, column: str) -> NumberColumn:
+    """How the column is read, from the first row of the file `name`."""
+    return NumberColumn(column, _numbers(first[column], f"{name}, column {column}").shape[1])
+
+
+def holds_fractions(column: pa.ChunkedArray) -> bool:
+    """Whether a column has a type of fractions, in lists of any depth."""
+    return pa.types.is_floating(_innermost(column.type))
+
+
+def label_texts(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.ChunkedArray:
+    """A column of labels as their names. Raises UserError for what are no labels.
+
+    `or_numbers`: it might hold numbers as well, which is what a column of no labels is told.
+    """
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_floating(kind):
         try:

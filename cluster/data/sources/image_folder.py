@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from pyarrow import fs
 from pydantic import Field
 
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Pixels, absolute
+from cluster.data.layouts import Dense, Layout
+from cluster.data.manifest import StoredColumn
+from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Pixels, absolute, labels, pixels
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
 from nn_models.errors import UserError
@@ -25,17 +27,18 @@ class ImageFolder:
     """Parts are runs of (path below the root, label) in a fixed random order, so that no shard holds one class."""
 
     root: str
-    columns: Columns
+    columns: dict[str, StoredColumn]
     pools: dict[str, list[Part]]
     resize: bool
 
-    def load(self, part: Part) -> tuple[Array, Array]:
+    def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
-        channels, *size = self.columns.input_shape
+        channels, *size = self.columns["input"].column.row_shape
         field = None if self.resize else "data.image_size"
         folder = Folder(self.root)
         images = [_image(folder, name, channels=channels, size=tuple(size), size_field=field) for name, _ in part.what]
-        return np.stack(images), np.array([label for _, label in part.what], np.int64)
+        targets = np.array([label for _, label in part.what], np.int64)
+        return {"input": Dense(np.stack(images)), "target": Dense(targets)}
 
 
 class ImageFolderSpec(DrawnTestSpec):
@@ -86,7 +89,7 @@ class ImageFolderSpec(DrawnTestSpec):
             pools[pool] = [Part(len(run), tuple(run)) for run in runs]
         first = tree["train"][names[0]][0].path[below:]
         shape = _image(folder, first, channels=self.channels, size=self.image_size, size_field=None).shape
-        columns = Columns(shape, "uint8", "label", len(names), tuple(names))
+        columns = {"input": pixels(shape), "target": labels(tuple(names))}
         return ImageFolder(self.path, columns, pools, resize=self.image_size is not None)
 
     def _tree(self) -> Tree:

@@ -12,9 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from cluster.data.cache import cache_root
+from cluster.data.layouts import Array, Dense, Layout
+from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import (
-    Array,
-    Columns,
     DrawnTestSpec,
     Fraction,
     Part,
@@ -22,6 +22,8 @@ from cluster.data.sources.base import (
     SplitSpec,
     absolute,
     even_parts,
+    labels,
+    pixels,
 )
 from cluster.data.sources.pixels import resize
 from nn_models.errors import UserError
@@ -50,15 +52,15 @@ class ImageSet:
 
     reader: str
     where: str
-    columns: Columns
+    columns: dict[str, StoredColumn]
     pools: dict[str, list[Part]]
 
-    def load(self, part: Part) -> tuple[Array, Array]:
+    def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
         pool, first, end = part.what
-        images, labels = _read(self.reader, self.where, pool)
-        _, height, width = self.columns.input_shape
-        return resize(images[first:end], (height, width)), labels[first:end]
+        images, targets = _read(self.reader, self.where, pool)
+        _, height, width = self.columns["input"].column.row_shape
+        return {"input": Dense(resize(images[first:end], (height, width))), "target": Dense(targets[first:end])}
 
 
 def _image_set(
@@ -66,12 +68,12 @@ def _image_set(
 ) -> ImageSet:
     loaded = {pool: _read(reader, where, pool) for pool in pools}
     parts = {
-        pool: [Part(part.rows, (pool, *part.what)) for part in even_parts(len(labels), PART_ROWS)]
-        for pool, (_, labels) in loaded.items()
+        pool: [Part(part.rows, (pool, *part.what)) for part in even_parts(len(targets), PART_ROWS)]
+        for pool, (_, targets) in loaded.items()
     }
     channels, *own_size = loaded["train"][0].shape[1:]
-    shape = (channels, *(size or own_size))
-    return ImageSet(reader, where, Columns(shape, "uint8", "label", len(names), names), parts)
+    columns = {"input": pixels((channels, *(size or own_size))), "target": labels(names)}
+    return ImageSet(reader, where, columns, parts)
 
 
 @lru_cache(maxsize=2)

@@ -5,10 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, model_validator
 
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, Source
-from cluster.data.sources.columns import ArrayColumns, Shape, array_columns
+from cluster.data.layouts import Dense, Layout
+from cluster.data.manifest import StoredColumn
+from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, pixels
+from cluster.data.sources.columns import ArrayColumns, LabelColumn, Reader, Shape, array_columns
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
 from cluster.data.sources.parquet import ParquetColumns, ParquetFiles, ParquetSpec, class_names, first_row
@@ -101,7 +104,7 @@ class PairsSpec(DrawnTestSpec):
             return self._from_columns()
         with _fields_of(self.edges_of):
             images = self.edges_of.open()
-        shape, dtype = images.columns.input_shape, images.columns.input_dtype
+        shape, dtype = images.columns["input"].column.row_shape, images.columns["input"].dtype
         if len(shape) != 3 or shape[0] not in (1, 3) or dtype != "uint8":
             raise UserError(
                 "data.edges_of",
@@ -129,8 +132,12 @@ class PairsSpec(DrawnTestSpec):
                 "set data.image_shape to resize both",
             )
         names = class_names(pools["train"], self.target, or_numbers=False) if self.target else UNLABELLED
-        columns = Columns(made.shape, "uint8", "label", len(names), names, condition_shape=given.shape)
-        return ParquetColumns(columns, pools, made, self.target, given)
+        readers: dict[str, Reader] = {
+            "input": made,
+            "target": LabelColumn(self.target, names),
+            "condition": replace(given, moments=False),
+        }
+        return ParquetColumns(readers, pools)
 
 
 @dataclass(frozen=True)
@@ -141,21 +148,23 @@ class EdgePairs:
     images: Source
 
     @property
-    def columns(self) -> Columns:
+    def columns(self) -> dict[str, StoredColumn]:
         """See Source."""
-        columns = self.images.columns
-        return replace(columns, condition_shape=(1, *columns.input_shape[1:]))
+        _, *size = self.images.columns["input"].column.row_shape
+        return {**self.images.columns, "condition": pixels((1, *size), moments=False)}
 
     @property
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
         return self.images.pools
 
-    def load(self, part: Part) -> tuple[Array, Array, Array]:
+    def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
         with _fields_of(self.section):
-            images, targets, *_ = self.images.load(part)
-        return images, targets, edges(images)  # type: ignore[arg-type]  # uint8: open() refuses others
+            rows = self.images.load(part)
+        images = rows["input"]
+        assert isinstance(images, Dense)  # open() refuses what are no images of bytes
+        return {**rows, "condition": Dense(edges(images.values.astype(np.uint8, copy=False)))}
 
 
 def _check_image(array: ArrayColumns, name: str) -> None:

@@ -1,69 +1,55 @@
 """parquet: the user's own columns of Parquet files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import Field
 
-from cluster.data.manifest import TargetKind
-from cluster.data.sources.base import Array, Columns, DataSpec, DrawnTestSpec, Part, absolute
-from cluster.data.sources.columns import ArrayColumns, Shape, _innermost, _labels, _numbers, array_columns
+from cluster.data.layouts import Dense, Layout
+from cluster.data.manifest import StoredColumn
+from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.columns import (
+    LabelColumn,
+    NumberColumn,
+    Reader,
+    Shape,
+    array_columns,
+    holds_fractions,
+    label_texts,
+    number_column,
+)
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
+
+TargetKind = Literal["label", "number"]
 
 
 @dataclass(frozen=True)
 class ParquetColumns:
-    """Parts are (file, row group). Without a `target` all rows are of the one class that `columns` names."""
+    """Parts are (file, row group); each reader gives one column of a data set."""
 
-    columns: Columns
+    readers: Mapping[str, Reader]
     pools: dict[str, list[Part]]
-    input: ArrayColumns
-    target: str | None
-    condition: ArrayColumns | None = None
 
-    def load(self, part: Part) -> tuple[Array, Array] | tuple[Array, Array, Array]:
+    @property
+    def columns(self) -> dict[str, StoredColumn]:
+        """See Source."""
+        return {name: reader.stored for name, reader in self.readers.items()}
+
+    def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
         file, group = part.what
-        conditions = self.condition.names if self.condition else ()
-        table = _read(file, group, [*self.input.names, *conditions, *([self.target] if self.target else [])])
+        table = _read(file, group, [name for reader in self.readers.values() for name in reader.names])
         where = f"{file}, row group {group}"
         for name in table.column_names:
             if table[name].null_count:
                 raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
-        inputs, targets = self.input.read(table, where), self._targets(table, where)
-        return (inputs, targets, self.condition.read(table, where)) if self.condition else (inputs, targets)
-
-    def _targets(self, table: pa.Table, where: str) -> Array:
-        if self.target is None:
-            return np.zeros(table.num_rows, np.int64)
-        column, where = table[self.target], f"{where}, column {self.target}"
-        if self.columns.target_kind == "number":
-            numbers = _numbers(column, where)
-            if not np.isfinite(numbers).all():
-                raise UserError(where, "NaN or infinity", "fill or drop those rows")
-            if numbers.shape[1] != self.columns.num_outputs:
-                raise UserError(
-                    where,
-                    f"{numbers.shape[1]} numbers a row where the first file has {self.columns.num_outputs}",
-                    "mend the file",
-                )
-            return numbers
-        names = _labels(column, where, or_numbers=self.condition is None)
-        labels = pc.index_in(names, pa.array(self.columns.class_names, pa.string()))
-        if labels.null_count:
-            unknown = names.filter(labels.is_null())[0].as_py()
-            raise UserError(
-                where, f"no training row has the class {unknown!r}", "drop such rows, or add some to train on"
-            )
-        return labels.to_numpy().astype(np.int64)
+        return {name: Dense(reader.read(table, where)) for name, reader in self.readers.items()}
 
 
 @dataclass(frozen=True)
@@ -145,18 +131,16 @@ class ParquetSpec(DrawnTestSpec):
         pools = self._files.parts((*inputs, self.target))
         name, first = first_row(pools["train"], [*inputs, self.target])
         array = array_columns(first, name, inputs, image_shape=self.image_shape)
-        return ParquetColumns(self._columns(pools["train"], name, first, array), pools, array, self.target)
+        return ParquetColumns({"input": array, "target": self._target(pools["train"], name, first)}, pools)
 
-    def _columns(self, parts: Sequence[Part], name: str, first: pa.Table, array: ArrayColumns) -> Columns:
-        target = first.schema.field(self.target).type
-        kind = self.target_kind or ("number" if pa.types.is_floating(_innermost(target)) else "label")
+    def _target(self, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
+        kind = self.target_kind or ("number" if holds_fractions(first[self.target]) else "label")
         if kind == "number":
-            numbers = _numbers(first[self.target], f"{name}, column {self.target}")
-            return Columns(array.shape, array.dtype, "number", numbers.shape[1])
+            return number_column(first, name, self.target)
         names = class_names(parts, self.target, or_numbers=True)
         if len(names) < 2:
             raise UserError(self.path, f"column {self.target} holds {len(names)} class; at least two are needed")
-        return Columns(array.shape, array.dtype, "label", len(names), names)
+        return LabelColumn(self.target, names, or_numbers=True)
 
 
 def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
@@ -217,5 +201,5 @@ def class_names(parts: Sequence[Part], target: str, *, or_numbers: bool) -> tupl
         if column.null_count:
             raise UserError(file, f"column {target} has {column.null_count} empty values", "fill or drop them")
         numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-        names.update(_labels(column, f"{file}, column {target}", or_numbers=or_numbers).unique().to_pylist())
+        names.update(label_texts(column, f"{file}, column {target}", or_numbers=or_numbers).unique().to_pylist())
     return tuple(sorted(names, key=int) if numeric else sorted(names))

@@ -3,16 +3,15 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import shuffle_window
 from cluster.recipe.recipe import Recipe
-from cluster.tuning.fused.layers import KINDS
 from cluster.tuning.fused.model import FusedModel
-from nn_models.convolutional import CNNSpec
 from nn_models.errors import Problem
 from nn_models.signature import Signature
 
@@ -38,9 +37,11 @@ MOST_ACTIVATION_BYTES = 4 << 20
 def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
     """Why this recipe's trials cannot be fused; None where they can.
 
-    Your own model is tried out on rows such as the `manifest` says, and refused without one.
+    Which columns its data has, the `manifest` says; a model that vmap shall batch is tried out on such rows, and
+    refused without one.
     """
-    if recipe.adversarial is not None:
+    kind, objective = recipe.model.kind, recipe.objective
+    if recipe.model.gives == "halves":
         return Problem("adversarial", "the two halves of a GAN take turns")
     if recipe.changes:
         return Problem("changes", "one trial's values would change while the others' do not")
@@ -48,15 +49,24 @@ def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
         return Problem("train.compile", "torch.compile would compile one trial's model, not the batch of them")
     if recipe.train.precision != "fp32":
         return Problem("train.precision", f"{recipe.train.precision}: fused trials are computed in fp32")
-    if recipe.model.kind == "custom":
+    if recipe.model.batches is None:
+        return Problem("model.kind", f"{kind}: no batch of such models is known")
+    if not objective.fuses or objective.counts is not None:
+        return Problem("objective.kind", f"{objective.kind}: it asks more of a model than its outputs for each row")
+    if manifest is not None and (ragged := _ragged(recipe, manifest.signature)):
+        return Problem("data", f"the rows' {ragged} differ in length, so that those of several trials make no batch")
+    if recipe.model.batches == "vmap":
         if manifest is None:
-            return Problem("model.kind", "custom: whether vmap can batch it is only known with its data")
-
+            return Problem("model.kind", f"{kind}: whether vmap can batch it is only known with its data")
         if reason := unbatchable(recipe, manifest.signature):
-            return Problem("model.kind", f"custom: vmap cannot batch it ({reason})")
-    elif recipe.model.kind not in KINDS:
-        return Problem("model.kind", f"{recipe.model.kind}: no batch of such models is known")
+            return Problem("model.kind", f"{kind}: vmap cannot batch it ({reason})")
     return None
+
+
+def _ragged(recipe: Recipe, signature: Signature) -> str:
+    """The columns that are read and whose rows are not all of one shape, in words."""
+    read = recipe.columns & signature.columns.keys()
+    return " and ".join(name for name in sorted(read) if signature[name].layout != "dense")
 
 
 def groups(recipes: Sequence[Recipe], limit: int | None = None, *, manifest: Manifest | None = None) -> list[list[int]]:
@@ -91,14 +101,10 @@ def pays(recipe: Recipe, manifest: Manifest) -> bool:
     here oneDNN's are twice as quick as those of the ordinary loop). Where a convolution is large there is nothing to
     save, and activations of all trials no longer fit a cache. Your own models are fused only where that is asked for.
     """
-    model = recipe.model
-    if why_not(recipe) is not None:
+    size = recipe.model.feature_map_size(manifest.signature)
+    if size is None or why_not(recipe, manifest) is not None:
         return False
-    if isinstance(model, CNNSpec):
-        _, height, width = manifest.input_shape
-        largest = model.channels[0] * height * width * 4 * recipe.train.global_batch_size // recipe.train.accumulation
-        return largest <= MOST_ACTIVATION_BYTES
-    return model.kind == "mlp"
+    return size * 4 * recipe.train.global_batch_size // recipe.train.accumulation <= MOST_ACTIVATION_BYTES
 
 
 def _rest(recipe: Recipe, manifest: Manifest | None) -> str:
@@ -122,13 +128,15 @@ def unbatchable(recipe: Recipe, signature: Signature) -> str | None:
     """
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": recipe.train.seed + 1})})
     with torch.random.fork_rng(devices=[]):
-        rows = torch.randn(2, *signature.input_shape, generator=torch.Generator().manual_seed(0))
+        rows = cast(Tensor, signature["input"].imagine(2))  # not ragged: see why_not
+        if rows.is_floating_point():
+            rows = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
         try:
             batched = FusedModel([recipe, other], signature, device=torch.device("cpu"))
             for training in (True, False):
                 batched._template.train(training)
                 own = torch.stack((rows, rows), 1)
-                outputs = batched._outputs(batched.parameters, own, shared=False)
+                outputs = batched._outputs(batched.parameters, batched.buffers, own, shared=False)
             expected = batched.plain.eval()(rows)
             torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-5)
         except Exception as error:  # the model may do anything

@@ -233,6 +233,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     as long.
     """
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-KINDS = frozenset({"mlp", "cnn", "alexnet"})  # of models whose layers `widen` knows

@@ -8,49 +8,34 @@ stream, so a trial's masks are others than alone: as good, and not the same.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 
-from cluster.data.keys import digest_part
+from cluster.data.keys import RowIds, digest_part
 from cluster.errors import Diverged
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, name_at, save_model, to_cpu
+from cluster.training.checkpoints import Background, State, described_rows, name_at, save_model, to_cpu
 from cluster.training.context import LocalContext
-from cluster.training.evaluation import EVALUATION_ROWS, evaluate_best
-from cluster.training.journal import Journal
+from cluster.training.evaluation import evaluate_best, names_of
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
-from cluster.training.splits import Splits
+from cluster.training.splits import EVALUATION_ROWS, Splits
 from cluster.tuning.fused.groups import groups, why_not
+from cluster.tuning.fused.member import Member, Weights
 from cluster.tuning.fused.model import FusedModel, num_parameters
 from cluster.tuning.fused.optimizers import FusedOptimizers, clip_gradients
 from cluster.tuning.fused.rows import FusedBatch, FusedRows
+from nn_models.batch import Place
 from nn_models.errors import UserError
+from nn_models.objectives import Objective
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Member:
-    """One trial: what it would have alone beside its tensors."""
-
-    number: int  # its place among the recipes
-    recipe: Recipe
-    run: Folder
-    checkpoints: Checkpoints
-    journal: Journal
-    best_weights: State | None = None  # not written yet
-
-    @property
-    def progress(self) -> Progress:
-        """Where it stands."""
-        return self.journal.progress
 
 
 @dataclass
@@ -58,7 +43,7 @@ class _Pending:
     """Losses and metric sums of the steps since the last line of metrics: (steps, trials, 1 + metrics)."""
 
     sums: torch.Tensor
-    used: list[FusedBatch] = field(default_factory=list)
+    used: list[tuple[Place, Mapping[int, RowIds]]] = field(default_factory=list)  # of each step's batch: see FusedBatch
     norms: torch.Tensor | None = None  # of the last step's gradients, (trials,)
 
 
@@ -81,10 +66,14 @@ class FusedLoop:
 
         self._model = FusedModel(recipes, splits.manifest.signature, device=device)
         self._objective = self._model.objective
-        self._names = ("loss", *self._objective.names)
+        self._names = names_of(self._objective)
         self._optimizers = FusedOptimizers([recipe.optimizer for recipe in recipes], self._model.parameters)
         self._rows = FusedRows(recipes[0], [recipe.train.seed for recipe in recipes], splits, device)
-        self._validation = splits.held("validation", device)
+        # all trials' activations are in memory together, but training holds as much
+        size = max(self._train.global_batch_size // self._train.accumulation, EVALUATION_ROWS // len(recipes), 1)
+        self._validation = splits.evaluation(
+            "validation", recipes[0], rank=0, world_size=1, device=device, batch_size=size
+        )
         self._num_steps = self._rows.order.num_steps * self._train.epochs
 
         interval = min(self._train.log_every_steps, self._rows.order.num_steps)
@@ -94,9 +83,9 @@ class FusedLoop:
         self.results: dict[int, dict[str, Any]] = {}  # of the trials that are concluded, as `fit` returns them
         self.failures: dict[int, Diverged] = {}
 
-        keep = self._train.keep_checkpoints
+        self._kinds: tuple[Weights, ...] = ("averaged", "plain") if self._model.average else ("plain",)
         self._live = [
-            _Member(number, recipe, run, Checkpoints(run / "checkpoints", keep=keep), Journal(run, self._names))
+            Member.of(number, recipe, run, names=self._names, chosen=self._kinds[0])
             for number, (recipe, run) in enumerate(zip(recipes, runs, strict=True))
         ]
         seed_rank(self._train.seed, 0, 0)
@@ -141,10 +130,10 @@ class FusedLoop:
         found = {}
         for place, member in enumerate(self._live):
             progress = member.progress
-            better: Any = "more" if self._objective.mode == "max" else "less"
-            if member.journal.note_best(self._objective.best_metric.removeprefix("validation/"), better):
-                member.best_weights = self._model.weights(place, evaluated=True)
+            if member.note_best(self._objective):
+                member.best_weights = self._model.weights(place, averaged=member.chosen == "averaged")
             progress.next_epoch()
+            progress.ended = progress.without_better(self._train.patience)  # before a checkpoint is saved
             found[member.number] = member.journal.metrics()
         if self._live:
             if self.ended or self._live[0].progress.epoch % self._train.checkpoint_every_epochs == 0:
@@ -188,13 +177,13 @@ class FusedLoop:
             if member.progress.ended:
                 self.stop(member.number)
 
-    def _concluded(self, member: _Member) -> dict[str, Any]:
+    def _concluded(self, member: Member) -> dict[str, Any]:
         """Evaluate a trial's best weights on the test split."""
         tested = None
         if member.progress.best:
             context = LocalContext(run=member.run, splits=self._splits, device=self._device)
-            model, precision = self._model.plain, self._train.precision
-            tested = evaluate_best(model, self._objective_of(member), context=context, precision=precision)
+            objective = cast(Objective, member.recipe.objective.build(self._splits.manifest.signature))
+            tested = evaluate_best(self._model.plain, objective, recipe=member.recipe, context=context)
         left = "left the group before its last epoch" if member.progress.epoch < self._train.epochs else None
         result = member.journal.result(
             tested=tested,
@@ -203,9 +192,6 @@ class FusedLoop:
             ended=member.progress.ended or left,
         )
         return result.facts()
-
-    def _objective_of(self, member: _Member) -> Any:
-        return member.recipe.supervised.build(self._splits.manifest.num_outputs)
 
     # -- an epoch --------------------------------------------------------------------------------------------------
 
@@ -237,13 +223,11 @@ class FusedLoop:
         """One optimizer step of every trial: the gradient of the mean loss over its batch."""
         model, pending = self._model, self._pending
         number = len(pending.used)
-        pending.used.append(batch)
+        pending.used.append((batch.place, batch.ids))
         self._optimizers.zero_grad()
-        pieces = min(self._train.accumulation, batch.num_rows)
-        inputs, targets = batch.inputs.tensor_split(pieces), batch.targets.tensor_split(pieces)
-        for some, wanted in zip(inputs, targets, strict=True):
-            losses, metrics = model.measure(some, wanted, shared=batch.shared)
-            losses.backward(torch.full_like(losses, 1 / batch.num_rows))
+        for piece in batch.pieces(self._train.accumulation):
+            losses, metrics = model.measure(piece, shared=batch.shared)
+            losses.backward(torch.full_like(losses, 1 / batch.place.num_rows))
             pending.sums[number, : model.size, 0] += losses.detach()
             pending.sums[number, : model.size, 1:] += metrics
         if self._train.clip_norm:
@@ -260,10 +244,10 @@ class FusedLoop:
         pending.sums.zero_()
         totals = sums.sum(0).tolist()
         digests = {
-            seed: np.sum([digest_part(batch.ids[seed], batch.start) for batch in pending.used], axis=0).tolist()
-            for seed in pending.used[-1].ids
+            seed: np.sum([digest_part(ids[seed], place.start) for place, ids in pending.used], axis=0).tolist()
+            for seed in pending.used[-1][1]
         }
-        rows = sum(batch.num_rows for batch in pending.used)
+        rows = sum(place.num_rows for place, _ in pending.used)
         rates = self._optimizers.rates()
         norms = None if pending.norms is None else pending.norms.tolist()
         elapsed = time.perf_counter() - began
@@ -281,26 +265,28 @@ class FusedLoop:
         return time.perf_counter()
 
     def _validate(self) -> None:
-        """Metrics of the validation split, over all trials at once."""
-        if self._validation is None or not self._live:
+        """Metrics of the validation split, over all trials at once; of averaged and plain weights the better ones."""
+        rows = self._validation
+        if rows is None or not self._live:
             return
-        # all trials' activations are in memory together, but training holds as much
-        size = max(self._train.global_batch_size // self._train.accumulation, EVALUATION_ROWS // len(self._live))
-        total = torch.zeros(len(self._live), len(self._names), dtype=torch.float64, device=self._device)
-        for _, inputs, targets in self._validation.pass_over(size, rank=0, world_size=1):
-            losses, metrics = self._model.evaluate(inputs, targets)
-            total[:, 0] += losses
-            total[:, 1:] += metrics
+        shape = (len(self._live), len(self._names))
+        total = {kind: torch.zeros(shape, dtype=torch.float64, device=self._device) for kind in self._kinds}
+        for (batch,) in rows.batches(0):
+            for kind, sums in total.items():
+                losses, metrics = self._model.evaluate(batch, averaged=kind == "averaged")
+                sums[:, 0] += losses
+                sums[:, 1:] += metrics
+        means = {kind: (sums / rows.order.num_rows).tolist() for kind, sums in total.items()}
         failed = []
-        for member, sums in zip(self._live, (total / self._validation.num_rows).tolist(), strict=True):
-            member.journal.validated(dict(zip(self._names, sums, strict=True)))
-            if not np.isfinite(sums[0]):
+        for place, member in enumerate(self._live):
+            found = {kind: dict(zip(self._names, means[kind][place], strict=True)) for kind in self._kinds}
+            if not member.validated(found, self._objective):
                 failed.append(self._diverged(member, "validation loss", member.progress.step))
         self._drop(failed)
 
     # -- leaving the batch -----------------------------------------------------------------------------------------
 
-    def _diverged(self, member: _Member, what: str, step: int) -> _Member:
+    def _diverged(self, member: Member, what: str, step: int) -> Member:
         self.failures[member.number] = member.progress.diverged(what, step=step, rate=member.recipe.optimizer.lr)
         return member
 
@@ -312,7 +298,7 @@ class FusedLoop:
         broken = [member for member, whole in zip(self._live, finite, strict=True) if not whole]
         self._drop([self._diverged(member, "weights", member.progress.step) for member in broken])
 
-    def _drop(self, members: Sequence[_Member]) -> None:
+    def _drop(self, members: Sequence[Member]) -> None:
         """Take these out of the batch."""
         if not members:
             return
@@ -342,6 +328,7 @@ class FusedLoop:
                 "optimizer": to_cpu(self._optimizers.state_dict(place)),
                 "average": self._model.averages(place),
                 "generators": [generator],
+                "carry": None,
             }
             best, member.best_weights = member.best_weights, None
             jobs.append((member, state, best))

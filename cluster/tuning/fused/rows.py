@@ -3,36 +3,54 @@
 Shapes: T trials, B rows of the batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.data.augment import Augmentation
-from cluster.data.keys import RowIds
-from cluster.data.loader import HeldRows
+from cluster.data.augment import augmentation_of
+from cluster.data.keys import RowIds, row_keys
 from cluster.data.order import LaneOrder, Order, training_order
 from cluster.recipe.recipe import Recipe
 from cluster.training.splits import Splits
+from nn_models.batch import Batch, Place
 from nn_models.errors import UserError
 
 
 @dataclass(frozen=True)
 class FusedBatch:
-    """`inputs` (B, …) and `targets` (B, …) where all trials' rows are the same (`shared`); else (B, T, …) of both."""
+    """The rows of one step: values (B, …) where all trials' are the same (`shared`), else (B, T, …), each its own."""
 
-    inputs: Tensor
-    targets: Tensor
+    columns: Mapping[str, Tensor]
     shared: bool
-    num_rows: int  # B
-    start: int  # position in the epoch of the first row
-    ids: dict[int, RowIds]  # by seed
+    place: Place  # of one of the trials: of the others only the ids are different
+    ids: Mapping[int, RowIds]  # by seed
+    draw_keys: Callable[[], Tensor]  # (B,) where shared, else (B, T)
+
+    def pieces(self, wanted: int) -> list[Batch]:
+        """The same rows in so many pieces, or fewer where there are fewer rows."""
+        number = min(wanted, self.place.num_rows)
+        if number == 1:
+            return [Batch(self.columns, self.place, self.draw_keys)]
+        split = {name: values.tensor_split(number) for name, values in self.columns.items()}
+        pieces, start = [], self.place.start
+        for piece, ids in enumerate(np.array_split(self.place.ids, number)):
+            place = self.place._replace(ids=ids, start=start, num_rows=len(ids), weight=len(ids))
+            keys = partial(self._keys_of, piece, number)
+            pieces.append(Batch({name: parts[piece] for name, parts in split.items()}, place, keys))
+            start += len(ids)
+        return pieces
+
+    def _keys_of(self, piece: int, number: int) -> Tensor:
+        return self.draw_keys().tensor_split(number)[piece]
 
 
 class FusedRows:
-    """The training rows of trials that differ in nothing but their seeds."""
+    """The training rows of trials that differ in nothing but their seeds. Their columns are dense: see `why_not`."""
 
     def __init__(self, recipe: Recipe, seeds: Sequence[int], splits: Splits, device: torch.device) -> None:
         """Raises UserError where rows are streamed in several orders, whose batches differ in length."""
@@ -57,44 +75,41 @@ class FusedRows:
                 )
             self._streamed = splits.training(recipe, rank=0, world_size=1, device=device)
             return
-        self._rows = HeldRows(splits.tables["train"], manifest, device)
-        specs = recipe.data.augment
-        self._augmentations = {
-            seed: Augmentation(specs, shape=manifest.input_shape, seed=seed) if specs else None for seed in self._orders
-        }
+        self._augmentation = augmentation_of(recipe.data.augment, manifest.signature, recipe.columns)
+        self._reading = splits.reading(recipe, device, augmentation=self._augmentation)
+        self._held = splits.held("train", device, names=self._reading.names)
 
     def batches(self, epoch: int, first_step: int, seeds: Callable[[], Sequence[int]]) -> Iterator[FusedBatch]:
         """The epoch's batches from `first_step` on; `seeds` are the trials' that are left when a batch is asked for."""
         if self._streamed is not None:
             (seed,) = self._orders
-            for rows in self._streamed.batches(epoch, first_step):
-                yield FusedBatch(rows.inputs, rows.targets, True, rows.num_rows, rows.start, {seed: rows.ids})
+            for (batch,) in self._streamed.batches(epoch, first_step):
+                columns = cast(Mapping[str, Tensor], batch.columns)
+                yield FusedBatch(columns, True, batch.place, {seed: batch.place.ids}, batch.draw_keys)
             return
         for step in range(first_step, self.order.num_steps):
             yield self._batch(epoch, step, seeds())
 
     def _batch(self, epoch: int, step: int, seeds: Sequence[int]) -> FusedBatch:
-        ids = {seed: self._orders[seed].rows(epoch, step, 0, 1) for seed in dict.fromkeys(seeds)}
-        if any(self._augmentations.values()):
-            parts = [self._rows.stored(rows) for rows in ids.values()]
-            changed = [
-                self._augmented(part, seed, ids[seed], epoch) for seed, (part, _) in zip(ids, parts, strict=True)
-            ]
-            stored = torch.stack(changed, 1).flatten(0, 1)
-            targets = torch.stack([part for _, part in parts], 1).flatten(0, 1)
-        else:
-            stored, targets = self._rows.stored(np.stack(list(ids.values()), 1).ravel())  # row by row, seed by seed
-        inputs = self._rows.normalise(stored)
-        num_rows = self.order.global_rows(epoch, step)
-        if len(ids) > 1:
-            inputs, targets = (values.view(num_rows, len(ids), *values.shape[1:]) for values in (inputs, targets))
-            if len(ids) < len(seeds):  # some trials share theirs
-                places = {seed: place for place, seed in enumerate(ids)}
-                index = torch.tensor([places[seed] for seed in seeds], device=inputs.device)
-                inputs, targets = inputs.index_select(1, index), targets.index_select(1, index)
-        return FusedBatch(inputs, targets, len(ids) == 1, num_rows, self.order.start(epoch, step, 0, 1), ids)
+        first, *others = dict.fromkeys(seeds)
+        place = self._orders[first].place(epoch, step, 0, 1)
+        ids = {first: place.ids} | {seed: self._orders[seed].rows(epoch, step, 0, 1) for seed in others}
+        rows = np.stack(list(ids.values()), 1)  # gathered row by row, seed by seed
 
-    def _augmented(self, stored: Tensor, seed: int, ids: RowIds, epoch: int) -> Tensor:
-        augmentation = self._augmentations[seed]
-        assert augmentation is not None
-        return augmentation(stored, ids, epoch)
+        def keys() -> Tensor:
+            drawn = np.stack([row_keys(seed, epoch, own) for seed, own in ids.items()], 1)
+            return torch.from_numpy(drawn).to(self._reading.device, non_blocking=True)
+
+        stored = self._held.gather(rows.ravel())
+        if self._augmentation:
+            stored = self._augmentation.of_columns(stored, keys().flatten())
+        columns = cast(dict[str, Tensor], self._reading.scaling(stored))
+        if not others:
+            return FusedBatch(columns, True, place, ids, lambda: keys().flatten())
+        columns = {name: values.unflatten(0, rows.shape) for name, values in columns.items()}
+        if len(ids) == len(seeds):
+            return FusedBatch(columns, False, place, ids, keys)
+        numbers = {seed: number for number, seed in enumerate(ids)}  # some trials share theirs
+        index = torch.tensor([numbers[seed] for seed in seeds], device=self._reading.device)
+        columns = {name: values.index_select(1, index) for name, values in columns.items()}
+        return FusedBatch(columns, False, place, ids, lambda: keys().index_select(1, index))

@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import ray
 import ray.train
 import torch
 from ray.train import RunConfig, ScalingConfig
@@ -33,5 +34,6 @@ def work() -> None:
 
 
 if __name__ == "__main__":
+    ray.init(address="local")  # not whichever Ray runs here, or ran here and left its address
     scaling, run = ScalingConfig(num_workers=2), RunConfig(storage_path=sys.argv[1])
     print(TorchTrainer(work, scaling_config=scaling, run_config=run).fit().metrics)

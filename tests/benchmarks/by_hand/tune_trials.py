@@ -59,7 +59,7 @@ def in_ray_train(config: dict[str, Any]) -> None:
 def main() -> None:
     how, trials, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     began = time.perf_counter()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     trainable = function if how == "function" else in_ray_train
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"CPU": 1}),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.data.rows import table_rows
-from cluster.data.scaling import Normalise
+from cluster.data.scaling import Scaling
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 
@@ -23,8 +23,9 @@ def main() -> None:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     rows = table_rows(data.table("train"), data.manifest)
-    inputs = Normalise(data.manifest, torch.device("cpu"))(torch.from_numpy(rows.inputs.copy()))
-    targets = torch.from_numpy(rows.targets.copy())
+    stored = {name: torch.from_numpy(layout.values.copy()) for name, layout in rows.columns.items()}
+    scaled = Scaling(data.manifest.columns, "standard", torch.device("cpu"))(stored)
+    inputs, targets = scaled["input"], scaled["target"]
     torch.manual_seed(0)
     model = DistributedDataParallel(recipe.model.build(data.manifest.signature))
     optimizer = recipe.optimizer.build(model.parameters())

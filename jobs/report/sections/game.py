@@ -1,13 +1,22 @@
-"""Game: what the page tells of a GAN in words and numbers: quality beside its floor, rollbacks, an early end."""
+"""Game: what the page tells of a GAN: samples, quality beside its floor, rollbacks, an early end."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cluster.data.manifest import Manifest
 from jobs.report.charts import FLOORS, Mark, figure, number, steps_per_epoch, words
-from jobs.report.files import is_number, mapping
+from jobs.report.files import Tensors, is_number, left_out, mapping
+from jobs.report.samples import COLUMNS, FOLDER, read_samples
+from jobs.report.sections.section import MODEL, Run, Section
+from nn_models.spec import validate
+from nn_models.zoo import MODELS
 
-# the metrics of Quality, in the order in which they matter
+# Metrics of what is made, in the order in which they matter: all in the table, some at the head of the page, and the
+# first that is known of each grid.
 QUALITY = ("frechet_distance", "kernel_distance", "label_agreement", "l1", "diversity")
+FIGURES = ("frechet_distance", "frechet_floor", "label_agreement", "l1", "diversity")
+OF_A_GRID = ("frechet_distance", "l1", "diversity")
 MAX_ROLLBACKS = 50
 
 
@@ -27,13 +36,48 @@ class Rollback(NamedTuple):
     factor: str
 
 
-def is_game(recipe: Mapping[str, Any], result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> bool:
+def _read(run: Run) -> dict[str, Any]:
+    best = best_look(run.result, run.records)
+    data = None
+    with left_out(run.notes, "The best generator's weights", file=MODEL):
+        described = Tensors(run.folder, MODEL).metadata.get("data")
+        data = None if described is None else validate(Manifest, json.loads(described), prefix="data")
+    samples = None
+    if data is None or len(data.signature.input_shape) > 1:  # rows of features are no pictures
+        epoch_steps = steps_per_epoch(run.records)
+        samples = read_samples(
+            run.folder, run.records, run.notes, best_step=best.get("step"), epoch_steps=epoch_steps, told=OF_A_GRID
+        )
+    heads, quality = quality_table(best, run.result, run.records)
+    ended = run.result.get("ended")
+    return {
+        "ended": ended if isinstance(ended, str) else None,
+        "heads": heads,
+        "quality": quality,
+        "rollbacks": rollbacks(run.result, run.records),
+        "samples": samples,
+        "grid": described_grid(str(mapping(run.recipe.get("model")).get("kind")), data) if data else "",
+    }
+
+
+def is_game(run: Run) -> bool:
     """Whether a run is a GAN's, by whatever of it is there."""
     return (
-        mapping(recipe.get("objective")).get("kind") == "adversarial"
-        or "rollbacks" in result
-        or any("discriminator_loss" in record for record in records)
+        mapping(run.recipe.get("objective")).get("kind") == "adversarial"
+        or "rollbacks" in run.result
+        or any("discriminator_loss" in record for record in run.records)
     )
+
+
+def described_grid(model: str, data: Manifest) -> str:
+    """What stands where in a grid, by what the model is given and the names of the classes."""
+    if "condition" in data.signature:
+        return "In each row, twice: the image given, what was made from it, and the true one."
+    names = data.class_names
+    given = getattr(MODELS.get(model), "given", None)
+    if given == "target" and 0 < len(names) <= COLUMNS:
+        return f"The classes from left to right: {', '.join(names * (COLUMNS // len(names)))}."
+    return ""
 
 
 def best_look(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -81,12 +125,6 @@ def _cell(name: str, value: Any) -> str:
     return figure(name, value) if is_number(value) else ""
 
 
-def headline(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The figures on top, of one split's metrics by their bare names: the distance with its floor, then what fits."""
-    order = ("frechet_distance", "frechet_floor", "label_agreement", "l1", "diversity")
-    return [(name, figure(name, metrics[name])) for name in order if name in metrics][:4]
-
-
 def rollbacks(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[Rollback]:
     """All of result.json's that can be told."""
     epoch = steps_per_epoch(records)
@@ -101,11 +139,11 @@ def rollbacks(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     ]
 
 
-def marks(result: Mapping[str, Any]) -> list[Mark]:
+def _marks(run: Run) -> list[Mark]:
     """The same, for the charts."""
     return [
         Mark(entry["step"], f"rollback at step {number(entry['step'])}: {entry.get('reason', '')}")
-        for entry in _entries(result)
+        for entry in _entries(run.result)
     ]
 
 
@@ -120,3 +158,16 @@ def _place(step: float, epoch: float) -> str:
     if not step:
         return "the untrained halves"
     return f"step {number(step)}" + (f" (epoch {number(float(step / epoch))})" if epoch else "")
+
+
+SECTION = Section(
+    name="game",
+    template="game.html",
+    read=_read,
+    title="What it makes",
+    file=FOLDER,
+    left_by=is_game,
+    above=True,
+    figures=FIGURES,
+    marks=_marks,
+)

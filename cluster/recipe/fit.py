@@ -1,0 +1,62 @@
+"""Fit: whether model, objective, data and the other sections of a recipe go together."""
+
+import torch
+
+from cluster.data.augment import check_augment
+from cluster.data.manifest import Manifest
+from cluster.data.scaling import Scaling
+from cluster.recipe.recipe import Recipe
+from cluster.recipe.sweep import CHANGEABLE
+from nn_models.errors import UserError
+
+
+def check(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise UserError where the recipe cannot be trained on such data, naming the path and the fix."""
+    signature = manifest.signature
+    recipe.objective.check(recipe.model)
+    recipe.objective.check_data(signature, source=recipe.data.kind)
+    _check_halves(recipe)
+    recipe.objective.build(signature)  # refuses a number of outputs that makes no sense
+    _check_changes(recipe)
+    if not manifest.rows("train"):
+        raise UserError("data", f"{recipe.data.kind} has no training rows", "add some")
+    if recipe.adversarial is not None:
+        for split in ("validation", "test") if manifest.rows("test") else ("validation",):
+            recipe.adversarial.quality.num_rows(manifest, split)  # refuses splits that are too small to compare with
+    read = {name: stored for name, stored in manifest.columns.items() if name in recipe.columns}
+    Scaling(read, recipe.scale, torch.device("cpu"))  # refuses a scale that a column cannot be had at
+    check_augment(recipe.data.augment, manifest, recipe.columns, source=recipe.data.kind)
+    recipe.model.check(signature)
+
+
+def _check_halves(recipe: Recipe) -> None:
+    """The section `adversarial` stands exactly where there are two halves."""
+    if recipe.adversarial is None:
+        return
+    if recipe.model.gives != "halves":
+        raise UserError(
+            "adversarial",
+            f"the objective {recipe.objective.kind} has no two halves",
+            "leave this section out, or set objective.kind to adversarial",
+        )
+    if recipe.train.accumulation > 1:
+        raise UserError(
+            "train.accumulation",
+            f"{recipe.train.accumulation} pieces",
+            "the halves of a GAN take each batch at once, so set it to 1, and lower train.global_batch_size or use "
+            "more workers",
+        )
+
+
+def _check_changes(recipe: Recipe) -> None:
+    for change in recipe.changes:
+        for path in change.set:
+            if path.split(".")[0] not in CHANGEABLE or path in CHANGEABLE or path.endswith(".kind"):
+                raise UserError(
+                    "changes",
+                    f"{path} cannot change in mid-training",
+                    f"leave it out (fields of {', '.join(CHANGEABLE)} can)",
+                )
+        recipe.at(change.epoch)  # refuses values that are wrong
+    if recipe.changes and recipe.adversarial is not None:
+        raise UserError("changes", "the halves of a GAN keep their values", "leave this section out")

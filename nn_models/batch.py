@@ -1,0 +1,157 @@
+"""Batch: what models and objectives are given of some rows: named values, and the place of the rows in their epoch.
+
+Shapes: B rows of the batch, N elements (tokens, nodes) of all its rows, T of the longest row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+RowIds = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), of which `longest` is T."""
+
+    values: Tensor
+    lengths: Tensor
+    longest: int
+
+    def padded(self, fill: float = 0) -> Tensor:
+        """(B, T, ...), each row filled up behind its end."""
+        rows, num = len(self.lengths), self.longest
+        flat = self.values.new_full((rows * num, *self.values.shape[1:]), fill)
+        return flat.index_copy(0, self.places(), self.values).unflatten(0, (rows, num))
+
+    def mask(self) -> Tensor:
+        """(B, T), true where a row has an element."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+    def rows(self) -> Tensor:
+        """(N,): which row each element is of."""
+        numbers = torch.arange(len(self.lengths), device=self.lengths.device)
+        return torch.repeat_interleave(numbers, self.lengths, output_size=len(self.values))
+
+    def places(self) -> Tensor:
+        """(N,): where each element stands in (B * T) padded ones."""
+        rows, starts = self.rows(), self.lengths.cumsum(0) - self.lengths
+        inside = torch.arange(len(self.values), device=self.lengths.device) - starts[rows]
+        return rows * self.longest + inside
+
+    def take(self, where: Tensor) -> "Ragged":
+        """The rows at these places; for pictures and tables: it waits for the device."""
+        ends = self.lengths.cumsum(0).tolist()
+        spans = [(ends[row] - int(self.lengths[row]), ends[row]) for row in where.tolist()]
+        lengths = self.lengths[where.to(self.lengths.device)]
+        values = torch.cat([self.values[:0], *(self.values[first:end] for first, end in spans)])
+        return Ragged(values, lengths, max((end - first for first, end in spans), default=0))
+
+    def to(self, device: torch.device) -> "Ragged":
+        """The same on a device."""
+        return Ragged(_moved(self.values, device), _moved(self.lengths, device), self.longest)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """All N nodes of B trees, leaves first, level after level: what a net computes in one product a level.
+
+    `words` (N,) of nodes, -1 for none; `children` (N, arity) places among the N, -1 for none; `levels` the first node
+    of each level; `places` (N,) where a node's labels stand in a Ragged of one label a node; `roots` (B,); `lengths`
+    (B,) how many nodes each tree has. All are int64.
+    """
+
+    words: Tensor
+    children: Tensor
+    levels: tuple[int, ...]
+    places: Tensor
+    roots: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, words: Tensor, children: Tensor, level: Tensor, lengths: Tensor) -> "Forest":
+        """Trees one after the other on the CPU, `children` as places within their own tree, the root last in each."""
+        order = level.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        ends = lengths.cumsum(0)
+        first = torch.repeat_interleave(ends - lengths, lengths, output_size=len(words))
+        children = children.long()
+        shifted = torch.where(children < 0, -1, place[(children + first[:, None]).clamp(min=0)])
+        counts = torch.bincount(level.long()) if len(level) else torch.zeros(1, dtype=torch.int64)
+        return cls(
+            words=words.long()[order],
+            children=shifted[order],
+            levels=tuple((counts.cumsum(0) - counts).tolist()),
+            places=order,
+            roots=place[ends - 1],
+            lengths=lengths,
+        )
+
+    def to(self, device: torch.device) -> "Forest":
+        """The same on a device."""
+        names = ("words", "children", "places", "roots", "lengths")
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
+        return replace(self, **moved)
+
+
+Value = Tensor | Ragged | Forest
+
+
+class Place(NamedTuple):  # made at each step: as a frozen dataclass it would take four times as long
+    """Which rows a rank has in a step. Where it has none, one row stands in (it must take part) and counts nothing."""
+
+    ids: RowIds
+    start: int  # position in the epoch of the first row
+    num_rows: int  # 0: a row stands in
+    global_rows: int
+    weight: float  # what the loss counts of this slice: rows, or elements of them
+    global_weight: float
+
+    @classmethod
+    def of(cls, rows: int) -> "Place":
+        """All of so many rows."""
+        return cls(np.arange(rows), 0, rows, rows, rows, rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows on the device. `keys` (B,) int64 are what a row's noise is drawn from: functions of (seed, epoch, row).
+
+    `stored` has the columns before they were scaled (bytes of images, numbers in their units; in training augmented),
+    for pictures and tables, and `unscale` takes numbers of a column's scale back there.
+    """
+
+    columns: Mapping[str, Value]
+    place: Place
+    draw_keys: Callable[[], Tensor]
+    stored: Mapping[str, Value] = field(default_factory=dict)
+    unscale: Callable[[str, Tensor], Tensor] = lambda name, values: values
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """(B,) int64, computed when a step draws noise."""
+        return self.draw_keys()
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or values.device.type == "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def to_device(value: Value, device: torch.device) -> Value:
+    """A value on a device, from pinned memory where that is a GPU: the copy then overlaps with what is computed."""
+    return _moved(value, device) if isinstance(value, Tensor) else value.to(device)

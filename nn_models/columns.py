@@ -1,0 +1,334 @@
+"""The kinds of columns that models know: images, features, labels, tokens, trees; a closed union, as models are."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nn_models.errors import UserError
+from nn_models.spec import Spec, invalid
+
+if TYPE_CHECKING:  # models need torch, descriptions do not
+    from torch import Tensor
+
+    from nn_models.batch import Value
+
+# How numbers are given to a model: (x - mean) / std of the training rows; bytes as 0 to 1, other numbers as they are;
+# -1 to 1 (images; other numbers as "standard").
+Scale = Literal["standard", "unit", "symmetric"]
+Layout = Literal["dense", "ragged"]
+IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
+
+
+class RaggedField(NamedTuple):
+    """One of the arrays that a ragged column is stored as: (elements, *shape)."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+
+class Column(Spec):
+    """Base of the kinds of columns: a named, typed part of every row."""
+
+    noun: ClassVar[str]  # as errors call one value of it
+    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale
+    predicted: ClassVar[bool] = False  # one for a row, only ever to be predicted
+    kind: str
+
+    @property
+    def layout(self) -> Layout:
+        """How it is stored, the only thing that storage asks: every row of one shape, or rows of elements."""
+        return "dense"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one row where they are all of one shape; of one element where they are not."""
+        raise NotImplementedError
+
+    @property
+    def extent(self) -> str:
+        """What tells it from others of its kind: `1 x 28 x 28`, `over 18,280 words`."""
+        return " x ".join(map(str, self.row_shape))
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a model that predicts one of it. Raises UserError where nothing predicts such a column."""
+        raise UserError("data", f"{self.noun} is nothing to predict", "choose a label or numbers as the target")
+
+    def ragged_fields(self) -> Mapping[str, RaggedField]:
+        """The arrays that a ragged column is stored as, by name."""
+        return {}
+
+    def lay(self, fields: Mapping[str, "Tensor"], lengths: "Tensor", longest: int) -> "Value":
+        """The stored elements of some rows, one row after the other, as models are given them."""
+        from nn_models.batch import Ragged
+
+        (values,) = fields.values()
+        return Ragged(values, lengths, longest)
+
+    def imagine(self, rows: int) -> "Value":
+        """Some rows to rehearse with, on the device that is current; the meta device will do."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """For people: `image 1 x 28 x 28`."""
+        return f"{self.kind} {self.extent}".strip()
+
+
+class Features(Column):
+    """A vector of numbers, float32 (size,)."""
+
+    noun = "features"
+    scaled = True
+    kind: Literal["features"] = "features"
+    size: PositiveInt
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return (self.size,)
+
+    def imagine(self, rows: int) -> "Tensor":
+        """See Column."""
+        return _zeros(rows, self.size)
+
+
+class Image(Column):
+    """An image, (channels, height, width): bytes, or float32."""
+
+    noun = "an image"
+    scaled = True
+    kind: Literal["image"] = "image"
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return self.shape
+
+    def imagine(self, rows: int) -> "Tensor":
+        """See Column."""
+        return _zeros(rows, *self.shape)
+
+
+class Numbers(Column):
+    """Numbers to predict, float32 (size,)."""
+
+    noun = "a number"
+    predicted = True
+    kind: Literal["numbers"] = "numbers"
+    size: PositiveInt
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return (self.size,)
+
+    @property
+    def num_outputs(self) -> int:
+        """See Column."""
+        return self.size
+
+    def imagine(self, rows: int) -> "Tensor":
+        """See Column."""
+        return _zeros(rows, self.size)
+
+
+class _Named(Column):
+    """What is one of `size` names, counted from 0; the names may be left out where nobody needs them."""
+
+    names: tuple[str, ...] = ()
+    size: PositiveInt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_names(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(names := data.get("names"), (list, tuple)) or not names:
+            return data
+        if data.get("size", len(names)) != len(names):
+            raise invalid(f"{data['size']} where there are {len(names)} names", field="size")
+        return {**data, "size": len(names)}
+
+
+class Label(_Named):
+    """One of several classes, int64 ()."""
+
+    noun = "a label"
+    predicted = True
+    kind: Literal["label"] = "label"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return ()
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"of {self.size:,} class{'es' * (self.size != 1)}"
+
+    @property
+    def num_outputs(self) -> int:
+        """See Column."""
+        return self.size
+
+    def imagine(self, rows: int) -> "Tensor":
+        """See Column."""
+        return _zeros(rows, dtype="int64")
+
+
+class _Elements(Column):
+    """Base of the kinds whose rows are sequences of elements: of one `length`, or each of its own."""
+
+    length: PositiveInt | None = None
+    dtype: ClassVar[str]
+
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """Of one element."""
+        return ()
+
+    @property
+    def layout(self) -> Layout:
+        """See Column."""
+        return "ragged" if self.length is None else "dense"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return self.element_shape if self.length is None else (self.length, *self.element_shape)
+
+    def ragged_fields(self) -> Mapping[str, RaggedField]:
+        """See Column."""
+        return {"values": RaggedField(self.dtype, self.element_shape)}
+
+    def imagine(self, rows: int) -> "Value":
+        """See Column."""
+        if self.length is not None:
+            return _zeros(rows, *self.row_shape, dtype=self.dtype)
+        import torch
+
+        values = _zeros(rows * IMAGINED_LENGTH, *self.element_shape, dtype=self.dtype)
+        return self.lay({"values": values}, torch.full((rows,), IMAGINED_LENGTH), IMAGINED_LENGTH)
+
+
+class Sequence(_Elements):
+    """A sequence of vectors, float32 (length, width)."""
+
+    noun = "a sequence"
+    scaled = True
+    dtype = "float32"
+    kind: Literal["sequence"] = "sequence"
+    width: PositiveInt
+
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """See _Elements."""
+        return (self.width,)
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"of {self.length or 'any number of'} x {self.width}"
+
+
+class Tokens(_Elements, _Named):
+    """A text as numbers of words, or of characters, int32 (length,)."""
+
+    noun = "tokens"
+    dtype = "int32"
+    kind: Literal["tokens"] = "tokens"
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"{self.length} " * bool(self.length) + f"over {self.size:,} words"
+
+    @property
+    def num_outputs(self) -> int:
+        """See Column: of each token."""
+        return self.size
+
+
+class Labels(_Elements, _Named):
+    """A label of each element of another column, int32."""
+
+    noun = "labels"
+    dtype = "int32"
+    kind: Literal["labels"] = "labels"
+    of: str = Field("input", description="the column whose elements they label")
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"of {self.size:,} classes, one an element of {self.of}"
+
+    @property
+    def num_outputs(self) -> int:
+        """See Column: of each element."""
+        return self.size
+
+
+class Tree(_Named):
+    """A tree whose leaves are words: nodes in an order in which children come before parents, so the root last.
+
+    Each node has a word (-1 for none), the places of its children (-1 for none) and its level, 1 more than the highest
+    of its children's; leaves have 0.
+    """
+
+    noun = "a tree"
+    kind: Literal["tree"] = "tree"
+    arity: PositiveInt = Field(2, description="children of a node at most")
+
+    @property
+    def layout(self) -> Layout:
+        """See Column."""
+        return "ragged"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return ()
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"over {self.size:,} words"
+
+    def ragged_fields(self) -> Mapping[str, RaggedField]:
+        """See Column."""
+        children = RaggedField("int32", (self.arity,))
+        return {"words": RaggedField("int32"), "children": children, "level": RaggedField("int32")}
+
+    def lay(self, fields: Mapping[str, "Tensor"], lengths: "Tensor", longest: int) -> "Value":
+        """See Column."""
+        from nn_models.batch import Forest
+
+        return Forest.of(fields["words"], fields["children"], fields["level"], lengths)
+
+    def imagine(self, rows: int) -> "Value":
+        """See Column: trees of a root over two leaves, or over one node after the other where it has one child."""
+        import torch
+
+        with torch.device("cpu"):  # where they can be laid together
+            none = [-1] * self.arity
+            root, level = ([0, 1, *none[2:]], [0, 0, 1]) if self.arity > 1 else ([1], [0, 1, 2])
+            children = [none, none if self.arity > 1 else [0], root]
+            words = [0 if height == 0 else -1 for height in level]
+            fields = {
+                name: torch.tensor(values * rows, dtype=torch.int32)
+                for name, values in (("words", words), ("children", children), ("level", level))
+            }
+            forest = self.lay(fields, torch.full((rows,), len(level)), len(level))
+        return forest.to(torch.get_default_device())
+
+
+AnyColumn = Annotated[
+    Features | Image | Numbers | Label | Sequence | Tokens | Labels | Tree, Field(discriminator="kind")
+]
+
+
+def _zeros(*shape: int, dtype: str = "float32") -> "Tensor":
+    import torch
+
+    return torch.zeros(shape, dtype=getattr(torch, dtype))

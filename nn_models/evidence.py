@@ -1,0 +1,124 @@
+"""Evidence: what there is to see of a test beside its figures, gathered over all its batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from nn_models.batch import Batch, Ragged, Value
+
+NUM_EXAMPLES = 24  # right ones, and as many wrong ones
+MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
+
+
+class Evidence(Protocol):
+    """What an objective shows; `section` names the part of the report that reads it."""
+
+    section: str
+
+    def add(self, batch: Batch, outputs: Any) -> None:
+        """Take in one batch and what the objective's `Measured.outputs` were; not of rows that stand in."""
+
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """What is kept, on the CPU, by name. Called by all ranks; `across` sums a tensor on the device over them."""
+
+
+class Examples:
+    """The first rows of each sort, as columns of tensors."""
+
+    def __init__(self, sorts: int) -> None:
+        self._wanted = [NUM_EXAMPLES] * sorts
+        self._kept: list[dict[str, Tensor]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether no more are wanted."""
+        return not any(self._wanted)
+
+    def keep(self, sort: int, where: Tensor, columns: Mapping[str, Value]) -> None:
+        """Keep these rows of the columns, as far as any are wanted.
+
+        Rows of different lengths are kept as `NAME.values` and `NAME.lengths`; trees are left to evidence of their own.
+        """
+        where = where[: self._wanted[sort]]
+        self._wanted[sort] -= len(where)
+        kept: dict[str, Tensor] = {}
+        for name, column in columns.items():
+            if isinstance(column, Tensor):
+                kept[name] = column[where.to(column.device)].cpu()
+            elif isinstance(column, Ragged):
+                rows = column.take(where)
+                kept |= {f"{name}.values": rows.values.cpu(), f"{name}.lengths": rows.lengths.cpu()}
+        if len(where):
+            self._kept.append(kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, a tensor a column."""
+        names = self._kept[0] if self._kept else ()
+        return {f"example_{name}": torch.cat([kept[name] for kept in self._kept]).contiguous() for name in names}
+
+
+class ClassEvidence:
+    """The confusion matrix over all ranks, and examples of right and wrong predictions from this one."""
+
+    section = "classes"
+
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._confusion: Tensor | None = None
+        self._examples = Examples(2)
+
+    def add(self, batch: Batch, outputs: Tensor) -> None:
+        """See Evidence: outputs (B, C)."""
+        targets, size = batch["target"], self._num_classes
+        if size <= MAX_CONFUSION_CLASSES:
+            counted = confusion(outputs, targets, size)
+            self._confusion = counted if self._confusion is None else self._confusion + counted
+        if not self._examples.full:
+            predictions, confidences = confidence(outputs)
+            columns = {"inputs": batch.stored["input"], "targets": targets, "predictions": predictions}
+            right = predictions == targets
+            for sort, chosen in enumerate((right, ~right)):
+                where = chosen.nonzero()[:, 0].cpu()
+                self._examples.keep(sort, where, {**columns, "confidences": confidences.float()})
+
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """See Evidence."""
+        if self._num_classes > MAX_CONFUSION_CLASSES:
+            return self._examples.tensors()
+        counted = self._confusion
+        if counted is None:  # a rank of more than there are rows
+            counted = torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64, device=device)
+        return {"confusion": across(counted).cpu(), **self._examples.tensors()}
+
+
+class NumberEvidence:
+    """Examples of predicted numbers beside the true ones, from this rank."""
+
+    section = "numbers"
+
+    def __init__(self) -> None:
+        self._examples = Examples(1)
+
+    def add(self, batch: Batch, outputs: Tensor) -> None:
+        """See Evidence: outputs (B, K)."""
+        columns = {"inputs": batch.stored["input"], "targets": batch["target"], "predictions": outputs}
+        self._examples.keep(0, torch.arange(len(outputs)), columns)
+
+    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+        """See Evidence."""
+        return self._examples.tensors()
+
+
+def confusion(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """(C, C), int64: rows of true class i taken for class j. Matrices of batches add up."""
+    pairs = targets * num_classes + outputs.argmax(1)
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def confidence(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's predicted class (B,) and the probability (B,) the model gives it."""
+    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))  # autocast makes logits of half precision
+    probabilities, predictions = wide.softmax(1).max(1)
+    return predictions, probabilities
