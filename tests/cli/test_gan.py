@@ -184,7 +184,7 @@ def test_evaluate_repeats_the_figures(manta, request, name):
 def test_evaluate_refuses_rows_that_do_not_fit(manta, refused, digits, paired, tmp_path):
     larger = "{kind: digits, image_size: [16, 16]}"
     message = refused("evaluate", digits, "--data", larger)
-    assert "are 1 x 16 x 16 uint8 with 10 label outputs, but the model of" in message
+    assert "the rows of digits are 1 x 16 x 16 uint8, but the model of" in message
     assert "was trained on 1 x 8 x 8 uint8" in message
     assert "but the model of" in refused("evaluate", paired, "--data", larger)  # no pairs
     buffer = io.BytesIO()
