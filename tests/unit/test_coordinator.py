@@ -107,7 +107,7 @@ def test_the_better_of_averaged_and_plain_weights_is_told_of_and_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(Quality, "measure", measure)
-        patch.setattr("cluster.adversarial.coordinator.measured", lambda *_, **__: {})
+        patch.setattr("cluster.adversarial.coordinator.measured", lambda *_, **__: ({}, 0))
         recipe = {**TINY, "train": TINY["train"] | {"epochs": 2}}
         result = coordinate(recipe, tmp_path / "run", LocalPlayers)
     told = lines(tmp_path / "run", "validation")
