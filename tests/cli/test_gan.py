@@ -194,8 +194,8 @@ def test_evaluate_refuses_rows_that_do_not_fit(manta, refused, digits, paired, t
     other = f"{{kind: pairs, path: {tmp_path}/pairs.parquet, condition: image, input: image, target: label, "
     other += "image_shape: [1, 8, 8], condition_channels: 3}"  # the images to start from are in colour
     message = refused("evaluate", paired, "--data", other)
-    assert "are 3 x 8 x 8 -> 1 x 8 x 8 uint8 with 10" in message
-    assert "was trained on 1 x 8 x 8 -> 1 x 8 x 8 uint8 with 10" in message
+    assert "are 3 x 8 x 8 -> 1 x 8 x 8 uint8, but the model of" in message
+    assert "was trained on 1 x 8 x 8 -> 1 x 8 x 8 uint8" in message
 
 
 def test_evaluate_needs_training_rows_to_compare_with(manta, refused, digits, tmp_path):
