@@ -17,12 +17,12 @@ STATES_PER_PARAMETER = {"sgd": 0, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad"
 
 @dataclass(frozen=True)
 class Layer:
-    """One module without children, in the order of its first use."""
+    """One module without children, or with weights of its own, in the order of its first use."""
 
     name: str
     kind: str
-    output_shape: tuple[int, ...]  # of one row
-    num_parameters: int
+    output_shape: tuple[int, ...]  # of one row; () where it is not called, but its weights are used
+    num_parameters: int  # weights that several layers share count for the first
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,14 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
 
 def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Module, list[Layer], list[int]]:
     """The model, its layers, and the bytes of a row that each puts out, as two imaginary rows go through it."""
-    layers: list[Layer] = []
+    layers: dict[str, Layer] = {}
     sizes: list[int] = []
+    counted: set[nn.Parameter] = set()
+
+    def add(name: str, module: nn.Module, shape: tuple[int, ...]) -> None:
+        own = [weight for weight in module.parameters(recurse=False) if weight not in counted]
+        counted.update(own)
+        layers[name] = Layer(name, type(module).__name__, shape, sum(weight.numel() for weight in own))
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
@@ -97,20 +103,26 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
                 output = output[0]
             if isinstance(output, torch.Tensor):
                 sizes.append(output.numel() // 2 * output.element_size())
-                if all(layer.name != name for layer in layers):  # not again where it is called at each time
-                    count = sum(p.numel() for p in module.parameters(recurse=False))
-                    layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
+                if name not in layers:  # not again where it is called at each time
+                    add(name, module, tuple(output.shape[1:]))
 
         return hook
 
     with torch.device(device):
         model = recipe.model.build(manifest.signature)
-        leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-        hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+        parts = [
+            (name, module)
+            for name, module in model.named_modules()
+            if not list(module.children()) or list(module.parameters(recurse=False))
+        ]
+        hooks = [module.register_forward_hook(note(name)) for name, module in parts]
         recipe.objective.rehearse(recipe.model, model, manifest.signature, source=recipe.data.kind)
     for hook in hooks:
         hook.remove()
-    return model, layers, sizes
+    for name, module in parts:  # a cell that takes its layers' weights and does not call them
+        if name not in layers and any(weight not in counted for weight in module.parameters(recurse=False)):
+            add(name, module, ())
+    return model, list(layers.values()), sizes
 
 
 def _longer(manifest: Manifest) -> float:

@@ -151,3 +151,18 @@ class FailsToRun(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         raise IndexError("list index out of range")
+
+
+class Cell(nn.Module):
+    """A cell that has weights beside a layer, takes another layer's weights without calling it, and shares some."""
+
+    def __init__(self, signature) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(signature.input_size))
+        self.uncalled = nn.Linear(signature.input_size, signature.num_outputs)
+        self.first = nn.Linear(signature.num_outputs, signature.num_outputs)
+        self.second = nn.Linear(signature.num_outputs, signature.num_outputs, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first((x * self.gate.sigmoid()) @ self.uncalled.weight.t()))

@@ -380,9 +380,10 @@ def test_the_summary_of_a_builtin_recipe(name):
     model = recipe.model.build(data.signature)
     assert summary.num_parameters == sum(p.numel() for p in model.parameters())
     assert sum(layer.num_parameters for layer in summary.layers) == summary.num_parameters
-    if recipe.adversarial is None:
+    if recipe.model.gives == "row":
         assert summary.layers[-1].output_shape == (data.signature.num_outputs,)
-    else:  # the generator makes a row, which the discriminator then judges, as a whole or by patches
+    elif recipe.model.gives == "halves":
+        # the generator makes a row, which the discriminator then judges, as a whole or by patches
         made = [layer for layer in summary.layers if layer.name.startswith("generator.")][-1]
         assert math.prod(made.output_shape) == data.signature.input_size
         assert summary.layers[-1].name.startswith("discriminator.")
@@ -414,6 +415,13 @@ def test_custom_models_that_are_well(name):
     before = torch.get_default_device()
     assert summarise(custom(name), manifest()).num_parameters in (12, 15)
     assert torch.get_default_device() == before
+
+
+def test_layers_have_all_weights_of_a_model_once():
+    summary = summarise(custom("Cell"), manifest())  # 4 features, 3 classes
+    found = [(layer.name, layer.output_shape, layer.num_parameters) for layer in summary.layers]
+    assert found == [("first", (3,), 12), ("second", (3,), 0), ("", (3,), 4), ("uncalled", (), 15)]
+    assert summary.num_parameters == 31
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
-from nn_models.columns import Label, Sequence
+from nn_models.batch import Ragged
+from nn_models.columns import Features, Image, Label, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
@@ -155,8 +157,18 @@ CASES = [
 matrix = pytest.mark.parametrize(("model", "signature"), CASES)
 
 
-def rows_of(shape):
-    return torch.randn(NUM_ROWS, *shape, generator=torch.Generator().manual_seed(0))
+def filled(value, generator):
+    """An imagined column with numbers drawn where it has numbers; words and trees stay as they are imagined."""
+    if isinstance(value, Ragged):
+        return replace(value, values=filled(value.values, generator))
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.device.type != "meta":
+        return torch.randn(value.shape, generator=generator)
+    return value
+
+
+def rows_of(signature):
+    imagined, generator = signature.imagine(NUM_ROWS), torch.Generator().manual_seed(0)
+    return {name: filled(value, generator) for name, value in imagined.columns.items()}
 
 
 def seeded(model, signature):
@@ -167,20 +179,26 @@ def seeded(model, signature):
 def run(module, model, signature):
     """What the module says of some rows; where it is two halves, what one says of the other's rows."""
     torch.manual_seed(0)  # dropout
+    rows = rows_of(signature)
     if not isinstance(module, Halves):
-        return module(rows_of(signature.input_shape))
+        return module(rows["input"])
     spec = zoo.validate(zoo.AnyModelSpec, model)
-    condition = torch.arange(NUM_ROWS) % signature.num_outputs  # not looked at where the model is given none
-    if spec.given == "condition":
-        condition = rows_of(signature.condition_shape)
-    made = module(rows_of([spec.noise_size]), condition)
+    condition = rows[spec.given or "target"]  # not looked at where the model is given none
+    made = module(torch.randn(NUM_ROWS, spec.noise_size, device=condition.device), condition)
     assert made.shape == (NUM_ROWS, *signature.input_shape)
     return module.discriminator(made, condition)
 
 
-def check_shape(outputs, module, signature):
-    if not isinstance(module, Halves):
+def check_shape(outputs, model, signature):
+    """What the spec says that the model gives is what comes out."""
+    given, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
+    if given == "row":
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    elif given == "elements":
+        elements = int(rows.lengths.sum()) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
+        assert outputs.shape == (elements, signature.num_outputs)
+    elif given == "reconstruction":
+        assert outputs.shape == rows.shape
     else:
         assert outputs.shape[0] == NUM_ROWS
         assert outputs.dim() == 1 or (outputs.dim() == 4 and outputs.shape[1] == 1)  # a logit a row, or a patch
@@ -195,7 +213,7 @@ def test_every_kind_is_in_the_matrix():
 def test_forward_and_backward(model, signature):
     module = seeded(model, signature)
     outputs = run(module, model, signature)
-    check_shape(outputs, module, signature)
+    check_shape(outputs, model, signature)
     outputs.square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
@@ -220,16 +238,9 @@ def test_same_seed_same_weights_and_a_state_dict_carries_them(model, signature):
 def test_builds_and_runs_on_the_meta_device(model, signature):
     with torch.device("meta"):
         module = zoo.build(model, signature)
-        if isinstance(module, Halves):
-            spec = zoo.validate(zoo.AnyModelSpec, model)
-            pair = spec.given == "condition"
-            shape = signature.condition_shape if pair else ()
-            condition = torch.empty(NUM_ROWS, *shape, dtype=torch.float32 if pair else torch.int64)
-            outputs = module.discriminator(module(torch.empty(NUM_ROWS, spec.noise_size), condition), condition)
-        else:
-            outputs = module(torch.empty(NUM_ROWS, *signature.input_shape))
+        outputs = run(module, model, signature)
+        check_shape(outputs, model, signature)
     assert {weight.device.type for weight in module.state_dict().values()} == {"meta"}
-    check_shape(outputs, module, signature)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, spec in zoo.MODELS.items() if issubclass(spec, AdversarialSpec)])
@@ -261,11 +272,26 @@ def test_image_models_refuse_features(kind):
     )
 
 
-@pytest.mark.parametrize("kind", [kind for kind in zoo.MODELS if kind != "custom"])
-def test_input_of_another_kind_is_refused(kind):
-    sequences = Signature(columns={"input": Sequence(width=4, length=5), "target": Label(size=2)})
-    with pytest.raises(UserError, match=rf"model\.kind: {kind} .*the data has sequence input of shape \(5, 4\)"):
-        zoo.build({"kind": kind}, sequences)
+INPUTS = [
+    Features(size=12),
+    Image(shape=(1, 8, 8)),
+    Sequence(width=4, length=5),
+    Tokens(size=9),
+    Tree(size=9),
+]
+UNREAD = [
+    pytest.param(kind, column, id=f"{kind}-{column.kind}")
+    for kind, spec in zoo.MODELS.items()
+    for column in INPUTS
+    if kind != "custom" and "input" in spec.reads and not isinstance(column, spec.reads["input"])
+]
+
+
+@pytest.mark.parametrize(("kind", "column"), UNREAD)
+def test_input_of_another_kind_is_refused(kind, column):
+    signature = Signature(columns={"input": column, "target": Label(size=2)})
+    with pytest.raises(UserError, match=rf"model\.kind: {kind} reads .*but the data has {column.kind} input "):
+        zoo.build({"kind": kind}, signature)
 
 
 @pytest.mark.parametrize(
