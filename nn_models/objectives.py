@@ -241,6 +241,8 @@ class ObjectiveSpec(Spec):
 
 def _zeros_like(outputs: Any) -> Any:
     """Zeros on the CPU in the place of all tensors."""
+    if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
+        return type(outputs)(*map(_zeros_like, outputs))
     if isinstance(outputs, (tuple, list)):
         return type(outputs)(map(_zeros_like, outputs))
     if isinstance(outputs, dict):
