@@ -177,7 +177,21 @@ def save_model(run: Folder, weights: dict[str, Tensor], *, best: dict[str, Any],
     described = manifest.model_copy(update={"splits": {}}).model_dump_json()
     metadata = {"best": json.dumps(best), "data": described}
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}  # safetensors keeps no strides
-    (run / "model").write_bytes("model.safetensors", save(contiguous, metadata))
+    (run / "model").write_bytes("model.safetensors", packed(contiguous, metadata))
+
+
+def packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content.
+
+    The library itself writes the metadata in an order that differs from call to call.
+    """
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    ordered = {**header, "__metadata__": dict(sorted(header["__metadata__"].items()))}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the library does, so that the numbers are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read_model(run: Folder) -> SavedModel:
