@@ -92,6 +92,16 @@ def read_result(folder: Folder) -> dict[str, Any] | None:
     return result
 
 
+def read_environment(folder: Folder) -> dict[str, Any]:
+    """What environment.json says; nothing where there is none. Raises UserError for a damaged one."""
+    if not folder.exists(ENVIRONMENT):
+        return {}
+    found = folder.read_json(ENVIRONMENT)
+    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
+        raise UserError(f"{folder}/{ENVIRONMENT}", "damaged (it is no mapping of facts)", "restore it, or delete it")
+    return found
+
+
 class Recorder:
     """Appends to metrics.jsonl and to TensorBoard's event file; rank 0 has it.
 
@@ -158,8 +168,10 @@ def _kept(run: RunDirectory, last_step: int) -> list[dict[str, Any]]:
     return [entry for entry in read_metrics(run) if entry["step"] <= last_step and entry["split"] != "test"]
 
 
-def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> dict[str, Any]:
-    """Versions, hardware, world size and seed."""
+def environment(
+    *, seed: int, num_workers: Any, use_gpu: bool, device: str, data: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Versions, hardware, world size and seed; of the data what `data_facts` says."""
     names = ("manta-train", "torch", "torchvision", "ray", "numpy", "pyarrow", "pydantic")
     return {
         "command": " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -172,6 +184,7 @@ def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> d
         "use_gpu": use_gpu,
         "num_workers": num_workers,
         "seed": seed,
+        **({"data": dict(data)} if data else {}),
     }
 
 
