@@ -29,7 +29,7 @@ from cluster.runtime import (
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.identity import data_facts
-from cluster.training.run_directory import RunDirectory, environment, new_run_name, result_of
+from cluster.training.run_directory import RunDirectory, environment, new_place, result_of
 from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
 
@@ -83,10 +83,10 @@ def train(
     """
     began = time.time()
     recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
-    directory = RunDirectory(new_run_name(recipe) if run is None else run)
     began_with: Recipe | None = None  # what a run that goes on was
     finished: Outcome | None = None
     with ExitStack() as stack:
+        directory = RunDirectory(stack.enter_context(new_place("runs", recipe)) if run is None else run)
         if resume and directory.exists():
             stack.enter_context(directory.folder.claimed())
             began_with = refuse_other_recipe(recipe, directory)

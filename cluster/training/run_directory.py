@@ -8,9 +8,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +236,38 @@ def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> 
     return {**status, **times}
 
 
-def new_run_name(recipe: Recipe) -> str:
-    """runs/<recipe>-<date>-<time>, with a number behind it where that is taken."""
-    name = f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = (f"{name}-{number}" if number else name for number in range(1000))
-    return next(candidate for candidate in taken if not Path(candidate).exists())
+@contextmanager
+def new_place(parent: str, recipe: Recipe) -> Iterator[str]:
+    """A new directory PARENT/NAME-DATE-TIME for a run or a sweep, with a number behind it where that is taken.
+
+    It is made at once, so no two processes get the same one. Where the block leaves it empty it is removed again.
+    Raises UserError where it cannot be made.
+    """
+    name = Path(parent, f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    place = _made(name if number == 0 else name.with_name(f"{name.name}-{number}") for number in count())
+    try:
+        yield str(place)
+    finally:
+        for folder in (place, place.parent):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _made(names: Iterator[Path]) -> Path:
+    """The first of these directories that was not there, and now is."""
+    for name in names:
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.mkdir()
+        except FileExistsError:
+            if name.parent.is_dir():
+                continue
+            raise UserError(str(name.parent), "not a directory", "choose another one with --run") from None
+        except FileNotFoundError:  # another process, which needed the parent no more, has just removed it
+            continue
+        except OSError as error:
+            raise UserError(
+                str(name), f"cannot be made ({error.strerror})", "choose another directory with --run"
+            ) from None
+        return name
+    raise AssertionError("names do not end")

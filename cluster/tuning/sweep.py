@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +21,7 @@ from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
 from cluster.training.identity import data_facts
-from cluster.training.run_directory import environment
+from cluster.training.run_directory import environment, new_place
 from cluster.training.splits import Splits
 from cluster.tuning.budget import longest_trial, needs_of, room_for, rungs
 from cluster.tuning.fused.groups import groups, pays, why_not
@@ -83,16 +82,15 @@ def sweep(
     recipe = load_recipe(recipe, overrides)
     if recipe.sweep is None:
         raise UserError("sweep", f"{recipe.name} has no section sweep, which says what to try", "add one with a space")
-    run = run or new_place(recipe)
     most = _most_fused(fuse)
-    directory = SweepDirectory(run)
     began_with: Recipe | None = None  # what a sweep that goes on was
-    if resume:
-        began_with = _refuse_other(recipe, directory)
-    else:
-        directory.refuse_occupied()
-    running = _Sweep(recipe, directory, num_workers, use_gpu)
     with ExitStack() as stack:
+        directory = SweepDirectory(run or stack.enter_context(new_place("sweeps", recipe)))
+        if resume:
+            began_with = _refuse_other(recipe, directory)
+        else:
+            directory.refuse_occupied()
+        running = _Sweep(recipe, directory, num_workers, use_gpu)
         if began_with is not None:
             stack.enter_context(directory.folder.claimed())
             refuse_other_data(recipe, began_with, running.manifest, directory.folder)
@@ -112,11 +110,6 @@ def sweep(
             directory.begin(recipe, running.environment | {"seed": recipe.sweep.seed})
             stack.enter_context(directory.folder.claimed())
         return running.run(session, listener)
-
-
-def new_place(recipe: Recipe) -> str:
-    """Where a sweep goes that was given no directory: sweeps/NAME-DATE-TIME."""
-    return f"sweeps/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> Recipe:
