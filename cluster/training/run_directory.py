@@ -123,8 +123,10 @@ class Recorder:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line of metrics."""
         self._file.write(json.dumps(jsonable(entry)) + "\n")
+        # an epoch's and an interval's figures may come at the same step: each has a tag of its own
+        of = "train_interval" if entry["split"] == "train" and not entry.get("end_of_epoch") else entry["split"]
         scalars = {
-            f"{entry['split']}/{name}": value
+            f"{of}/{name}": value
             for name, value in entry.items()
             if isinstance(value, float) and math.isfinite(value) and name != "time_s"
         }
