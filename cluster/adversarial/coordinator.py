@@ -38,7 +38,8 @@ from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, described_rows, read_model, save_model
+from cluster.training.checkpoints import Background, Checkpoints, read_model, save_model
+from cluster.training.identity import data_facts, described_rows
 from cluster.training.journal import Journal, prefixed
 from cluster.training.progress import Progress, means
 
@@ -79,7 +80,6 @@ class Coordinator:
         )
         self.epoch_steps = order.num_steps
         self.num_steps = order.num_steps * self.train.epochs
-        self.rows_used = described_rows(manifest)
         self.checkpoints = Checkpoints(run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         self.players: Players | None = None
@@ -299,7 +299,8 @@ class Coordinator:
         self.progress.game["watch"] = self.watch.state()
         state: State = {
             "recipe": self.recipe.model_dump_json(),
-            "rows": self.rows_used,
+            "rows": described_rows(self.data.manifest),
+            "data": data_facts(self.data.manifest),
             "progress": self.journal.state(),
             "halves": players.state(),
         }
@@ -324,7 +325,7 @@ class Coordinator:
         self.journal.first_step_at = first_step_at
         if state is None:
             return False
-        self.checkpoints.refuse_other(state, recipe=self.recipe, rows=self.rows_used)
+        self.checkpoints.refuse_other(state, recipe=self.recipe, manifest=self.data.manifest)
         players.load(state["halves"])
         self.journal.progress = progress = Progress.restored(state["progress"])
         if len(progress.sums) == len(SUMS) != len(self.journal.names):  # as an earlier version has added them up

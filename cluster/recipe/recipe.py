@@ -1,7 +1,7 @@
 """Recipe: model + data + objective + optimizer + schedule + train, read from YAML, validated before any work."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -17,6 +17,18 @@ from nn_models.zoo import AnyModelSpec, AnyObjectiveSpec
 
 class TrainSpec(Spec):
     """How long, in which batches, and what is kept."""
+
+    # How a run is told of, kept and started again, and in how many threads: what it comes to does not depend on these.
+    BESIDE_RESULT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "log_every_steps",
+            "checkpoint_every_epochs",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "max_failures",
+            "cpus_per_worker",
+        }
+    )
 
     epochs: PositiveInt = Field(10, description="passes over the training rows")
     global_batch_size: PositiveInt = Field(128, description="rows of one step over all workers together")
@@ -67,6 +79,22 @@ class Recipe(Spec):
         if isinstance(data, Mapping) and not data.get("adversarial") and _kind(data.get("objective")) == "adversarial":
             return {**data, "adversarial": {}}
         return data
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result, as plain values: all but the name, BESIDE_RESULT of its sections, and its data.
+
+        Of the data there is how its rows are used in training; which rows it holds its checksums say.
+        """
+        content = self.model_dump(mode="json", exclude={"name"})
+        beside = set(self.train.BESIDE_RESULT)
+        if self.adversarial is not None and self.adversarial.mode == "pipelined":
+            beside.remove("checkpoint_every_steps")  # at a checkpoint the generator waits for what it ran ahead of
+        sections = {"train": beside, "sweep": self.sweep.BESIDE_RESULT if self.sweep else ()}
+        for section, fields in sections.items():
+            for field in fields:
+                content[section].pop(field)
+        content["data"] = {field: content["data"][field] for field in self.data.TRAINING_FIELDS}
+        return content
 
     def at(self, epoch: int) -> "Recipe":
         """The recipe as its changes have made it once so many epochs are done."""

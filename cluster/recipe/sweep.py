@@ -1,6 +1,6 @@
 """The recipe's section `sweep`: which values to try, how many trials, how they are chosen and which are given up."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -23,6 +23,8 @@ def _distribution(raw: Any) -> Any:
 
 class SweepSpec(Spec):
     """Many trials of one recipe that differ in the values of some paths."""
+
+    BESIDE_RESULT: ClassVar[frozenset[str]] = frozenset({"max_failures"})  # as TrainSpec's
 
     space: dict[str, Annotated[Any, AfterValidator(_distribution)]] = Field(
         description="dotted path -> the distribution that its values are drawn from"

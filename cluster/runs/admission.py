@@ -4,11 +4,15 @@ import logging
 import os
 from typing import Any
 
+from cluster.data.manifest import Manifest
 from cluster.data.order import training_order
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import summarise
 from cluster.runtime import Workers, local_device
-from cluster.training.run_directory import RunDirectory
+from cluster.storage import Folder
+from cluster.training.checkpoints import WEIGHTS, changed_data, read_model
+from cluster.training.identity import other_data, other_training_rows
+from cluster.training.run_directory import RunDirectory, read_environment
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
 
@@ -46,25 +50,54 @@ def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -
         )
 
 
-def refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> None:
-    """A run goes on with the recipe that it began with."""
+def refuse_other_recipe(recipe: Recipe, directory: RunDirectory) -> Recipe:
+    """A run goes on with the recipe that it began with, which is returned, but for what decides no result.
+
+    Whether the data is the same is known once it is prepared: see `refuse_other_data`.
+    """
     began_with = directory.recipe()
     if began_with.sweep is not None:
         raise UserError("--resume", f"{directory} is a sweep, not a run", "continue it with manta sweep … --resume")
-    if recipe != began_with:
-        old, new = began_with.model_dump(), recipe.model_dump()
-        changed = [f"{a}.{b}" for a in new for b in _differences(old[a], new[a])]
-        raise UserError(
-            "--resume",
-            f"{directory} began with another recipe ({', '.join(changed) or 'its name'} differ)",
-            f"continue it with {directory}/recipe.yaml, or start a new run",
-        )
+    refuse_differences(recipe, began_with, directory.folder)
+    return began_with
 
 
-def _differences(old: Any, new: Any) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return []
+def refuse_differences(recipe: Recipe, began_with: Recipe, folder: Folder) -> None:
+    """Raise UserError where a run or sweep in the folder would come to another result with this recipe."""
+    if changed := _differences(began_with.deciding(), recipe.deciding()):
+        raise _began_with_other(folder, changed)
+
+
+def refuse_other_data(recipe: Recipe, began_with: Recipe, manifest: Manifest, folder: Folder) -> None:
+    """Raise UserError where the prepared data is not that of the run or sweep in the folder.
+
+    Where it lies, and what it was prepared from, may have changed as long as it holds the same rows in the same splits.
+    """
+    changed = _differences(began_with.data.identity(), recipe.data.identity(), "data")
+    known = read_environment(folder).get("data")
+    if known is None and changed:  # of an earlier version: nothing says that the rows are the same
+        raise _began_with_other(folder, changed)
+    differs = other_data(known or {}, manifest)
+    if known is None and (folder / "model").exists(WEIGHTS):
+        differs = other_training_rows(read_model(folder).manifest, manifest)
+    if differs:
+        raise _began_with_other(folder, changed) if changed else changed_data(str(folder), differs)
+
+
+def _began_with_other(folder: Folder, changed: list[str]) -> UserError:
+    return UserError(
+        "--resume",
+        f"{folder} began with another recipe ({', '.join(changed)} differ)",
+        f"continue it with {folder}/recipe.yaml, or start anew with another --run",
+    )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The dotted paths of what differs."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [prefix] if old != new else []
+    below = f"{prefix}." if prefix else ""
+    return [path for key in {**old, **new} for path in _differences(old.get(key), new.get(key), f"{below}{key}")]
 
 
 def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool, *, alone: bool) -> Workers:

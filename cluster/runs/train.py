@@ -15,7 +15,7 @@ from cluster.errors import RunFailed
 from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
-from cluster.runs.admission import refuse_other_recipe, refuse_what_cannot_start, workers_of
+from cluster.runs.admission import refuse_other_data, refuse_other_recipe, refuse_what_cannot_start, workers_of
 from cluster.runs.tail import Listener, Tail
 from cluster.runtime import (
     RaySession,
@@ -28,7 +28,8 @@ from cluster.runtime import (
 )
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
-from cluster.training.run_directory import RunDirectory, environment, new_run_name, result_of
+from cluster.training.identity import data_facts
+from cluster.training.run_directory import RunDirectory, environment, new_place, result_of
 from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
 
@@ -82,14 +83,18 @@ def train(
     """
     began = time.time()
     recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
-    directory = RunDirectory(new_run_name(recipe) if run is None else run)
+    began_with: Recipe | None = None  # what a run that goes on was
+    finished: Outcome | None = None
     with ExitStack() as stack:
+        directory = RunDirectory(stack.enter_context(new_place("runs", recipe)) if run is None else run)
         if resume and directory.exists():
             stack.enter_context(directory.folder.claimed())
-            refuse_other_recipe(recipe, directory)
+            began_with = refuse_other_recipe(recipe, directory)
             done = directory.result()
             if done and done["status"] == "finished":
-                return Outcome("finished", done["metrics"], str(directory), done)
+                finished = Outcome("finished", done["metrics"], str(directory), done)
+                if recipe.data == began_with.data:
+                    return finished
         elif resume:
             raise UserError("--resume", f"{directory} holds no run to continue", "check --run, or leave out --resume")
         else:
@@ -98,12 +103,22 @@ def train(
         if address and not workers.most:
             raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
         data = prepared(recipe.data)
+        if began_with:
+            refuse_other_data(recipe, began_with, data.manifest, directory.folder)
+        if finished:
+            return finished
         check(recipe, data.manifest)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
 
         device = device_name(use_gpu)
-        facts = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device=device)
+        facts = environment(
+            seed=recipe.train.seed,
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            device=device,
+            data=data_facts(data.manifest),
+        )
         session = None
         if workers.most:
             cpus = workers.most * workers.cpus

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from cluster.data.manifest import Manifest
 from cluster.storage import Folder
+from cluster.training.identity import other_data
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.recipe.recipe import Recipe
 
 State = dict[str, Any]
+WEIGHTS = "model.safetensors"  # in RUN/model
 
 
 def name_at(step: int) -> str:
@@ -91,25 +93,21 @@ class Checkpoints:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.folder}/{name}", f"damaged checkpoint ({reason})", fix) from None
 
-    def refuse_other(self, state: State, *, recipe: "Recipe", rows: str) -> None:
-        """Raise UserError for a state of another model, or of other data (`rows` as `described_rows` says)."""
+    def refuse_other(self, state: State, *, recipe: "Recipe", manifest: Manifest) -> None:
+        """Raise UserError for a state of another model, or of other data than the manifest's."""
         if json.loads(state["recipe"])["model"] != json.loads(recipe.model_dump_json())["model"]:
             raise UserError(str(self.folder), "checkpoints of another model", "choose another --run")
-        if state["rows"] != rows:
-            raise UserError(
-                str(self.folder),
-                f"the data has changed since this run began, from {state['rows']} to {rows}",
-                "start a new run with another --run",
-            )
+        if differs := other_data(state.get("data") or {"rows": state["rows"]}, manifest):
+            raise changed_data(str(self.folder), differs)
 
 
-def described_rows(manifest: Manifest) -> str:
-    """What places in the order of rows, and a model's inputs and outputs, refer to."""
-    signature = manifest.signature
-    row = signature["input"].extent
-    if "target" in signature and signature["target"].predicted:
-        row += f" with {signature.num_outputs} outputs"
-    return f"{manifest.rows('train')} rows of {row}"
+def changed_data(path: str, differs: str) -> UserError:
+    """The error for data that has changed since a run began: how, as `other_data` says."""
+    return UserError(
+        path,
+        f"the data has changed since this run began, {differs}",
+        "give it the data that it began with, or start a new run with another --run",
+    )
 
 
 def _read_state(content: bytes) -> State:
@@ -177,15 +175,29 @@ def save_model(run: Folder, weights: dict[str, Tensor], *, best: dict[str, Any],
     described = manifest.model_copy(update={"splits": {}}).model_dump_json()
     metadata = {"best": json.dumps(best), "data": described}
     contiguous = {name: weight.contiguous() for name, weight in weights.items()}  # safetensors keeps no strides
-    (run / "model").write_bytes("model.safetensors", save(contiguous, metadata))
+    (run / "model").write_bytes(WEIGHTS, packed(contiguous, metadata))
+
+
+def packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content.
+
+    The library itself writes the metadata in an order that differs from call to call.
+    """
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    ordered = {**header, "__metadata__": dict(sorted(header["__metadata__"].items()))}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the library does, so that the numbers are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def read_model(run: Folder) -> SavedModel:
     """The best weights of a run. Raises UserError where there are none or the file is damaged."""
     folder = run / "model"
-    path = f"{folder}/model.safetensors"
+    path = f"{folder}/{WEIGHTS}"
     try:
-        content = folder.read_bytes("model.safetensors")
+        content = folder.read_bytes(WEIGHTS)
     except FileNotFoundError:
         raise UserError(path, "no model here", "give the directory of a run that has finished an epoch") from None
     try:

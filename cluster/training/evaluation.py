@@ -6,13 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cluster.data.loader import RowsOfRank
 from cluster.recipe.recipe import Recipe
 from cluster.training.carry import kept, of_rows
-from cluster.training.checkpoints import read_model
+from cluster.training.checkpoints import packed, read_model
 from cluster.training.context import Context
 from cluster.training.progress import means
 from cluster.training.run_directory import EVALUATION
@@ -101,4 +100,4 @@ def evaluate_best(
 
 def write_evidence(context: Context, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
     """Put evaluation.safetensors into the run's directory."""
-    context.run.write_bytes(EVALUATION, save(dict(tensors), about))
+    context.run.write_bytes(EVALUATION, packed(dict(tensors), about))

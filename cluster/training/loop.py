@@ -12,9 +12,10 @@ from torch import nn
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import MovingAverage
 from cluster.training.carry import gathered, of_rows, on_device
-from cluster.training.checkpoints import Background, Checkpoints, State, described_rows, read_model, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import evaluate, evaluate_best, names_of
+from cluster.training.identity import data_facts, described_rows
 from cluster.training.journal import Journal, Pending
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
@@ -254,6 +255,7 @@ class Loop:
                 "recipe": self.whole_recipe.model_dump_json(),
                 "world_size": self.context.world_size,
                 "rows": described_rows(self.manifest),
+                "data": data_facts(self.manifest),
                 "progress": self.journal.state(),
                 "model": to_cpu(self.model.state_dict()),
                 "optimizer": to_cpu(self.optimizer.state_dict()),
@@ -272,7 +274,7 @@ class Loop:
         if step is None:
             return
         state = self.checkpoints.at(step)
-        self.checkpoints.refuse_other(state, recipe=self.recipe, rows=described_rows(self.manifest))
+        self.checkpoints.refuse_other(state, recipe=self.recipe, manifest=self.manifest)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:

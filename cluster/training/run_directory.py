@@ -8,9 +8,11 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,16 @@ def read_result(folder: Folder) -> dict[str, Any] | None:
     return result
 
 
+def read_environment(folder: Folder) -> dict[str, Any]:
+    """What environment.json says; nothing where there is none. Raises UserError for a damaged one."""
+    if not folder.exists(ENVIRONMENT):
+        return {}
+    found = folder.read_json(ENVIRONMENT)
+    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
+        raise UserError(f"{folder}/{ENVIRONMENT}", "damaged (it is no mapping of facts)", "restore it, or delete it")
+    return found
+
+
 class Recorder:
     """Appends to metrics.jsonl and to TensorBoard's event file; rank 0 has it.
 
@@ -111,8 +123,10 @@ class Recorder:
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line of metrics."""
         self._file.write(json.dumps(jsonable(entry)) + "\n")
+        # an epoch's and an interval's figures may come at the same step: each has a tag of its own
+        of = "train_interval" if entry["split"] == "train" and not entry.get("end_of_epoch") else entry["split"]
         scalars = {
-            f"{entry['split']}/{name}": value
+            f"{of}/{name}": value
             for name, value in entry.items()
             if isinstance(value, float) and math.isfinite(value) and name != "time_s"
         }
@@ -158,8 +172,10 @@ def _kept(run: RunDirectory, last_step: int) -> list[dict[str, Any]]:
     return [entry for entry in read_metrics(run) if entry["step"] <= last_step and entry["split"] != "test"]
 
 
-def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> dict[str, Any]:
-    """Versions, hardware, world size and seed."""
+def environment(
+    *, seed: int, num_workers: Any, use_gpu: bool, device: str, data: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Versions, hardware, world size and seed; of the data what `data_facts` says."""
     names = ("manta-train", "torch", "torchvision", "ray", "numpy", "pyarrow", "pydantic")
     return {
         "command": " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -172,6 +188,7 @@ def environment(*, seed: int, num_workers: Any, use_gpu: bool, device: str) -> d
         "use_gpu": use_gpu,
         "num_workers": num_workers,
         "seed": seed,
+        **({"data": dict(data)} if data else {}),
     }
 
 
@@ -221,8 +238,38 @@ def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> 
     return {**status, **times}
 
 
-def new_run_name(recipe: Recipe) -> str:
-    """runs/<recipe>-<date>-<time>, with a number behind it where that is taken."""
-    name = f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = (f"{name}-{number}" if number else name for number in range(1000))
-    return next(candidate for candidate in taken if not Path(candidate).exists())
+@contextmanager
+def new_place(parent: str, recipe: Recipe) -> Iterator[str]:
+    """A new directory PARENT/NAME-DATE-TIME for a run or a sweep, with a number behind it where that is taken.
+
+    It is made at once, so no two processes get the same one. Where the block leaves it empty it is removed again.
+    Raises UserError where it cannot be made.
+    """
+    name = Path(parent, f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    place = _made(name if number == 0 else name.with_name(f"{name.name}-{number}") for number in count())
+    try:
+        yield str(place)
+    finally:
+        for folder in (place, place.parent):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _made(names: Iterator[Path]) -> Path:
+    """The first of these directories that was not there, and now is."""
+    for name in names:
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.mkdir()
+        except FileExistsError:
+            if name.parent.is_dir():
+                continue
+            raise UserError(str(name.parent), "not a directory", "choose another one with --run") from None
+        except FileNotFoundError:  # another process, which needed the parent no more, has just removed it
+            continue
+        except OSError as error:
+            raise UserError(
+                str(name), f"cannot be made ({error.strerror})", "choose another directory with --run"
+            ) from None
+        return name
+    raise AssertionError("names do not end")

@@ -84,6 +84,10 @@ class SweepDirectory:
         """Claim an empty directory. Raises UserError where it holds something or cannot be written."""
         self.folder.create()
         self.refuse_occupied()
+        self.write_start(recipe, environment)
+
+    def write_start(self, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+        """Write what is known before the first trial."""
         self.folder.write_json(ENVIRONMENT, environment)
         self.folder.write_text(RECIPE, dump_recipe(recipe))
 
@@ -104,8 +108,7 @@ class SweepDirectory:
 
     def lineage(self, index: int) -> list[dict[str, Any]]:
         """Whose weights and values a trial took over and when, its own beginning first; empty where it takes none."""
-        found: list[dict[str, Any]] = self.trial(index).read_json(LINEAGE) if self.trial(index).exists(LINEAGE) else []
-        return found
+        return read_lineage(self.trial(index))
 
     def write(self, record: TrialRecord) -> None:
         """Write a trial's record."""
@@ -147,6 +150,12 @@ class SweepDirectory:
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         self.folder.write_bytes("trials.parquet", buffer.getvalue())
+
+
+def read_lineage(run: Folder) -> list[dict[str, Any]]:
+    """Whose weights and values a trial took over and when; empty where it takes none."""
+    found: list[dict[str, Any]] = run.read_json(LINEAGE) if run.exists(LINEAGE) else []
+    return found
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:

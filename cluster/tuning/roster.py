@@ -12,14 +12,16 @@ from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.recipe.fit import check
 from cluster.recipe.recipe import Recipe
-from cluster.training.run_directory import RESULT, RunDirectory, read_metrics, result_of
+from cluster.training.checkpoints import changed_data
+from cluster.training.identity import other_data
+from cluster.training.run_directory import RESULT, RunDirectory, read_environment, read_metrics, result_of
 from cluster.training.splits import Splits, open_splits
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, SweepState, TrialRecord
 from cluster.tuning.messages import EPOCH, TrialConfig, Where
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Space
 from cluster.tuning.target import Target, history
-from nn_models.errors import UserError
+from nn_models.errors import UserError, is_within
 
 
 class OpenData:
@@ -76,8 +78,18 @@ class Roster:
                 self._remember(record)
                 self._waiting.append(record)
             elif record.status != "invalid":
+                self._refuse_other_data(record)
                 self._searcher.tell(index, record.overrides, None if record.status == "failed" else record.value)
                 self.past[index] = self._history(index)
+
+    def _refuse_other_data(self, record: TrialRecord) -> None:
+        """Raise UserError where a trial that has ended was trained on other data than its values now name."""
+        if not any(is_within(path, "data") for path in self._spec.space):
+            return  # all have the sweep's own data
+        place = self._directory.trial(record.index)
+        manifest = prepared(self._space.trial(self._base, record.overrides).data).manifest
+        if differs := other_data(read_environment(place).get("data", {}), manifest):
+            raise changed_data(str(place), differs)
 
     def _look_for_its_end(self, record: TrialRecord) -> None:
         """The driver may have died between a trial's end and its record."""

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +16,12 @@ from cluster.data.prepare import prepared
 from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
-from cluster.runs.admission import refuse_what_cannot_start, workers_of
+from cluster.runs.admission import refuse_differences, refuse_other_data, refuse_what_cannot_start, workers_of
 from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
-from cluster.training.run_directory import environment
+from cluster.training.identity import data_facts
+from cluster.training.run_directory import environment, new_place
 from cluster.training.splits import Splits
 from cluster.tuning.budget import longest_trial, needs_of, room_for, rungs
 from cluster.tuning.fused.groups import groups, pays, why_not
@@ -82,17 +82,18 @@ def sweep(
     recipe = load_recipe(recipe, overrides)
     if recipe.sweep is None:
         raise UserError("sweep", f"{recipe.name} has no section sweep, which says what to try", "add one with a space")
-    run = run or new_place(recipe)
     most = _most_fused(fuse)
-    directory = SweepDirectory(run)
-    if resume:
-        _refuse_other(recipe, directory)
-    else:
-        directory.refuse_occupied()
-    running = _Sweep(recipe, directory, num_workers, use_gpu)
+    began_with: Recipe | None = None  # what a sweep that goes on was
     with ExitStack() as stack:
+        directory = SweepDirectory(run or stack.enter_context(new_place("sweeps", recipe)))
         if resume:
+            began_with = _refuse_other(recipe, directory)
+        else:
+            directory.refuse_occupied()
+        running = _Sweep(recipe, directory, num_workers, use_gpu)
+        if began_with is not None:
             stack.enter_context(directory.folder.claimed())
+            refuse_other_data(recipe, began_with, running.manifest, directory.folder)
             running.roster.take_up(retry_failed)
             if (done := directory.result()) and done["status"] == "finished" and not running.roster.left:
                 return running.outcome(done)
@@ -103,27 +104,21 @@ def sweep(
         session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
         running.refuse_what_never_fits(session, concurrency)
         running.fuse(most)
-        if not resume:
-            facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
-            directory.begin(recipe, facts)
+        if began_with is not None:
+            directory.write_start(recipe, running.environment | {"seed": recipe.sweep.seed})
+        else:
+            directory.begin(recipe, running.environment | {"seed": recipe.sweep.seed})
             stack.enter_context(directory.folder.claimed())
         return running.run(session, listener)
 
 
-def new_place(recipe: Recipe) -> str:
-    """Where a sweep goes that was given no directory: sweeps/NAME-DATE-TIME."""
-    return f"sweeps/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> None:
+def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> Recipe:
+    """A sweep goes on with the recipe that it began with, which is returned, but for what decides no result."""
     if not directory.exists():
         raise UserError("--resume", f"{directory} holds no sweep to continue", "check --run, or leave out --resume")
-    if recipe != directory.recipe():
-        raise UserError(
-            "--resume",
-            f"{directory} began with another recipe",
-            f"continue it with {directory}/recipe.yaml, or start a new sweep",
-        )
+    began_with = directory.recipe()
+    refuse_differences(recipe, began_with, directory.folder)
+    return began_with
 
 
 def _most_fused(fuse: str | int) -> int | None:
@@ -163,7 +158,13 @@ class _Sweep:
         refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
         self.most_fused, self.fuse_asked = 1, False
         self.num_workers = num_workers
-        self.environment = environment(seed=recipe.train.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
+        self.environment = environment(
+            seed=recipe.train.seed,
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            device="",
+            data=data_facts(self.manifest),
+        )
         self.roster = Roster(recipe, self.space, self.target, directory, self.data)
         self.state = self.roster.state
 

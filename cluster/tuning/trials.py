@@ -24,9 +24,10 @@ from cluster.errors import Diverged
 from cluster.runs.train import Training, open_training, run_here, write_end
 from cluster.runtime import RaySession, Workers, device_name
 from cluster.storage import Folder
+from cluster.training.identity import data_facts
 from cluster.training.run_directory import RESULT, RunDirectory
 from cluster.training.splits import Splits, open_splits
-from cluster.tuning.ledger import LINEAGE
+from cluster.tuning.ledger import LINEAGE, read_lineage
 from cluster.tuning.messages import CONFIG, DONE, EPOCH, ERROR, OUTCOME, TrialConfig, Where
 from cluster.tuning.space import followed
 from nn_models.errors import UserError
@@ -119,10 +120,9 @@ class Trial(tune.Trainable):
         """Begin the trial's run directory, where that has not been done."""
         self.directory = RunDirectory(Folder(self.trial.run))
         self.started = time.time()
-        if self.directory.exists():
-            self.directory.folder.delete(RESULT)  # of an attempt that failed
-        else:
-            self.directory.write_start(self.trial.recipe, self.facts())
+        self.directory.folder.delete(RESULT)  # of an attempt that failed
+        # anew where it goes on: its data may have moved
+        self.directory.write_start(followed(self.trial.recipe, read_lineage(self.directory.folder)), self.facts())
 
     def write_end(self, status: dict[str, Any]) -> None:
         """Leave result.json of a run that has ended so."""
@@ -130,7 +130,8 @@ class Trial(tune.Trainable):
 
     def facts(self) -> dict[str, Any]:
         """environment.json of a trial in this process."""
-        return {**self.world.environment, "device": device_name(self.world.workers.use_gpu)}
+        data = data_facts(self.splits().manifest)
+        return {**self.world.environment, "device": device_name(self.world.workers.use_gpu), "data": data}
 
     def session(self) -> RaySession:
         """Ray, for a run that has processes of its own."""
@@ -149,7 +150,7 @@ class Trial(tune.Trainable):
             Path(checkpoint_dir, name).write_bytes((run / "checkpoints").read_bytes(name))
         if run.exists(WEIGHTS):  # the best so far belong to the state
             Path(checkpoint_dir, "model.safetensors").write_bytes(run.read_bytes(WEIGHTS))
-        lineage = run.read_json(LINEAGE) if run.exists(LINEAGE) else []
+        lineage = read_lineage(run)
         Folder(checkpoint_dir).write_json(LINEAGE, lineage or [self._own(0)])
 
     def load_checkpoint(self, checkpoint: Any) -> None:

@@ -5,14 +5,16 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import workers_of
+from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
-from cluster.tuning.sweep import SweepOutcome, new_place
+from cluster.tuning.sweep import SweepOutcome
 from cluster.tuning.sweep import sweep as run_sweep_of
 from jobs.commands.printing import print_outcome
 from jobs.commands.sweep_progress import SweepProgress, counts, first_line
@@ -41,11 +43,11 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run a sweep and show how it goes. Raises UserError, and Interrupted with the line that resumes it."""
     resolved = load_recipe(recipe, overrides)
-    run = run or new_place(resolved)
     if gpu and not address and resolved.sweep:
         _refuse_missing_gpus(resolved, workers)
     try:
-        with SweepProgress(resolved.name) as progress:
+        with ExitStack() as stack, SweepProgress(resolved.name) as progress:
+            run = run or stack.enter_context(new_place("sweeps", resolved))
             return run_sweep_of(
                 resolved,
                 num_workers=workers,
@@ -60,7 +62,7 @@ def run_sweep(
                 verbose=verbose,
             )
     except KeyboardInterrupt:
-        if not SweepDirectory(run).exists():
+        if not run or not SweepDirectory(run).exists():
             raise Interrupted("interrupted before the sweep began") from None
         path = shlex.quote(run)
         line = f"manta sweep {path}/recipe.yaml --run {path} --resume"

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -39,15 +40,15 @@ def train(
     configure_ray()
     from cluster.recipe.loading import load_recipe
     from cluster.runs.train import train as run_training
-    from cluster.training.run_directory import RunDirectory, new_run_name
+    from cluster.training.run_directory import RunDirectory, new_place
     from jobs.commands.progress import Progress
 
     resolved = load_recipe(recipe, overrides(set_))
     if resume and run is None:
         raise UserError("--resume", "say which run to continue with --run DIR")
-    run = new_run_name(resolved) if run is None else run
     try:
-        with Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
+        with ExitStack() as stack, Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
+            run = stack.enter_context(new_place("runs", resolved)) if run is None else run
             outcome = run_training(
                 resolved,
                 num_workers=least if least == most else (least, most),
@@ -60,7 +61,7 @@ def train(
             )
     except KeyboardInterrupt:
         message = "interrupted before the run began"
-        if RunDirectory(run).exists():
+        if run is not None and RunDirectory(run).exists():
             path = shlex.quote(run)
             line = f"manta train {path}/recipe.yaml --run {path} --resume"
             again = {"--workers": workers if most else None, "--address": address}

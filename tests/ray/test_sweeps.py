@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from ray.util import placement_group_table
 
 import cluster
+from cluster.data.prepare import prepare
+from cluster.storage import Folder
 from cluster.training.run_directory import RunDirectory
 from cluster.tuning.ledger import SweepDirectory
 from cluster.tuning.sweep import SweepOutcome, replayed
@@ -241,6 +244,27 @@ def test_a_killed_sweep_is_resumed_to_the_same_end(ray, grid, tmp_path):
     sweep(slow, run=str(run), resume=True)  # nothing is left to do
     assert (run / "result.json").stat().st_mtime_ns == when
     wait_for(lambda: all_is_free(ray))
+
+
+def test_a_sweep_whose_data_has_moved_goes_on(ray, tmp_path):
+    prepare(cluster.load_recipe(GRID).data, Folder(tmp_path / "here"))
+    shards = {"kind": "shards", "path": str(tmp_path / "here")}
+    space = {"optimizer.lr": {"grid": [1e-2, 0.3]}}
+    recipe = {**GRID, "data": shards, "sweep": {**GRID["sweep"], "space": space}}
+    run = SweepDirectory(str(tmp_path / "sweep"))
+    whole = sweep(recipe, run=str(run), fuse="off")
+    # as a driver leaves it that dies while the last trial trains
+    run.folder.delete("result.json")
+    for name in ("result.json", "checkpoints", "model/model.safetensors"):
+        run.trial(1).delete(name)
+    run.write(replace(run.records()[1], status="running"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = {"data.path": str(tmp_path / "there"), "sweep.max_failures": 0, "train.keep_checkpoints": 1}
+    outcome = sweep(recipe, run=str(run), resume=True, overrides=moved, fuse="off")
+    assert values(outcome) == values(whole)
+    for place in (run.folder, run.folder / "model", run.trial(1), run.trial(1) / "model"):
+        found = cluster.load_recipe(f"{place}/recipe.yaml")
+        assert (found.data.path, found.train.keep_checkpoints) == (str(tmp_path / "there"), 1)
 
 
 def test_a_space_of_the_data(ray, tmp_path):

@@ -501,17 +501,24 @@ def test_a_model_with_shared_weights_that_are_not_contiguous(recipe, run):
     assert result["metrics"]["test/accuracy"] > 0.5
 
 
-def test_events_for_tensorboard(recipe, run):
-    _, path = run(recipe(train={"epochs": 1}))
+@pytest.mark.parametrize("interval", [1, 4, 5])  # of 8 steps an epoch: with and without one that ends with it
+def test_events_for_tensorboard(interval, recipe, run):
+    _, path = run(recipe(train={"epochs": 2, "log_every_steps": interval}))
     (file,) = (path / "events").iterdir()
     assert "tfevents" in file.name  # by which TensorBoard finds it
     told = {}
     for event in events(file):
         for value in event.summary.value:
+            assert (value.tag, event.step) not in told  # no two values at one step
             told[value.tag, event.step] = value.simple_value
+
+    def tag(line: dict[str, Any]) -> str:
+        return "train_interval" if line["split"] == "train" and "rows_digest" not in line else line["split"]
+
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [step for name, step in told if name == "train/loss"] == [8, 16]
     assert told == {
-        (f"{line['split']}/{name}", line["step"]): np.float32(value)
+        (f"{tag(line)}/{name}", line["step"]): np.float32(value)
         for line in lines
         for name, value in line.items()
         if isinstance(value, float) and name != "time_s"

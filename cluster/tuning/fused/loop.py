@@ -19,9 +19,10 @@ from cluster.data.keys import RowIds, digest_part
 from cluster.errors import Diverged
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, State, described_rows, name_at, save_model, to_cpu
+from cluster.training.checkpoints import Background, State, name_at, save_model, to_cpu
 from cluster.training.context import LocalContext
 from cluster.training.evaluation import evaluate_best, names_of
+from cluster.training.identity import data_facts, described_rows
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
@@ -323,6 +324,7 @@ class FusedLoop:
                 "recipe": member.recipe.model_dump_json(),
                 "world_size": 1,
                 "rows": described_rows(manifest),
+                "data": data_facts(manifest),
                 "progress": member.journal.state(),
                 "model": self._model.weights(place),
                 "optimizer": to_cpu(self._optimizers.state_dict(place)),
@@ -356,10 +358,9 @@ class FusedLoop:
                 member.checkpoints.folder.delete(newer)  # else it would count as newer than those to come
         if not common:
             return
-        rows = described_rows(self._splits.manifest)
         for place, member in enumerate(self._live):
             state = member.checkpoints.read(common[-1])
-            member.checkpoints.refuse_other(state, recipe=member.recipe, rows=rows)
+            member.checkpoints.refuse_other(state, recipe=member.recipe, manifest=self._splits.manifest)
             self._model.load(place, state["model"], state["average"])
             self._optimizers.load_state_dict(place, state["optimizer"])
             member.journal.progress = Progress.restored(state["progress"])

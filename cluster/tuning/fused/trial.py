@@ -38,8 +38,7 @@ class FusedTrial(Trial):
         recipes = [member.recipe for member in self.members]
         self.runs = [RunDirectory(Folder(member.run)) for member in self.members]
         for run, recipe in zip(self.runs, recipes, strict=True):
-            if not run.exists():
-                run.write_start(recipe, self.facts())
+            run.write_start(recipe, self.facts())  # anew where it goes on: its data may have moved
         device = torch.device("cuda" if self.world.workers.use_gpu else "cpu")
         folders = [run.folder for run in self.runs]
         self.loop = FusedLoop(recipes, splits=self.splits(), runs=folders, device=device) if recipes else None
