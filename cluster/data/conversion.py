@@ -14,15 +14,11 @@ def ray_mapper(ray: Any) -> Mapper:
         rows = [{"index": index, "slot": slot} for index, slot in enumerate(slots)]
         # one block a part: a part is as much as one process should hold
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        converted = dataset.map(_Convert(function))
-        try:
-            results = converted.take_all()
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or getattr(cause, "cause", None)
-            raise cause or error from None
-        return [row["converted"] for row in sorted(results, key=lambda row: row["index"])]
+        results = sorted(dataset.map(_Convert(function)).take_all(), key=lambda row: row["index"])
+        for row in results:
+            if isinstance(row["converted"], UserError):
+                raise row["converted"]
+        return [row["converted"] for row in results]
 
     return mapper
 
@@ -35,4 +31,9 @@ class _Convert:
         self.__name__ = "convert"
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"index": row["index"], "converted": self._function(row["slot"])}
+        converted: Converted | UserError
+        try:
+            converted = self._function(row["slot"])
+        except UserError as error:  # handed back as a result: of an exception Ray Data lets out no more than its text
+            converted = error
+        return {"index": row["index"], "converted": converted}

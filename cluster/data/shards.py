@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cluster.data.layouts import LENGTH
 from cluster.data.manifest import MANIFEST, Shard, StoredColumn, read_manifest
 from cluster.data.rows import Rows, no_rows, table_rows
+from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
 from nn_models.errors import UserError
 
@@ -91,13 +92,29 @@ class DataSet:
         content = self.folder.read_buffer(shard.file)
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             raise self._damaged(shard, "does not have the checksum of the manifest: it is corrupt")
-        return self._described(shard, pq.read_table(pa.BufferReader(content)))
+        try:
+            return self._read(shard, ParquetFile(pa.BufferReader(content)))
+        except UnreadableError as error:
+            raise self._damaged(shard, f"cannot be read ({error})") from None
 
-    def _described(self, shard: Shard, table: pa.Table) -> pa.Table:
-        """The shard's rows, if they are what the manifest says."""
-        if not table.schema.equals(self._schema):
-            raise self._damaged(shard, f"does not hold the columns that {MANIFEST} says")
-        return table
+    def _read(self, shard: Shard, file: ParquetFile, group: int | None = None, **options: bool) -> pa.Table:
+        """The shard's rows, or those of a row group, whose types are compared before a value is read."""
+        self._compare_types(shard, file)
+        # the manifest's own fields: no metadata is left, at any depth
+        return file.read(self._schema.names, group, **options).cast(self._schema)
+
+    def _compare_types(self, shard: Shard, file: ParquetFile) -> None:
+        for name in file.schema.names:
+            if extension := file.extension(name):
+                raise self._damaged(shard, f"holds the extension type {extension} in column {name}, which is not read")
+        if file.schema.names != self._schema.names:
+            there, wanted = ", ".join(file.schema.names), ", ".join(self._schema.names)
+            raise self._damaged(shard, f"holds the columns {there} where {MANIFEST} says {wanted}")
+        for field, wanted in zip(file.schema, self._schema, strict=True):
+            if not field.equals(wanted):
+                raise self._damaged(
+                    shard, f"holds {_type(field)} in column {field.name} where {MANIFEST} says {_type(wanted)}"
+                )
 
     def lengths(self, split: str, column: str) -> NDArray[np.int32]:
         """(rows,): elements that each row of a split has of a ragged column, read without the rows themselves."""
@@ -105,9 +122,11 @@ class DataSet:
         parts = [np.empty(0, np.int32)]
         for shard in self.shards(split):
             try:
-                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
-                    parts.append(pq.read_table(file, columns=[name])[name].to_numpy())
-            except (OSError, pa.ArrowException, KeyError) as error:
+                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as source:
+                    file = ParquetFile(source)
+                    self._compare_types(shard, file)
+                    parts.append(file.read([name])[name].to_numpy())
+            except (OSError, UnreadableError) as error:
                 raise self._damaged(shard, f"cannot be read ({error})") from None
         return np.concatenate(parts)
 
@@ -128,16 +147,20 @@ class DataSet:
     def _read_row_groups(self, where: Sequence[tuple[Shard, int]]) -> Iterator[Rows]:
         for shard, index in where:
             try:
-                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
+                with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as source:
                     # without pre-buffering pyarrow asks storage for each column chunk on its own
-                    parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
-                    table = parquet.read_row_group(index, use_threads=False)
-            except (OSError, pa.ArrowException) as error:
+                    file = ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
+                    table = self._read(shard, file, index, use_threads=False)
+            except (OSError, UnreadableError) as error:
                 raise self._damaged(shard, f"cannot be read ({error})") from None
             # page checksums do not cover the footer, which says how many rows there are
             if table.num_rows != shard.row_groups[index]:
                 raise self._damaged(shard, f"has {table.num_rows} rows in row group {index}: it is corrupt")
-            yield table_rows(self._described(shard, table), self.manifest)
+            yield table_rows(table, self.manifest)
+
+
+def _type(field: pa.Field) -> str:
+    return f"{field.type}{'' if field.nullable else ' not null'}"
 
 
 SPREAD = 64  # row groups that some rows of a split come from, at least: a source may be sorted by class

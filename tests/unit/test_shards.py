@@ -184,13 +184,13 @@ def test_a_short_shard_is_named(copy):
 
 def test_arrows_threads_are_given_memory_of_arrows_own(digits, monkeypatch):
     # of Python's bytes they could not let go while the interpreter ends, which aborted one process in eight
-    data, held, read = DataSet(str(digits)), [], pq.read_table
+    data, held, read = DataSet(str(digits)), [], pq.ParquetFile
 
     def reading(source):
         held.append(pa.total_allocated_bytes() - before)
         return read(source)
 
-    monkeypatch.setattr(pq, "read_table", reading)
+    monkeypatch.setattr(pq, "ParquetFile", reading)
     before = pa.total_allocated_bytes()
     data.verify()
     sizes = [shard.bytes for shards in data.manifest.splits.values() for shard in shards]

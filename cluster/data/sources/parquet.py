@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 from pydantic import Field
 
@@ -23,6 +22,7 @@ from cluster.data.sources.columns import (
     label_texts,
     number_column,
 )
+from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
 
@@ -77,13 +77,8 @@ class ParquetFiles:
             for name, _ in found:
                 file = _open(name)
                 for column in columns:
-                    if (count := file.schema_arrow.names.count(column)) > 1:
-                        raise UserError(name, f"{count} columns are named {column!r}", "rename them")
-                    if not count:
-                        hint = did_you_mean(column, file.schema_arrow.names)
-                        raise UserError(name, f"no column {column!r}", hint)
-                groups = range(file.metadata.num_row_groups)
-                pools[pool] += [Part(file.metadata.row_group(g).num_rows, (name, g)) for g in groups]
+                    _check_column(name, file, column)
+                pools[pool] += [Part(rows, (name, group)) for group, rows in enumerate(file.row_groups)]
             pools[pool] = [part for part in pools[pool] if part.rows]
             if not pools[pool]:
                 base = self.path if pool == "train" else self.test_path
@@ -157,31 +152,45 @@ def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     return [((folder / name).uri, info) for name, info in files]
 
 
-def _open(name: str) -> pq.ParquetFile:
+def _check_column(name: str, file: ParquetFile, column: str) -> None:
+    """Raise UserError where the file has no such column, several, or one whose values are not plain."""
+    names = file.schema.names
+    if (count := names.count(column)) > 1:
+        raise UserError(name, f"{count} columns are named {column!r}", "rename them")
+    if not count:
+        raise UserError(name, f"no column {column!r}", did_you_mean(column, names))
+    if extension := file.extension(column):
+        raise UserError(
+            name,
+            f"column {column} is of the extension type {extension}, which is not read: its values may be code",
+            "store it as plain numbers, lists, text or bytes",
+        )
+
+
+def _open(name: str) -> ParquetFile:
     folder = Folder(name)
     try:
-        return pq.ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
-    except (pa.ArrowException, OSError) as error:
+        return ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
+    except (UnreadableError, OSError) as error:
         raise UserError(name, f"not a readable Parquet file ({error})", "replace or remove it") from None
 
 
 def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
     """Columns of one row group, or of the whole file. Raises UserError for damaged content."""
-    file, columns = _open(name), list(dict.fromkeys(columns))
+    file = _open(name)
     try:
-        table = file.read(columns) if group is None else file.read_row_group(group, columns)
-        return table.select(columns)  # pyarrow takes a column a.b for a part of the column a
-    except (pa.ArrowException, OSError) as error:
+        return file.read(columns, group)
+    except UnreadableError as error:
         raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
 
 
 def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
     """The first file's name, and these columns of its first row. Raises UserError where one of them is empty."""
     name, _ = parts[0].what
+    file = _open(name)
     try:
-        columns = list(dict.fromkeys(columns))
-        first = pa.Table.from_batches([next(_open(name).iter_batches(1, columns=columns))]).select(columns)
-    except (pa.ArrowException, OSError) as error:
+        first = file.first_row(columns)
+    except UnreadableError as error:
         raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
     for column in first.column_names:
         if first[column].null_count:
