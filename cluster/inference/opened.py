@@ -91,7 +91,7 @@ class OpenedModel(nn.Module):
         """What it takes, for people: by the names of its arguments."""
 
     def __repr__(self) -> str:
-        epoch = f" of epoch {self.best['epoch'] + 1}" if self.best.get("step") else ""
+        epoch = f" of epoch {self.best['epoch']}" if self.best.get("step") else ", untrained"
         takes = "; ".join(f"{name}: {what}" for name, what in self.takes.items())
         return (
             f"{self.recipe.name}: {self.recipe.model.kind}{epoch}, on {self.device}\n"

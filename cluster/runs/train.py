@@ -43,7 +43,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `metrics` are named as in result.json (`test/accuracy`); `run` is its directory."""
+    """How a run ended. `metrics` are those of the weights that it keeps, named as in result.json (`test/accuracy`).
+
+    `run` is its directory. `result` has all of result.json: `best` says which weights these are, `last` what the last
+    epoch came to.
+    """
 
     status: str  # finished; a run that fails or is stopped raises, and result.json says so
     metrics: dict[str, float]
