@@ -1,19 +1,21 @@
-"""Where and how models are trained: data, the loop, Ray. `train`, `sweep`, `evaluate`, `load_recipe` are the way in."""
+"""Where and how models are trained: data, the loop, Ray. `train`, `sweep`, `evaluate`, `open_model` are the way in."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.inference.evaluate import evaluate_run as evaluate
+    from cluster.inference.opened import open_model
     from cluster.recipe.loading import load_recipe
     from cluster.runs.train import Outcome, train
     from cluster.tuning.sweep import SweepOutcome, replayed, sweep
 
-__all__ = ["Outcome", "SweepOutcome", "evaluate", "load_recipe", "replayed", "sweep", "train"]
+__all__ = ["Outcome", "SweepOutcome", "evaluate", "load_recipe", "open_model", "replayed", "sweep", "train"]
 
 _HOMES = {
     "train": ("cluster.runs.train", "train"),
     "Outcome": ("cluster.runs.train", "Outcome"),
     "load_recipe": ("cluster.recipe.loading", "load_recipe"),
+    "open_model": ("cluster.inference.opened", "open_model"),
     "evaluate": ("cluster.inference.evaluate", "evaluate_run"),
     "sweep": ("cluster.tuning.sweep", "sweep"),
     "SweepOutcome": ("cluster.tuning.sweep", "SweepOutcome"),

@@ -86,6 +86,14 @@ class Objective(ABC):
         losses, sums = vmap(one, in_dims=in_dims)(outputs, dict(batch.columns))
         return losses, sums
 
+    def outputs(self, model: Any, batch: Batch) -> Any:
+        """What the model gives for rows of which nobody knows what is to be predicted."""
+        return model(batch["input"])
+
+    def predicted(self, outputs: Any) -> Any:
+        """What these outputs say of each row: the numbers of classes, or the outputs themselves."""
+        return outputs
+
     def evidence(self, signature: Signature) -> Evidence | None:
         """What there is to see of a test beside its figures; None for nothing."""
         return None
@@ -137,6 +145,10 @@ class Classification(Objective):
             losses = torch.lerp(losses, rows[1].sum(1), smoothings)
         right = scores.detach().max(1).indices == labels  # argmax takes twenty times as long as max
         return losses, right.sum(1, dtype=torch.float64).unsqueeze(1)
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """See Objective: (B,) of outputs (B, C)."""
+        return outputs.argmax(1)
 
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""

@@ -137,7 +137,7 @@ class Coordinator:
         resumed = self._resume(self.players)
         self.journal.open(began=time.time(), keep_to_step=None if resumed else -1)
         if not resumed:
-            self._look(self.players, epoch=0)
+            self._look(self.players, epoch=0)  # the untrained halves
             self.progress.game["untrained"] = dict(self.progress.validation)
         while not self.ended:
             done = self.progress.epoch
@@ -164,11 +164,11 @@ class Coordinator:
             every = self.section.quality.every_epochs
             looks = finite and (self.ended or (progress.epoch + 1) % every == 0)
             if looks:
-                self._look(players, epoch=progress.epoch)
+                self._look(players, epoch=progress.epoch + 1)
             progress.next_epoch()
             if looks and not self.ended:
                 # epochs do not count from the untrained generator: what the first epochs make may well be worse
-                progress.ended = progress.without_better(self.train.patience, first=every - 1)
+                progress.ended = progress.without_better(self.train.patience, first=every)
         within = self.train.checkpoint_every_steps
         due = progress.epoch % self.train.checkpoint_every_epochs == 0 if ended_epoch else bool(within)
         if due or progress.ended or progress.step == self.num_steps:
@@ -259,6 +259,7 @@ class Coordinator:
             "value": value if name else self.progress.step,
             "epoch": epoch,
             "step": self.progress.step,
+            "metrics": self.journal.metrics(),
             **({"weights": chosen} if self.train.ema_decay else {}),
         }
         found, weights, manifest = dict(self.progress.best), players.kept(chosen), self.data.manifest

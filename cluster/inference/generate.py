@@ -5,17 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.adversarial.halves import described, sample
-from cluster.adversarial.quality import read_rows, restored_halves
+from cluster.adversarial.halves import described
+from cluster.adversarial.quality import read_rows
 from cluster.data.prepare import prepared
-from cluster.recipe.recipe import Recipe
-from cluster.storage import Folder
-from cluster.training.run_directory import RECIPE, RunDirectory
-from nn_models.columns import Image, Label
-from nn_models.errors import UserError, did_you_mean
-from nn_models.signature import Signature
-
-MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
+from cluster.inference.opened import Generator, open_model
+from nn_models.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,36 +31,21 @@ def generate(
     Models that start from an image are given the first ones of the test split. Raises UserError where the run has no
     generator, no such class, or too few images to start from, or where the rows would take too much memory.
     """
-    folder = Folder(run)
-    recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
-    if recipe.model.gives != "halves":
-        raise UserError(run, f"a {recipe.model.kind}, which generates nothing", "give the run of a GAN")
-    halves, manifest = restored_halves(folder, recipe)
-    model, signature = described(recipe)[0], manifest.signature
-    given = signature[model.given] if model.given else None
-    if label is not None and not isinstance(given, Label):
-        raise UserError(
-            "--label", f"{model.kind} makes rows without labels", "leave it out, or train a conditional_gan"
-        )
-    most = MOST_NUMBERS // signature.input_size
-    if not 1 <= num <= most:
-        raise UserError("--num", f"{num} rows of {signature.input_shape}; from 1 to {most} can be made at once")
-    condition = images = true = num_classes = None
-    if isinstance(given, Image):
-        condition, true = _pairs(run, recipe, signature, num)
-        images = condition
-    elif isinstance(given, Label):
-        num_classes = given.size if label is None else None
-        classes = torch.arange(num) % given.size
-        condition = classes if label is None else torch.full((num,), _class(label, given))
-    source = torch.randn(num, model.noise_size, generator=torch.Generator().manual_seed(seed))
-    device = device or torch.device("cpu")
-    made = sample(halves.to(device).generator, source, condition, device=device, seed=seed)
-    return Generated(made, images, true, num_classes)
+    model = open_model(run, device=device)
+    if not isinstance(model, Generator):
+        raise UserError(run, f"a {model.recipe.model.kind}, which generates nothing", "give the run of a GAN")
+    condition = true = num_classes = None
+    if model.starts and label is None:
+        condition, true = _pairs(run, model, num)
+    elif model.given is not None and label is None:
+        num_classes = model.given.column.num_outputs
+    made = model.made(num, label=label, condition=condition, seed=seed, path="--")
+    return Generated(made, condition, true, num_classes)
 
 
-def _pairs(run: str, recipe: Recipe, trained_on: Signature, num: int) -> tuple[Tensor, Tensor]:
-    """The first images to start from of the recipe's data, and those that they are to become."""
+def _pairs(run: str, model: Generator, num: int) -> tuple[Tensor, Tensor]:
+    """The first rows to start from of the recipe's data, and those that they are to become."""
+    recipe, trained_on = model.recipe, model.manifest.signature
     data, name = prepared(recipe.data), described(recipe)[0].given
     assert name is not None
     if any(data.manifest.signature.columns.get(column) != trained_on[column] for column in ("input", name)):
@@ -78,12 +57,3 @@ def _pairs(run: str, recipe: Recipe, trained_on: Signature, num: int) -> tuple[T
         )
     rows = read_rows(data, split, num, recipe=recipe)
     return rows[name], rows["input"]
-
-
-def _class(label: str, given: Label) -> int:
-    names = list(given.names)
-    if label in names:
-        return names.index(label)
-    if label.isdecimal() and int(label) < given.size:
-        return int(label)
-    raise UserError("--label", f"{label!r} is no class of this run's data", did_you_mean(label, names))

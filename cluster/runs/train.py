@@ -34,9 +34,8 @@ from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from cluster.adversarial.coordinator import Coordinator
+    from cluster.inference.opened import OpenedModel
     from cluster.training.checkpoints import Background
     from cluster.training.progress import Progress
 
@@ -45,19 +44,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `metrics` are named as in result.json (`test/accuracy`); `run` is its directory."""
+    """How a run ended. `metrics` are those of the weights that it keeps, named as in result.json (`test/accuracy`).
+
+    `run` is its directory. `result` has all of result.json: `best` says which weights these are, `last` what the last
+    epoch came to.
+    """
 
     status: str  # finished; a run that fails or is stopped raises, and result.json says so
     metrics: dict[str, float]
     run: str
     result: dict[str, Any]
 
-    def load_model(self) -> "nn.Module":
-        """The best weights, in evaluation mode on the CPU."""
-        from cluster.training.checkpoints import restore_model
+    def load_model(self) -> "OpenedModel":
+        """The best model, on the CPU, as `cluster.open_model` opens it: it takes what the data's files hold."""
+        from cluster.inference.opened import open_model
 
-        run = RunDirectory(self.run)
-        return restore_model(run.folder, run.recipe())[0]
+        return open_model(self.run)
 
 
 def train(

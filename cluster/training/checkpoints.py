@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cluster.data.manifest import Manifest
 from cluster.storage import Folder
 from cluster.training.identity import other_data
+from cluster.training.progress import lifted
 from nn_models.errors import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class SavedModel(NamedTuple):
     """What RUN/model/model.safetensors holds."""
 
     weights: dict[str, Tensor]
-    best: dict[str, Any]  # metric, value, epoch, step
+    best: dict[str, Any]  # metric, value, epoch, step, metrics: see progress.lifted
     manifest: Manifest  # of the training data: signature, normalisation, class names (without its shards)
 
 
@@ -203,9 +204,20 @@ def read_model(run: Folder) -> SavedModel:
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         manifest = Manifest.model_validate_json(header["data"])
-        return SavedModel(load(content), json.loads(header["best"]), manifest)
+        return SavedModel(load(content), lifted(json.loads(header["best"])), manifest)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(path, f"damaged ({error})", "train again or restore the file") from None
+
+
+def read_best(run: Folder) -> dict[str, Any] | None:
+    """What is known of the weights that a run keeps, from the head of their file; None where that cannot be read."""
+    folder = run / "model"
+    try:
+        with folder.filesystem.open_input_file(folder.full("model.safetensors")) as file:
+            head = file.read(int.from_bytes(file.read(8), "little"))
+        return lifted(json.loads(json.loads(head)["__metadata__"]["best"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def restore_model(run: Folder, recipe: "Recipe") -> tuple[nn.Module, SavedModel]:

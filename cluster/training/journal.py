@@ -23,8 +23,9 @@ from nn_models.metrics import Better
 class Result:
     """What result.json says of a run that has come to its end, beside its times."""
 
-    metrics: dict[str, float]  # named as `test/accuracy`
-    best: dict[str, Any]
+    metrics: dict[str, float]  # of the weights that are kept, named as `test/accuracy`
+    best: dict[str, Any]  # these weights: see progress.lifted
+    last: dict[str, Any]  # the last epoch, its step and its metrics
     checkpoint: str | None
     steps: int
     epochs: int
@@ -134,14 +135,15 @@ class Journal:
             "metric": f"{split}/{metric}",
             "value": metrics[metric],
             "loss": metrics["loss"],
-            "epoch": progress.epoch,
+            "epoch": progress.epoch + 1,
             "step": progress.step,
+            "metrics": self.metrics(),
             **about,
         }
         return progress.take_best(found, better)
 
     def metrics(self) -> dict[str, float]:
-        """Those of the last epoch, named as in result.json."""
+        """Those of the last epoch, named as `validation/loss`."""
         return prefixed("train", self.progress.train) | prefixed("validation", self.progress.validation)
 
     def result(
@@ -160,9 +162,11 @@ class Journal:
         if tested is not None:
             self.log("test", tested)
         names = checkpoints.names()
+        best = dict(progress.best or {})
         return Result(
-            metrics=self.metrics() | prefixed("test", tested or {}),
-            best=dict(progress.best or {}),
+            metrics=best.get("metrics", {}) | prefixed("test", tested or {}),
+            best=best,
+            last={"epoch": progress.epoch, "step": progress.step, "metrics": self.metrics()},
             checkpoint=f"checkpoints/{names[-1]}" if names else None,
             steps=progress.step,
             epochs=progress.epoch,

@@ -25,7 +25,7 @@ class Progress:
     digest: list[int] = field(default_factory=lambda: [0, 0])
     train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
     validation: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None  # what is known of the weights that are kept: see `lifted`
     ended: str | None = None  # why training ended before its last epoch
     time_s: float = 0.0
     train_s: float = 0.0  # time spent in steps, and the rows trained in it
@@ -37,6 +37,8 @@ class Progress:
         """From a checkpoint, of an earlier version too."""
         named = {EARLIER_NAMES.get(name, name): value for name, value in state.items()}
         game = {name: named.pop(name) for name in OF_THE_GAME if name in named}
+        if named.get("best"):
+            named["best"] = lifted(named["best"])
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in named.items() if name in known} | ({"game": game} if game else {}))
 
@@ -73,11 +75,11 @@ class Progress:
         self.best = found
         return True
 
-    def without_better(self, patience: int | None, *, first: int = 0) -> str | None:
+    def without_better(self, patience: int | None, *, first: int = 1) -> str | None:
         """Why to end where so many epochs have gone by without a better one; `first` is the first that can count."""
         if not (patience and self.best):
             return None
-        without = self.epoch - 1 - max(self.best["epoch"], first)
+        without = self.epoch - max(self.best["epoch"], first)
         return f"no better for {without} epochs" if without >= patience else None
 
     def diverged(self, what: str, *, step: int, rate: float) -> Diverged:
@@ -86,6 +88,20 @@ class Progress:
             f"the {what} became NaN or infinite at step {step} (epoch {self.epoch + 1}); lower "
             f"optimizer.lr (now {rate:g}), set train.clip_norm, or check the data"
         )
+
+
+def lifted(best: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the weights that are kept, from a file of an earlier version too.
+
+    `metric`, `value`, `loss`, `step`; `epoch`, counted from 1 (0: untrained); and all `metrics` of that epoch, named as
+    in result.json. Earlier versions counted epochs from 0, and kept no more metrics than the value and its loss.
+    """
+    if "metrics" in best:
+        return dict(best)
+    known = {best["metric"]: best["value"]} if "/" in best["metric"] else {}
+    if "loss" in best and known:
+        known[f"{best['metric'].partition('/')[0]}/loss"] = best["loss"]
+    return {**best, "epoch": best["epoch"] + 1 if best["step"] else 0, "metrics": known}
 
 
 def means(sums: list[float], weight: float, counts: list[float] | None = None) -> list[float]:

@@ -28,6 +28,7 @@ METRICS = "metrics.jsonl"
 RESULT = "result.json"
 ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.safetensors"
+NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
 
 class RunDirectory:
@@ -219,19 +220,30 @@ def jsonable(value: Any) -> Any:
 
 
 def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> dict[str, Any]:
-    """What result.json says of a run; of one that did not finish, the last metrics that were written."""
+    """What result.json says of a run; of one that did not finish, what its files tell: `metrics` of the weights kept.
+
+    These may be known already. `last` has the last metrics that were written, of an unfinished epoch too.
+    """
     first = status.pop("first_step_at", None)
-    if status["status"] != "finished":
+    if status["status"] != "finished" and "last" not in status:
+        from cluster.training.checkpoints import read_best
+
         lines = read_metrics(directory)
-        last = {line["split"]: line for line in lines}
-        beside = {"step", "epoch", "split", "time_s"}
-        status["metrics"] = {
-            f"{split}/{name}": value
-            for split, line in last.items()
-            for name, value in line.items()
-            if name not in beside and isinstance(value, float)
+        by_split = {line["split"]: line for line in lines if line["split"] != "test"}
+        best = read_best(directory.folder)
+        status["best"] = best or {}
+        status.setdefault("metrics", best["metrics"] if best else {})
+        status["last"] = {
+            "epoch": lines[-1]["epoch"] + 1 if lines else 0,
+            "step": lines[-1]["step"] if lines else 0,
+            "metrics": {
+                f"{split}/{name}": value
+                for split, line in by_split.items()
+                for name, value in line.items()
+                if name not in NO_METRICS and isinstance(value, float)
+            },
         }
-        status["steps"] = lines[-1]["step"] if lines else 0
+        status["steps"] = status["last"]["step"]
     now = time.time()
     status["metrics"] = jsonable(status["metrics"])
     times = {"wall_s": round(now - began, 3), "time_to_first_step_s": round(first - began, 3) if first else None}

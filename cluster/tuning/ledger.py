@@ -44,9 +44,9 @@ class TrialRecord:
     index: int
     overrides: dict[str, Any]  # dotted path -> value
     status: Status = "waiting"
-    value: float | None = None  # the best of the sweep's metric so far
+    value: float | None = None  # the sweep's metric, of the best weights so far, which the trial keeps
     epochs: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last epoch, or the run's end
+    metrics: dict[str, float] = field(default_factory=dict)  # of these weights
     attempts: int = 0  # how often it was started
     time_s: float = 0.0
     error: str | None = None

@@ -20,7 +20,7 @@ from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, 
 from cluster.tuning.messages import EPOCH, TrialConfig, Where
 from cluster.tuning.searchers import make_searcher
 from cluster.tuning.space import Space
-from cluster.tuning.target import Target, history
+from cluster.tuning.target import Target, figures, history, kept_by
 from nn_models.errors import UserError, is_within
 
 
@@ -51,6 +51,7 @@ class Roster:
         assert recipe.sweep is not None
         self._base, self._spec = recipe.model_copy(update={"sweep": None}), recipe.sweep
         self._space, self._target, self._directory, self._data = space, target, directory, data
+        self._kept_by = kept_by(self._base, prepared(recipe.data).manifest)
         self._searcher = make_searcher(self._spec, space, target.mode)
         self.state = SweepState(target, space.num_trials, 1)
         self.past: dict[int, list[tuple[int, float]]] = {}  # (epoch, value) of trials that ended before a resumption
@@ -102,24 +103,41 @@ class Roster:
             result["epochs"],
             self._directory.lineage(record.index),
         )
-        record.metrics = {name: value for name, value in result["metrics"].items() if value is not None}
+        value = record.value
+        self._take(record, result["metrics"])
+        if "last" not in result:  # of an earlier version, whose metrics are those of the last epoch
+            record.value = value
         self._changed(record)
 
     def _remember(self, record: TrialRecord) -> None:
         """Its best value so far: an epoch changes no record, and the best may lie behind the newest checkpoint."""
         lineage = self._directory.lineage(record.index)
         own = lineage[-1][EPOCH] if lineage else 0  # what came before was left behind for another's state
-        for epoch, value in self._history(record.index):
+        for epoch, metrics in figures(read_metrics(RunDirectory(self._directory.trial(record.index)))):
             if epoch > own:
-                self._valued(record, value)
+                self._seen(record, metrics)
 
     def _history(self, index: int) -> list[tuple[int, float]]:
         """(epochs done, value) of a trial, as its run directory has it."""
         return history(read_metrics(RunDirectory(self._directory.trial(index))), self._target.metric)
 
-    def _valued(self, record: TrialRecord, value: float) -> None:
-        better = max if self._target.mode == "max" else min
-        record.value = value if record.value is None else better(record.value, value)
+    def _seen(self, record: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """A trial had these metrics after an epoch: its record has those of the weights that it keeps."""
+        if self._kept_by is None or self._rank(metrics) < self._rank(record.metrics):
+            self._take(record, metrics)
+
+    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float, float]:
+        """Less is better: as Progress.take_best chooses the weights to keep; of others by the sweep's own metric."""
+        for place, by in enumerate((self._kept_by, self._target)):
+            if by is not None and math.isfinite(value := metrics.get(by.metric, math.nan)):
+                loss = metrics.get(f"{by.metric.partition('/')[0]}/loss", 0.0)
+                return place, -value if by.mode == "max" else value, loss
+        return math.inf, math.inf, math.inf
+
+    def _take(self, record: TrialRecord, metrics: Mapping[str, Any]) -> None:
+        """Make these the figures of a trial."""
+        record.metrics = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+        record.value = record.metrics.get(self._target.metric)
 
     @property
     def left(self) -> int:
@@ -172,6 +190,7 @@ class Roster:
         overrides = self._space.perturb(donor.overrides, rng)
         record, theirs = self.state.records[trial.index], self.state.records[donor.index]
         record.overrides, record.value = dict(overrides), theirs.value  # from now on its past is the donor's
+        record.metrics = dict(theirs.metrics)
         self._changed(record)
         return replace(trial, overrides=overrides, recipe=self._space.trial(self._base, overrides))
 
@@ -188,12 +207,10 @@ class Roster:
         """A trial has these metrics after one more epoch."""
         record = self.state.records[index]
         record.epochs = int(result.get(EPOCH, record.epochs))
-        record.metrics |= {
-            name: float(value) for name, value in result.items() if "/" in name and isinstance(value, (int, float))
-        }
-        value = result.get(self._target.metric)
-        if value is not None and math.isfinite(value):
-            self._valued(record, value)
+        self._seen(
+            record,
+            {name: float(value) for name, value in result.items() if "/" in name and isinstance(value, (int, float))},
+        )
         self._changed(record, write=False)
 
     def on_end(self, index: int, status: Status, error: str | None) -> None:
@@ -206,9 +223,12 @@ class Roster:
         record.time_s = round(record.time_s + time.time() - began, 3)
         record.lineage = self._directory.lineage(index)
         self.num_ended += status != "failed"
-        if run.exists() and run.result() is None:  # it was stopped from outside, or failed before it could write one
+        result = run.result() if run.exists() else None
+        if run.exists() and result is None:  # it was stopped from outside, or failed before it could write one
             how = {"status": "failed", "error": error} if status == "failed" else {"status": "stopped"}
-            run.write_result(result_of(how, run, began))
+            run.write_result(result_of({**how, "metrics": record.metrics}, run, began))
+        if result is not None and status != "failed" and "checkpoint" in result:  # concluded: tested, too
+            self._take(record, result["metrics"])
         self._searcher.tell(index, record.overrides, None if status == "failed" else record.value)
         self._changed(record)
 

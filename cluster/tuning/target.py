@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from cluster.data.manifest import Manifest
 from cluster.recipe.recipe import Recipe
+from cluster.training.run_directory import NO_METRICS
 from nn_models.errors import UserError, closest, did_you_mean
 from nn_models.metrics import Better, Metric
 
@@ -24,6 +25,17 @@ def history(lines: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[int, 
     split, _, name = metric.partition("/")
     ended = (line for line in lines if line["split"] == split and (split != "train" or line.get("end_of_epoch")))
     return [(line["epoch"] + 1, line[name]) for line in ended if line["step"] and isinstance(line.get(name), float)]
+
+
+def figures(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, dict[str, float]]]:
+    """(epochs done, metrics named as in result.json) at each epoch's end; not of an untrained net."""
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        split = line["split"]
+        if line["step"] and (split == "validation" or (split == "train" and line.get("end_of_epoch"))):
+            named = {f"{split}/{k}": v for k, v in line.items() if k not in NO_METRICS and isinstance(v, float)}
+            found.setdefault(line["epoch"] + 1, {}).update(named)
+    return list(found.items())
 
 
 def target(recipe: Recipe, manifest: Manifest | None = None) -> Target:
@@ -69,6 +81,13 @@ def _metrics(recipe: Recipe, manifest: Manifest | None) -> dict[str, Metric]:
     found = recipe.objective.reported(recipe.model, manifest.signature if manifest else None)
     splits = {"train": found.train, "validation": found.validation if _held_out(manifest) else ()}
     return {f"{split}/{metric.name}": metric for split, metrics in splits.items() for metric in metrics}
+
+
+def kept_by(recipe: Recipe, manifest: Manifest | None = None) -> Target | None:
+    """What the weights that a trial keeps are chosen by; None where they are the last ones."""
+    best = _best(recipe, manifest)
+    better = _metrics(recipe, manifest)[best].better if best else None
+    return Target(best, MODES[better or "less"]) if best else None
 
 
 def _best(recipe: Recipe, manifest: Manifest | None) -> str | None:

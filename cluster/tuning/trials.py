@@ -25,7 +25,7 @@ from cluster.runs.train import Training, open_training, run_here, write_end
 from cluster.runtime import RaySession, Workers, device_name
 from cluster.storage import Folder
 from cluster.training.identity import data_facts
-from cluster.training.run_directory import RESULT, RunDirectory
+from cluster.training.run_directory import NO_METRICS, RESULT, RunDirectory
 from cluster.training.splits import Splits, open_splits
 from cluster.tuning.ledger import LINEAGE, read_lineage
 from cluster.tuning.messages import CONFIG, DONE, EPOCH, ERROR, OUTCOME, TrialConfig, Where
@@ -34,7 +34,6 @@ from nn_models.errors import UserError
 
 WEIGHTS = "model/model.safetensors"
 ABORT_TIMEOUT_S = 30
-BESIDE_METRICS = ("time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ class EpochTrial(Trial):
             result = self.training.conclude()
             self.end()
             self.write_end({"status": "finished", **result})
-        return {EPOCH: result["epochs"], **finite(result["metrics"]), OUTCOME: "finished", DONE: True}
+        return {EPOCH: result["epochs"], **last_of(result), OUTCOME: "finished", DONE: True}
 
     def _compared(self, metrics: Mapping[str, float]) -> bool:
         """Whether trials are compared after an epoch with such metrics: not where a GAN's was not looked at."""
@@ -289,12 +288,12 @@ class RayTrainTrial(Trial):
                 raise item
             if "metrics" in item:  # what the run returned
                 self.end()
-                return {EPOCH: item["epochs"], **finite(item["metrics"]), OUTCOME: "finished", DONE: True}
+                return {EPOCH: item["epochs"], **last_of(item), OUTCOME: "finished", DONE: True}
             split, trained = item["split"], bool(item.get("end_of_epoch"))
             named = {
                 f"{split}/{name}": value
                 for name, value in item.items()
-                if isinstance(value, float) and name not in BESIDE_METRICS
+                if isinstance(value, float) and name not in NO_METRICS
             }
             if trained:
                 self.last = named
@@ -319,6 +318,15 @@ class RayTrainTrial(Trial):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """See Trainable: a process whose run still goes on takes no other."""
         return False
+
+
+def last_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The last epoch's metrics, of a run's result: schedulers compare epochs, and not the weights that are kept.
+
+    And those of the test split, which the last epoch's step measures.
+    """
+    tested = {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
+    return finite({**result["last"]["metrics"], **tested} if "last" in result else result["metrics"])
 
 
 def finite(metrics: Mapping[str, float | None]) -> dict[str, float]:

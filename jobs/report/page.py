@@ -136,5 +136,8 @@ def _facts(recipe: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tup
         yield "rollbacks", number(len(result["rollbacks"]))
     if is_number(best.get("value")):
         name = str(best.get("metric", "value"))
-        epoch = f", epoch {number(best['epoch'] + 1)}" if is_number(best.get("epoch")) else ""
-        yield f"best {words(name)}", f"{figure(name, best['value'])}{', untrained' if best.get('step') == 0 else epoch}"
+        epoch = best.get("epoch")
+        if is_number(epoch) and "metrics" not in best:  # of an earlier version, which counted from 0
+            epoch += 1
+        place = f", epoch {number(epoch)}" if is_number(epoch) else ""
+        yield f"best {words(name)}", f"{figure(name, best['value'])}{', untrained' if best.get('step') == 0 else place}"

@@ -194,7 +194,7 @@ def _lineage(best: Trial | None) -> list[list[str]]:
     if best is None or len(best.lineage) < 2:
         return []
     return [
-        [str(epoch), str(trial), ", ".join(f"{path} {shown(value)}" for path, value in values.items())]
+        [str(epoch + 1), str(trial), ", ".join(f"{path} {shown(value)}" for path, value in values.items())]
         for epoch, trial, values in best.lineage
     ]
 
@@ -202,7 +202,7 @@ def _lineage(best: Trial | None) -> list[list[str]]:
 def _lineages(trials: Sequence[Trial]) -> list[list[str]]:
     """Each trial that has taken over a state: its number, and whose it had from which epoch on."""
     return [
-        [str(trial.index), " → ".join(f"{source} (epoch {epoch})" for epoch, source, _ in trial.lineage)]
+        [str(trial.index), " → ".join(f"{source} (epoch {epoch + 1})" for epoch, source, _ in trial.lineage)]
         for trial in trials
         if len(trial.lineage) > 1
     ][:MAX_LINEAGES]

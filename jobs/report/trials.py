@@ -29,7 +29,7 @@ class Trial:
     error: str | None
     attempts: int
     time_s: float | None
-    lineage: list[tuple[int, int, dict[str, Any]]]  # (epoch, trial, values) where another's state was taken over
+    lineage: list[tuple[int, int, dict[str, Any]]]  # (epochs done, trial, values) where another's state was taken over
     curve: list[tuple[float, float]] = field(default_factory=list)  # (epochs done, metric)
 
 

@@ -53,4 +53,6 @@ def test_its_python_runs(tmp_path, monkeypatch, capsys):
     exec(code, names)
     assert names["outcome"].status == "finished"
     assert isinstance(names["outcome"], cluster.Outcome)
+    assert names["scores"].shape == (3, 10)
+    assert names["model"].predict(names["images"]) == [str(n) for n in names["scores"].argmax(1).tolist()]
     assert sum(p.numel() for p in names["net"].parameters()) == 61_100_840

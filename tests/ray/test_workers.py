@@ -61,7 +61,7 @@ def test_batch_norm_dropout_average_and_accumulation_on_two_workers(ray, tmp_pat
         overrides={"train.epochs": 8, "train.accumulation": 2, "train.clip_norm": 1.0},
     )
     assert outcome.metrics["test/accuracy"] > 0.93
-    assert outcome.load_model()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert outcome.load_model()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).shape == (2, 10)
     evaluated = cluster.evaluate(outcome.run)["metrics"]
     assert evaluated["test/accuracy"] == pytest.approx(outcome.metrics["test/accuracy"], abs=1e-9)
 

@@ -84,7 +84,8 @@ def test_a_run_leaves_what_it_should(whole):
     assert len(pictures) == 4
     assert Image.open(pictures[0]).size == (10 * 34 + 2, 6 * 34 + 2)
     model = whole.load_model()
-    assert model(torch.randn(5, 16)).shape == (5, 1, 8, 8)
+    assert model.net(torch.randn(5, 16)).shape == (5, 1, 8, 8)
+    assert model(5).shape == (5, 1, 8, 8)
     assert cluster.evaluate(whole.run)["metrics"] == {
         name: value for name, value in whole.metrics.items() if name.startswith("test/")
     }

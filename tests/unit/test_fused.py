@@ -326,17 +326,17 @@ def test_the_better_weights_are_evaluated_and_kept(recipes, tmp_path):
     where = runs(tmp_path, "fused", 2)
     results = together(described, where)
     for number, result in results.items():
-        told = {line["epoch"]: line["weights"] for line in lines(where[number], "validation")}
+        told = {line["epoch"] + 1: line["weights"] for line in lines(where[number], "validation")}
         best, state = result["best"], newest(where[number])
         assert best["weights"] == told[best["epoch"]]
         assert read_model(where[number]).best["weights"] == best["weights"]
-        if best["epoch"] == 2:  # the newest checkpoint is of this epoch
+        if best["epoch"] == 3:  # the newest checkpoint is of this epoch
             kept = {"plain": state["model"], "averaged": state["average"]}[best["weights"]]
             prefix = "module." if best["weights"] == "averaged" else ""
             for name, tensor in read_model(where[number]).weights.items():
                 assert torch.equal(tensor, kept[f"{prefix}{name}"])
     assert results[0]["best"]["weights"] == "plain"
-    assert results[0]["best"]["epoch"] == 2
+    assert results[0]["best"]["epoch"] == 3
     assert results[1]["best"]["weights"] == "averaged"
 
 

@@ -373,7 +373,7 @@ def test_an_optimizer_is_torchs(kind, recipe, run):
 def test_patience_ends_a_run_that_does_not_improve(recipe, run):
     result, _ = run(recipe(optimizer={"kind": "sgd", "lr": 1e-30}, train={"epochs": 50, "patience": 2}))
     assert result["stopped_early"]
-    assert (result["epochs"], result["best"]["epoch"]) == (3, 0)
+    assert (result["epochs"], result["best"]["epoch"]) == (3, 1)
     assert result["checkpoint"] == "checkpoints/step-0000000024.pt"
     again, _ = run(recipe(optimizer={"kind": "sgd", "lr": 1e-30}, train={"epochs": 50, "patience": 2}))
     assert timeless(again) == timeless(result)  # resumed, it finds that it is done
@@ -384,13 +384,16 @@ def test_the_best_weights_are_kept_and_not_the_last(recipe, run):
     result, path = run(described)
     accuracies = [line["accuracy"] for line in lines(path, "validation")]
     assert accuracies[0] > max(accuracies[1:])
-    assert result["best"] == {
+    best, validation = dict(result["best"]), lines(path, "validation")[0]
+    figures = best.pop("metrics")
+    assert best == {
         "metric": "validation/accuracy",
         "value": accuracies[0],
-        "loss": lines(path, "validation")[0]["loss"],
-        "epoch": 0,
+        "loss": validation["loss"],
+        "epoch": 1,
         "step": 8,
     }
+    assert figures.items() >= {f"validation/{name}": validation[name] for name in ("accuracy", "loss")}.items()
     checkpoints = sorted((path / "checkpoints").iterdir())
     assert [file.name for file in checkpoints] == [f"step-{8 * epoch:010d}.pt" for epoch in (1, 2, 3, 4)]
     first = torch.load(checkpoints[0], weights_only=True)["model"]
@@ -406,7 +409,7 @@ def test_of_equal_accuracies_the_smaller_loss_is_best(recipe, run):
     result, path = run(recipe(train={"epochs": 6}))
     validation = lines(path, "validation")
     best = min(validation, key=lambda line: (-line["accuracy"], line["loss"]))
-    assert (result["best"]["epoch"], result["best"]["loss"]) == (best["epoch"], best["loss"])
+    assert (result["best"]["epoch"], result["best"]["loss"]) == (best["epoch"] + 1, best["loss"])
 
 
 def test_only_the_newest_checkpoints_are_kept(recipe, run):
@@ -572,7 +575,7 @@ def test_a_run_whose_model_was_deleted_goes_on(recipe, tmp_path, caplog):
     checkpoints = Checkpoints(Folder(path / "checkpoints"), keep=1)
     checkpoints.folder.delete(checkpoints.names()[-1])
     outcome = cluster.train(described, run=str(path), resume=True)
-    assert outcome.result["best"]["epoch"] == 2  # the only one since
+    assert outcome.result["best"]["epoch"] == 3  # the only one since
     assert "the best weights are gone" in caplog.text
 
 

@@ -144,8 +144,8 @@ def test_a_population_shows_its_lineage(tmp_path):
     ]
     made[1].value = 0.01
     page = page_of(write_sweep(tmp_path / "sweep", made, recipe=recipe))
-    assert "0 (epoch 0) → 1 (epoch 2)" in page.words
-    assert "2 1 optimizer.lr 0.0008" in page.words
+    assert "0 (epoch 1) → 1 (epoch 3)" in page.words
+    assert "3 1 optimizer.lr 0.0008" in page.words
     assert "with the changes that it went through" in page.words
 
 

@@ -11,7 +11,7 @@ from cluster.tuning.fused.loop import FusedLoop
 from cluster.tuning.fused.pruning import Pruning
 from cluster.tuning.messages import CONFIG, DONE, EPOCH, LEFT, MEMBERS, FusedConfig
 from cluster.tuning.target import history
-from cluster.tuning.trials import Trial
+from cluster.tuning.trials import Trial, last_of
 
 VERDICTS = "pruning.json"  # in each member's run directory: epoch -> trials that left the group after it, to its end
 # what a member's result.json says, in the sweep's words
@@ -76,7 +76,7 @@ class FusedTrial(Trial):
     def advance(self) -> dict[str, Any]:
         """See Trial."""
         before, self.before = self.before, {}
-        told = {index: {EPOCH: result.get("epochs", 0), **result["metrics"]} for index, result in before.items()}
+        told = {index: {EPOCH: result.get("epochs", 0), **last_of(result)} for index, result in before.items()}
         ended = {index: (STATUSES[result["status"]], result.get("error")) for index, result in before.items()}
         if self.loop is None:
             return {EPOCH: self.done, MEMBERS: told, LEFT: ended, DONE: True}
@@ -98,7 +98,7 @@ class FusedTrial(Trial):
                 status = "stopped" if number in self.pruned else "finished"
                 self._write_result(number, {"status": status, **result, "restarts": 0, "num_workers": 0})
                 left[number] = (STATUSES[status], None)
-                metrics[number] = {**metrics.get(number, {}), **result["metrics"], EPOCH: result["epochs"]}
+                metrics[number] = {**metrics.get(number, {}), **last_of(result), EPOCH: result["epochs"]}
         for number, error in self.loop.failures.items():
             if number not in self.told:
                 self._write_result(number, {"status": "failed", "error": str(error)})
