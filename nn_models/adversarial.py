@@ -56,7 +56,7 @@ class AdversarialSpec(ModelSpec):
 
     given: ClassVar[str | None] = None  # the column that says what is to be made of the noise; None for noise alone
     norm_field: ClassVar[tuple[str, str]] = ("discriminator_norm", "layer")  # and the value that mixes no rows
-    gives = "halves"
+    gives = frozenset({"halves"})
     scale = "symmetric"
     noise_size: PositiveInt = Field(100, description="standard normal numbers that a row is made from")
     spectral_norm: bool = Field(

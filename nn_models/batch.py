@@ -18,11 +18,20 @@ RowIds = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), of which `longest` is T."""
+    """Rows of different lengths: `values` (N, ...) row after row, `lengths` (B,), of which `longest` is T.
+
+    `cpu_lengths` are the lengths on the CPU as well, for kernels that are told them there (torch's packed sequences),
+    so that nobody has to wait for a device; None where they are only on a device.
+    """
 
     values: Tensor
     lengths: Tensor
     longest: int
+    cpu_lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpu_lengths is None and self.lengths.device.type == "cpu":
+            object.__setattr__(self, "cpu_lengths", self.lengths)
 
     def padded(self, fill: float = 0) -> Tensor:
         """(B, T, ...), each row filled up behind its end."""
@@ -55,7 +64,8 @@ class Ragged:
 
     def to(self, device: torch.device) -> "Ragged":
         """The same on a device."""
-        return Ragged(_moved(self.values, device), _moved(self.lengths, device), self.longest)
+        values, lengths = _moved(self.values, device), _moved(self.lengths, device)
+        return Ragged(values, lengths, self.longest, self.cpu_lengths)
 
 
 @dataclass(frozen=True)

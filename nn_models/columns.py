@@ -209,7 +209,8 @@ class _Elements(Column):
         import torch
 
         values = _zeros(rows * IMAGINED_LENGTH, *self.element_shape, dtype=self.dtype)
-        return self.lay({"values": values}, torch.full((rows,), IMAGINED_LENGTH), IMAGINED_LENGTH)
+        lengths = torch.full((rows,), IMAGINED_LENGTH, device="cpu")  # known there too, as in batches of real rows
+        return self.lay({"values": values}, lengths, IMAGINED_LENGTH).to(torch.get_default_device())
 
 
 class Sequence(_Elements):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # descriptions need no torch
     from torch import nn
 
 # What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
+# One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
 Gives = Literal["row", "elements", "reconstruction", "halves"]
 
 Reads = Mapping[str, tuple[type[Column], ...]]  # a column's name -> the kinds of it that will do
@@ -29,7 +30,7 @@ class ModelSpec(Spec):
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
     scale: ClassVar[Scale] = "standard"  # of the numbers it reads; an objective may ask for another
-    gives: ClassVar[Gives] = "row"
+    gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
     # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
     kind: str

@@ -205,18 +205,18 @@ class ObjectiveSpec(Spec):
 
     def check(self, model: ModelSpec) -> None:
         """Raise UserError where it does not train such a model."""
-        if model.gives not in self.takes:
+        if not model.gives & self.takes:
             raise UserError("objective.kind", *self.refuse(model))
 
     def refuse(self, model: ModelSpec) -> tuple[str, str]:
         """What to say of a model that gives what this objective does not take, and the fix."""
-        if model.gives == "halves":
+        if "halves" in model.gives:
             return (
                 f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
                 "set objective.kind to adversarial",
             )
         return (
-            f"{self.kind} takes no model that gives {model.gives}, as {model.kind} does",
+            f"{self.kind} takes no model that gives {_or(model.gives)}, as {model.kind} does",
             "choose another objective",
         )
 
@@ -249,6 +249,10 @@ class ObjectiveSpec(Spec):
     @abstractmethod
     def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
         """The metrics of each epoch. Without a signature, rows are taken to have all that could be measured."""
+
+
+def _or(kinds: frozenset[Gives]) -> str:
+    return " or ".join(sorted(kinds))
 
 
 def _zeros_like(outputs: Any) -> Any:

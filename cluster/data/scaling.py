@@ -1,6 +1,7 @@
 """Scaling: stored numbers as models read them, at the scale that a model or an objective asks for, and back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Scaling:
 
 def _applied(scaling: "_Affine | _Symmetric", value: Value) -> Value:
     if isinstance(value, Ragged):
-        return Ragged(scaling(value.values), value.lengths, value.longest)
+        return replace(value, values=scaling(value.values))
     assert isinstance(value, Tensor)  # trees hold no numbers
     return scaling(value)
 

@@ -49,7 +49,7 @@ def evaluate_run(
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
-    if recipe.model.gives == "halves":
+    if "halves" in recipe.model.gives:
         from cluster.adversarial.features import open_features
         from cluster.adversarial.quality import measured
 

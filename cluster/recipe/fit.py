@@ -33,7 +33,7 @@ def _check_halves(recipe: Recipe) -> None:
     """The section `adversarial` stands exactly where there are two halves."""
     if recipe.adversarial is None:
         return
-    if recipe.model.gives != "halves":
+    if "halves" not in recipe.model.gives:
         raise UserError(
             "adversarial",
             f"the objective {recipe.objective.kind} has no two halves",

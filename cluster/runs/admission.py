@@ -106,7 +106,7 @@ def workers_of(recipe: Recipe, num_workers: int | tuple[int, int], use_gpu: bool
     Those of a run that has this machine to itself, `alone`, share all its cores, unless the recipe says otherwise.
     """
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
-    roles = 2 if recipe.model.gives == "halves" else 1
+    roles = 2 if "halves" in recipe.model.gives else 1
     if roles > 1 and least != most:
         raise UserError("--workers", f"{least}-{most}: the pairs of a GAN's halves cannot change in number", "give one")
     least, most = roles * least, roles * most

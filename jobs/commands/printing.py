@@ -49,7 +49,7 @@ def print_summary(
     console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
     parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
     text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
-    each = "both halves" if recipe.model.gives == "halves" else "a worker"
+    each = "both halves" if "halves" in recipe.model.gives else "a worker"
     console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
     if plan:
         plan.print_on(console)

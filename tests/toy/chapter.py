@@ -59,7 +59,7 @@ class ToyNetSpec(ModelSpec):
     """Reads tokens, and gives scores of each."""
 
     reads = reading(input=Tokens)
-    gives = "elements"
+    gives = frozenset({"elements"})
     kind: Literal["toy_net"] = "toy_net"
     width: PositiveInt = 6
 

@@ -380,9 +380,9 @@ def test_the_summary_of_a_builtin_recipe(name):
     model = recipe.model.build(data.signature)
     assert summary.num_parameters == sum(p.numel() for p in model.parameters())
     assert sum(layer.num_parameters for layer in summary.layers) == summary.num_parameters
-    if recipe.model.gives == "row":
+    if "row" in recipe.model.gives:
         assert summary.layers[-1].output_shape == (data.signature.num_outputs,)
-    elif recipe.model.gives == "halves":
+    elif "halves" in recipe.model.gives:
         # the generator makes a row, which the discriminator then judges, as a whole or by patches
         made = [layer for layer in summary.layers if layer.name.startswith("generator.")][-1]
         assert math.prod(made.output_shape) == data.signature.input_size

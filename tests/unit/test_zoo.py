@@ -12,7 +12,7 @@ import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.batch import Ragged
-from nn_models.columns import Features, Image, Label, Sequence, Tokens, Tree
+from nn_models.columns import Features, Image, Label, Labels, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
@@ -191,13 +191,14 @@ def run(module, model, signature):
 
 def check_shape(outputs, model, signature):
     """What the spec says that the model gives is what comes out."""
-    given, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
-    if given == "row":
-        assert outputs.shape == (NUM_ROWS, signature.num_outputs)
-    elif given == "elements":
+    gives, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
+    labelled = "target" in signature and not isinstance(signature["target"], Labels)
+    if "elements" in gives and not ("row" in gives and labelled):
         elements = int(rows.lengths.sum()) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
-        assert outputs.shape == (elements, signature.num_outputs)
-    elif given == "reconstruction":
+        assert outputs.shape == (elements, signature["target" if "target" in signature else "input"].num_outputs)
+    elif "row" in gives:
+        assert outputs.shape == (NUM_ROWS, signature.num_outputs)
+    elif "reconstruction" in gives:
         assert outputs.shape == rows.shape
     else:
         assert outputs.shape[0] == NUM_ROWS

@@ -41,7 +41,7 @@ def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
     refused without one.
     """
     kind, objective = recipe.model.kind, recipe.objective
-    if recipe.model.gives == "halves":
+    if "halves" in recipe.model.gives:
         return Problem("adversarial", "the two halves of a GAN take turns")
     if recipe.changes:
         return Problem("changes", "one trial's values would change while the others' do not")
