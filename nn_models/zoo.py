@@ -15,11 +15,23 @@ from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec, RegressionSpec
 from nn_models.pix2pix import Pix2PixSpec
+from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
 
 AnyModelSpec = Annotated[
-    MLPSpec | CNNSpec | AlexNetSpec | GANSpec | DCGANSpec | ConditionalGANSpec | Pix2PixSpec | CustomSpec,
+    MLPSpec
+    | CNNSpec
+    | AlexNetSpec
+    | RNNSpec
+    | LSTMSpec
+    | PeepholeLSTMSpec
+    | GRUSpec
+    | GANSpec
+    | DCGANSpec
+    | ConditionalGANSpec
+    | Pix2PixSpec
+    | CustomSpec,
     Field(discriminator="kind"),
 ]
 

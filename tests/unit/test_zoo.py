@@ -12,7 +12,7 @@ import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.batch import Ragged
-from nn_models.columns import Features, Image, Label, Labels, Sequence, Tokens, Tree
+from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
@@ -81,6 +81,10 @@ pairs = Signature(input_shape=(3, 28, 28), condition_shape=(1, 28, 28), num_outp
 odd_pairs = Signature(input_shape=(1, 11, 70), condition_shape=(2, 11, 70), num_outputs=1)
 
 # What each kind can read, with some of its fields set; a kind without a line here fails the first test.
+sequences = Signature(columns={"input": Sequence(width=4, length=5), "target": Numbers(size=2)})
+texts = Signature(columns={"input": Tokens(size=9), "target": Label(size=3)})
+tagged = Signature(columns={"input": Sequence(width=3), "target": Labels(size=2)})
+stream = Signature(columns={"input": Tokens(size=9, length=6)})  # the next token
 FITTING = {
     "mlp": [
         ({}, features),
@@ -141,6 +145,29 @@ FITTING = {
         ({"width": 4, "norm": "batch", "spectral_norm": True, "dropout": 0}, odd_pairs),
         ({"width": 4, "levels": 1, "patch_levels": 2}, pairs),
     ],
+    "rnn": [
+        ({"hidden": 5}, digits),
+        ({"hidden": 5, "activation": "linear", "images": "pixels", "permutation": 3, "pool": "mean"}, fashion),
+        ({"hidden": 4, "layer_norm": True, "initial_state": "learned", "pool": "max"}, texts),
+        ({"hidden": 4, "activation": "sigmoid", "layers": 2, "bidirectional": True, "dropout": 0.5}, tagged),
+    ],
+    "lstm": [
+        ({"hidden": 5}, colour),
+        ({"hidden": 5, "layers": 2, "bidirectional": True, "initial_state": "learned", "dropout": 0.5}, sequences),
+        ({"hidden": 4, "layer_norm": True}, tagged),
+        ({"hidden": 4, "embedding": 4, "tied": True}, stream),
+    ],
+    "peephole_lstm": [
+        ({"hidden": 5, "recurrent_init": "identity"}, digits),
+        ({"hidden": 5, "layers": 2, "bidirectional": True, "pool": "mean"}, sequences),
+        ({"hidden": 4, "layer_norm": True, "initial_state": "learned"}, stream),
+    ],
+    "gru": [
+        ({"hidden": 5, "recurrent_init": "uniform"}, digits),
+        ({"hidden": 5, "reset": "before", "bidirectional": True}, texts),
+        ({"hidden": 4, "layers": 2, "initial_state": "learned", "pool": "max"}, tagged),
+        ({"hidden": 4, "layer_norm": True}, sequences),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -194,7 +221,7 @@ def check_shape(outputs, model, signature):
     gives, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
     labelled = "target" in signature and not isinstance(signature["target"], Labels)
     if "elements" in gives and not ("row" in gives and labelled):
-        elements = int(rows.lengths.sum()) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
+        elements = len(rows.values) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
         assert outputs.shape == (elements, signature["target" if "target" in signature else "input"].num_outputs)
     elif "row" in gives:
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)

@@ -1,0 +1,274 @@
+"""Recurrence: cells and their layers: Elman, LSTM, LSTM with peepholes, GRU; run over all steps of a batch.
+
+Shapes: B rows of the batch, T steps of the longest, D inputs of a step, H units, G gates, L layers, S directions.
+States are batch first, (B, L * S, H), layer after layer and in each the forward direction first.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from nn_models.peepholes import PeepholeRecurrence
+
+State = tuple[Tensor, ...]  # h alone, or h and c
+StepActivation = Literal["tanh", "relu", "sigmoid", "linear"]
+Reset = Literal["after", "before"]
+RecurrentInit = Literal["uniform", "orthogonal", "identity"]
+
+STEP_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "linear": lambda values: values}
+
+
+class Cell(nn.Module):
+    """Base of the cells: one layer in one direction, with the names and the layout of torch.nn's weights.
+
+    With layer normalisation (Ba et al. 2016, eq. 20 to 22) what comes from the input and what comes from the state are
+    normalised on their own before they are added.
+    """
+
+    gates: ClassVar[int] = 1
+    num_states: ClassVar[int] = 1
+
+    def __init__(self, num_inputs: int, num_units: int, *, layer_norm: bool = False) -> None:
+        super().__init__()
+        self.num_units = num_units
+        width = self.gates * num_units
+        self.weight_ih = nn.Parameter(torch.empty(width, num_inputs))
+        self.weight_hh = nn.Parameter(torch.empty(width, num_units))
+        self.bias_ih = nn.Parameter(torch.empty(width))
+        self.bias_hh = nn.Parameter(torch.empty(width))
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -(num_units**-0.5), num_units**-0.5)  # as torch.nn's
+        self.norm_ih = nn.LayerNorm(width, bias=False) if layer_norm else nn.Identity()
+        self.norm_hh = nn.LayerNorm(width, bias=False) if layer_norm else nn.Identity()
+
+    def project(self, x: Tensor) -> Tensor:
+        """What the input gives to the gates, of all steps at once: (..., D) -> (..., G * H)."""
+        return self.norm_ih(x @ self.weight_ih.t()) + self.bias_ih
+
+    def recur(self, h: Tensor) -> Tensor:
+        """What the state before gives to the gates: (B, H) -> (B, G * H)."""
+        return self.norm_hh(h @ self.weight_hh.t()) + self.bias_hh
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """The state after a step, of the projected input (B, G * H) and the state before."""
+        raise NotImplementedError
+
+    def scan(self, x: Tensor, state: State) -> State:
+        """The states after each step: (T, B, D) -> (T, B, H) each."""
+        projected, states = self.project(x), []
+        for gates in projected.unbind(0):
+            state = self.step(gates, state)
+            states.append(state)
+        return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
+
+
+class ElmanCell(Cell):
+    """h[t] = f(A [h[t-1], x[t]] + b) (Elman 1990)."""
+
+    def __init__(
+        self, num_inputs: int, num_units: int, *, activation: StepActivation = "tanh", layer_norm: bool = False
+    ) -> None:
+        super().__init__(num_inputs, num_units, layer_norm=layer_norm)
+        self.activation = activation
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """See Cell."""
+        return (STEP_ACTIVATIONS[self.activation](projected + self.recur(state[0])),)
+
+
+class LSTMCell(Cell):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997) with a forget gate (Gers et al. 2000).
+
+    i, f, o = sigmoid(W x[t] + U h[t-1] + b)     g = tanh(W x[t] + U h[t-1] + b)
+    c[t] = f c[t-1] + i g                        h[t] = o tanh(c[t])
+    """
+
+    gates, num_states = 4, 2
+
+    def __init__(self, num_inputs: int, num_units: int, *, layer_norm: bool = False) -> None:
+        super().__init__(num_inputs, num_units, layer_norm=layer_norm)
+        self.norm_c = nn.LayerNorm(num_units) if layer_norm else nn.Identity()
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """See Cell."""
+        h, c = state
+        i, f, g, o = (projected + self.recur(h)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(self.norm_c(c)), c
+
+
+class PeepholeCell(LSTMCell):
+    """LSTM whose gates see the cell (Gers & Schmidhuber 2000): i and f see c[t-1], o sees c[t].
+
+    i = sigmoid(W x[t] + U h[t-1] + p_i c[t-1] + b)      f likewise
+    o = sigmoid(W x[t] + U h[t-1] + p_o c[t] + b)
+    """
+
+    def __init__(self, num_inputs: int, num_units: int, *, layer_norm: bool = False) -> None:
+        super().__init__(num_inputs, num_units, layer_norm=layer_norm)
+        self.peepholes = nn.Parameter(torch.empty(3, num_units))  # of i, f, o
+        nn.init.uniform_(self.peepholes, -(num_units**-0.5), num_units**-0.5)
+        self.layer_norm = layer_norm
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """See Cell."""
+        h, c = state
+        i, f, g, o = (projected + self.recur(h)).chunk(4, -1)
+        of_i, of_f, of_o = self.peepholes
+        c = torch.sigmoid(f + of_f * c) * c + torch.sigmoid(i + of_i * c) * torch.tanh(g)
+        return torch.sigmoid(o + of_o * c) * torch.tanh(self.norm_c(c)), c
+
+    def scan(self, x: Tensor, state: State) -> State:
+        """See Cell. With its derivative written down, which takes a seventh of the time of one operation at a time."""
+        if self.layer_norm:
+            return super().scan(x, state)
+        projected = self.project(x) + self.bias_hh
+        # autocast projects in half precision; the recurrence itself stays in that of the weights
+        rows_last = [value.to(self.weight_hh.dtype).transpose(-1, -2) for value in (projected, *state)]
+        h, c = PeepholeRecurrence.apply(*rows_last, self.weight_hh, self.peepholes)
+        return h.transpose(1, 2), c.transpose(1, 2)
+
+
+class GRUCell(Cell):
+    """Gated recurrent unit (Cho et al. 2014), with the reset gate applied after or before the product with U.
+
+    r, z = sigmoid(W x[t] + U h[t-1] + b)        h[t] = (1 - z) n + z h[t-1]
+    after:  n = tanh(W x[t] + b + r (U h[t-1] + b'))     as cuDNN and torch compute it
+    before: n = tanh(W x[t] + b + U (r h[t-1]) + b')     Cho et al. 2014, eq. 8
+    """
+
+    gates = 3
+
+    def __init__(self, num_inputs: int, num_units: int, *, reset: Reset = "after", layer_norm: bool = False) -> None:
+        super().__init__(num_inputs, num_units, layer_norm=layer_norm)
+        self.reset = reset
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """See Cell."""
+        (h,), size = state, self.num_units
+        if self.reset == "after":
+            (of_r, of_z, of_n), (r, z, n) = projected.chunk(3, -1), self.recur(h).chunk(3, -1)
+            r, z = torch.sigmoid(of_r + r), torch.sigmoid(of_z + z)
+            return (torch.lerp(torch.tanh(of_n + r * n), h, z),)
+        weights, biases = self.weight_hh.split([2 * size, size]), self.bias_hh.split([2 * size, size])
+        both = torch.sigmoid(projected[..., : 2 * size] + h @ weights[0].t() + biases[0])
+        r, z = both.chunk(2, -1)
+        n = torch.tanh(projected[..., 2 * size :] + (r * h) @ weights[1].t() + biases[1])
+        return (torch.lerp(n, h, z),)
+
+
+class Layers(nn.Module):
+    """Base: layers of cells over rows of steps, in one direction or in both; dropout between the layers."""
+
+    num_states: int
+
+    def __init__(self, *, num_units: int, num_layers: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.num_units, self.num_layers, self.num_directions = num_units, num_layers, 1 + bidirectional
+
+    @property
+    def width(self) -> int:
+        """Numbers that come out of each step."""
+        return self.num_units * self.num_directions
+
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """(B, T, D) and states (B, L * S, H) -> outputs (B, T, S * H), and the states after the last step of each row.
+
+        `lengths` (B,) on the CPU are those of rows that end before T; what stands behind their ends changes nothing,
+        and what comes out there is 0.
+        """
+        raise NotImplementedError
+
+
+class FusedLayers(Layers):
+    """By torch's kernels; `core` is torch.nn's module, with its weights by its names."""
+
+    def __init__(self, core: nn.RNNBase) -> None:
+        super().__init__(num_units=core.hidden_size, num_layers=core.num_layers, bidirectional=bool(core.bidirectional))
+        self.core = core
+        self.num_states = 2 if isinstance(core, nn.LSTM) else 1
+
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """See Layers."""
+        before: Any = tuple(part.transpose(0, 1).contiguous() for part in state)
+        before = before if self.num_states == 2 else before[0]
+        if lengths is None:
+            outputs, after = self.core(x, before)
+        else:
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            outputs, after = self.core(packed, before)
+            outputs, _ = pad_packed_sequence(outputs, batch_first=True, total_length=x.shape[1])
+        parts = after if self.num_states == 2 else (after,)
+        return outputs, tuple(part.transpose(0, 1) for part in parts)
+
+
+class CellLayers(Layers):
+    """By cells of this file, step after step: what torch has no kernels for."""
+
+    def __init__(self, cells: Sequence[Cell], *, num_layers: int, bidirectional: bool, dropout: float) -> None:
+        """`cells` are those of each layer, in each the forward direction first."""
+        super().__init__(num_units=cells[0].num_units, num_layers=num_layers, bidirectional=bidirectional)
+        self.cells = nn.ModuleList(cells)
+        self.dropout = nn.Dropout(dropout)
+        self.num_states = cells[0].num_states
+
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """See Layers."""
+        on_device = None if lengths is None else lengths.to(x.device)
+        inside = None if on_device is None else torch.arange(x.shape[1], device=x.device)[:, None] < on_device
+        steps = x.transpose(0, 1)  # (T, B, D)
+        ends: list[State] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.num_directions):
+                number = layer * self.num_directions + direction
+                cell = self.cells[number]
+                assert isinstance(cell, Cell)
+                there = turned(steps, on_device) if direction else steps
+                states = cell.scan(there, tuple(part[:, number] for part in state))
+                ends.append(tuple(_last(part, on_device) for part in states))
+                outputs.append(turned(states[0], on_device) if direction else states[0])
+            steps = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+            if layer + 1 < self.num_layers:
+                steps = self.dropout(steps)
+        if inside is not None:
+            steps = steps * inside[..., None]
+        return steps.transpose(0, 1), tuple(torch.stack(parts, 1) for parts in zip(*ends, strict=True))
+
+
+def turned(steps: Tensor, lengths: Tensor | None) -> Tensor:
+    """(T, B, ...) with each row's steps from its last to its first; what stands behind a row's end stays there."""
+    if lengths is None:
+        return steps.flip(0)
+    here = torch.arange(len(steps), device=steps.device)[:, None]
+    there = lengths - 1 - here
+    index = torch.where(there >= 0, there, here)
+    return steps.gather(0, index[..., None].expand_as(steps))
+
+
+def _last(steps: Tensor, lengths: Tensor | None) -> Tensor:
+    """(T, B, H) -> (B, H): what stands at each row's last step."""
+    if lengths is None:
+        return steps[-1]
+    return steps[lengths - 1, torch.arange(steps.shape[1], device=steps.device)]
+
+
+def initialise_recurrence(layers: Layers, kind: RecurrentInit) -> None:
+    """Draw the weights anew: what goes into each gate by Glorot & Bengio 2010, what goes from state to state by kind.
+
+    A matrix for each gate: orthogonal (Saxe et al. 2014), which keeps the length of what it carries, or the identity
+    (Le et al. 2015); biases are 0. `uniform` leaves all as torch.nn draws it, in [-1/sqrt(H), 1/sqrt(H)].
+    """
+    if kind == "uniform":
+        return
+    draw = nn.init.orthogonal_ if kind == "orthogonal" else nn.init.eye_
+    for name, weight in layers.named_parameters():
+        short = name.rpartition(".")[2]
+        if short.startswith("weight_"):
+            for gate in weight.detach().split(layers.num_units):
+                (draw if short.startswith("weight_hh") else nn.init.xavier_uniform_)(gate)
+        elif short.startswith("bias_"):
+            nn.init.zeros_(weight)
