@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ class Order(ABC):
 
     num_rows: int
     num_steps: int
+    carries: ClassVar[bool] = False  # whether each row goes on from where the same place of the step before ended
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -159,6 +161,8 @@ class StreamOrder(Order):
     cut into B stretches of near-equal length, the longer ones first: in the last step only these may have a window, and
     they are then the first of each rank.
     """
+
+    carries = True
 
     def __init__(self, num_rows: int, *, num_streams: int, weights: Weights = 1) -> None:
         super().__init__(weights)

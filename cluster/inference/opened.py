@@ -37,7 +37,7 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     net, saved = restore_model(folder, recipe)
-    kind = Generator if recipe.model.gives == "halves" else Predictor
+    kind = Generator if "halves" in recipe.model.gives else Predictor
     return kind(net.to(device or "cpu"), recipe, saved)
 
 
@@ -110,7 +110,7 @@ class Predictor(OpenedModel):
         super().__init__(net, recipe, saved)
         self.objective = cast(Objective, recipe.objective.build(saved.manifest.signature))
         # what outputs are numbers of: the rows themselves, or what is predicted of them
-        self.of = "input" if recipe.model.gives == "reconstruction" else "target"
+        self.of = "input" if "reconstruction" in recipe.model.gives else "target"
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def evaluate(
         with autocast(precision, context.device):
             given = of_rows(carry, 0, place.num_rows)
             measured = objective.measure(model, batch, carry=given, across=context.sum)
-        carry = kept(measured.carry, place.num_rows)
+        carry = kept(measured.carry, place.num_rows) if rows.order.carries else None
         if not place.num_rows:
             continue
         weight += place.weight

@@ -78,6 +78,7 @@ class Loop:
             context=context,
             average=self.average,
             pending=self.pending,
+            carries=self.rows.order.carries,
         )
         self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()

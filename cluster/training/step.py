@@ -30,8 +30,13 @@ class Step:
         context: Context,
         average: MovingAverage | None,
         pending: Pending,
+        carries: bool,
     ) -> None:
-        """`wrapped` is the model as the context has prepared it; `pending` takes the sums."""
+        """`wrapped` is the model as the context has prepared it; `pending` takes the sums.
+
+        Where the order of rows carries nothing on, neither does a step: its rows have nothing to do with those before.
+        """
+        self._carries = carries
         self.model, self.wrapped, self.optimizer, self.average = model, wrapped, optimizer, average
         self._train, self._context, self._pending = train, context, pending
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -50,7 +55,7 @@ class Step:
             with nullcontext() if last else self._context.no_sync(self.wrapped):
                 carried.append(self._backward(piece, objective, first))
             first += piece.place.num_rows
-        self.carry = joined(carried)
+        self.carry = joined(carried) if self._carries else None
         if self._train.clip_norm:
             self._pending.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._train.clip_norm)
         self.optimizer.step()
