@@ -35,6 +35,11 @@ class ModelSpec(Spec):
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
     kind: str
 
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether what it gives for an element depends on elements that follow it."""
+        return False
+
     def check(self, signature: Signature) -> None:
         """Raise UserError where the model cannot read such rows."""
         for name, kinds in self.reads.items():

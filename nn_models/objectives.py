@@ -295,8 +295,8 @@ class SupervisedSpec(ObjectiveSpec):
         """See ObjectiveSpec."""
         wanted = self.outputs(signature)
 
-        def watched(*values: Any) -> Any:
-            outputs = model(*values)
+        def watched(*values: Any, **named: Any) -> Any:
+            outputs = model(*values, **named)
             if wanted is not None:  # before the loss, which would say less of it
                 check_outputs(outputs, (2, *wanted), model=description.kind, source=source)
             return outputs

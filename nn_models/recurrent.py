@@ -42,7 +42,7 @@ class RecurrentNet(nn.Module):
     """Layers of cells over the steps of each row, and a dense layer on what they say.
 
         h[t] = cells(x[t], h[t-1])
-        for each step:  y[t] = V h[t] + c                      (labels of steps, the next token)
+        for each step:  y[t] = V h[t] + c                      (labels of steps, such as the next token)
         for each row:   y = V pool(h[1] ... h[T]) + c          (classes, numbers)
 
     where `pool` takes the last state (of both directions), the mean or the maximum over the row's steps. Dropout
@@ -172,40 +172,37 @@ class RecurrentSpec(ModelSpec):
     embedding: PositiveInt = Field(128, description="numbers that stand for a word")
     tied: bool = Field(False, description="the output's weights are the embedding's (Press & Wolf 2017)")
 
+    @property
+    def sees_ahead(self) -> bool:
+        """See ModelSpec."""
+        return self.bidirectional
+
     def check(self, signature: Signature) -> None:
         """See ModelSpec."""
         super().check(signature)
-        column, fix = signature["input"], "leave it out"
-        target = signature.columns.get("target")
-        if target is None and not isinstance(column, Tokens):
-            raise UserError("model.kind", f"{self.kind} has no target to predict", "choose another data set")
-        if target is None and self.bidirectional:
-            raise UserError(
-                "model.bidirectional", "the next token would be seen by the cells that read from the end", fix
-            )
-        if target is not None and not isinstance(target, Label | Labels | Numbers):
+        column, target = signature["input"], signature["target"]
+        if not isinstance(target, Label | Labels | Numbers):
             raise UserError("model.kind", f"{self.kind} predicts no {target.kind}", "choose another data set")
         if self.permutation is not None and (isinstance(column, Tokens) or _extent(column, self.images)[0] is None):
-            raise UserError("model.permutation", f"{column.describe()} has no fixed number of steps to reorder", fix)
-        if self.tied:
-            self._check_tied(column, target)
-
-    def _check_tied(self, column: Column, target: Column | None) -> None:
-        if not isinstance(column, Tokens) or target is not None:
-            raise UserError("model.tied", "only a net that predicts its next word has such weights", "leave it out")
-        if self.embedding != self.hidden:
-            raise UserError(
-                "model.tied", f"an embedding of {self.embedding} and {self.hidden} units", "give both one size"
+            what = f"{column.describe()} has no fixed number of steps to reorder"
+            raise UserError("model.permutation", what, "leave it out")
+        if not self.tied:
+            return
+        if not isinstance(column, Tokens) or not isinstance(target, Labels) or target.size != column.size:
+            raise UserError("model.tied", "only a net that gives words for words has such weights", "leave it out")
+        if self.embedding != self.hidden * (1 + self.bidirectional):
+            sizes = (
+                f"an embedding of {self.embedding} and {self.hidden * (1 + self.bidirectional)} outputs of the cells"
             )
+            raise UserError("model.tied", sizes, "give both one size")
 
     def build(self, signature: Signature) -> RecurrentNet:
-        """The module: rows of steps -> (B, num_outputs), or for labels of steps and the next token (N, num_outputs)."""
-        target = signature.columns.get("target")
+        """The module: rows of steps -> (B, num_outputs), or for labels of steps (N, num_outputs)."""
         return RecurrentNet(
             signature["input"],
-            (target or signature["input"]).num_outputs,
+            signature.num_outputs,
             make_layers=self.make_layers,
-            each_step=target is None or isinstance(target, Labels),
+            each_step=isinstance(signature["target"], Labels),
             pool=self.pool,
             images=self.images,
             permutation=self.permutation,

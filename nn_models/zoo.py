@@ -16,6 +16,7 @@ from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec, RegressionSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
 
@@ -36,7 +37,8 @@ AnyModelSpec = Annotated[
 ]
 
 AnyObjectiveSpec = Annotated[
-    ClassificationSpec | RegressionSpec | AdversarialObjectiveSpec, Field(discriminator="kind")
+    ClassificationSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
+    Field(discriminator="kind"),
 ]
 
 MODELS: dict[str, type[ModelSpec]] = {

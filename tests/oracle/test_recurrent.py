@@ -223,6 +223,12 @@ def test_layer_normalisation_is_of_each_product_on_its_own():
 
 # -- whole nets ----------------------------------------------------------------------------------------------------
 
+
+def stream(size, length) -> Signature:
+    """Words, and the word that follows each."""
+    return Signature(columns={"input": Tokens(size=size, length=length), "target": Labels(size=size, length=length)})
+
+
 MODELS = [
     {"kind": "rnn", "hidden": 5, "activation": "linear"},
     {"kind": "rnn", "hidden": 5, "pool": "mean"},
@@ -262,7 +268,7 @@ def test_padding_and_the_order_of_rows_change_nothing(model, target, data):
 @pytest.mark.parametrize("model", [m for m in MODELS if not m.get("bidirectional")], ids=lambda model: model["kind"])
 def test_windows_that_carry_their_state_are_the_whole(model):
     torch.manual_seed(0)
-    net = zoo.build(model, Signature(columns={"input": Tokens(size=9, length=8)})).double().eval()
+    net = zoo.build(model, stream(9, 8)).double().eval()
     words = torch.randint(9, (3, 8))
     whole = net(words).unflatten(0, (3, 8))
     first, state = net(words[:, :5], keep_state=True)

@@ -9,8 +9,18 @@ from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpe
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.data.sources.text import PythonDocsSpec, TextSpec
 
 AnyDataSpec = Annotated[
-    DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec | PairsSpec | ShardsSpec,
+    DigitsSpec
+    | FashionMNISTSpec
+    | MNISTSpec
+    | CIFAR10Spec
+    | ImageFolderSpec
+    | ParquetSpec
+    | PairsSpec
+    | TextSpec
+    | PythonDocsSpec
+    | ShardsSpec,
     Field(discriminator="kind"),
 ]

@@ -1,0 +1,158 @@
+"""Text: a user's files, or the standard library's own, as windows of one long stream of tokens."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+
+from cluster.data.layouts import Dense, Layout
+from cluster.data.manifest import StoredColumn
+from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, absolute, even_parts
+from nn_models.columns import Labels, Tokens
+from nn_models.errors import UserError
+
+Unit = Literal["characters", "bytes", "words"]
+UNKNOWN = "<unknown>"  # stands for the words that are not in the vocabulary
+WORD = re.compile(r"\w+|[^\w\s]|\n")  # a word, a mark, or the end of a line
+PART_WINDOWS = 4096
+
+
+class _StreamSpec(DrawnTestSpec):
+    """Base of the data sections of one long text; held out are its last parts, the test split the very last."""
+
+    order: ClassVar[Literal["shuffled", "streams"]] = "streams"
+    unit: Unit = Field("characters", description="what a token is; words are runs of letters and digits, and marks")
+    window: PositiveInt = Field(128, description="tokens of a row; what is left over at the end is not used")
+    max_words: Annotated[int, Field(ge=2)] = Field(
+        30_000, description=f"words of the vocabulary, the most frequent ones; all others become {UNKNOWN}"
+    )
+
+    def text(self) -> str | bytes:
+        """All of it; bytes where these are the tokens. Raises UserError where there is none."""
+        raise NotImplementedError
+
+    def open(self) -> Source:
+        """See DataSpec."""
+        text = self.text()
+        tokens, names = encode(text, self.unit, max_words=self.max_words)
+        if len(tokens) < self.window + 1:
+            raise UserError(
+                "data.window",
+                f"{self.window} {self.unit} and the one that follows, but the text has {len(tokens)}",
+                "set a smaller window, or give more text",
+            )
+        return _Stream(tokens, names, self.window)
+
+    def fingerprint(self) -> str:
+        """See DataSpec."""
+        text = self.text()
+        return hashlib.sha256(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class TextSpec(_StreamSpec):
+    """Your own text: a file, or all files of a folder, one after the other by their names."""
+
+    kind: Literal["text"] = "text"
+    path: str = Field(description="a text file in UTF-8, or a folder of such files")
+
+    def resolved(self, base: str) -> DataSpec:
+        """See DataSpec."""
+        return self.model_copy(update={"path": absolute(self.path, base)})
+
+    def text(self) -> str | bytes:
+        """See _StreamSpec."""
+        place = Path(self.path)
+        if not place.exists():
+            raise UserError("data.path", f"{self.path}: no such file or folder", "check the path")
+        hidden = (path for path in place.rglob("*") if path.is_file())
+        files = sorted(path for path in hidden if not path.name.startswith(".")) if place.is_dir() else [place]
+        parts = [_read(path, self.unit) for path in files]
+        text: str | bytes = b"".join(parts) if self.unit == "bytes" else "".join(parts)  # type: ignore[arg-type]
+        if not text:
+            raise UserError("data.path", f"{self.path}: no text in there", "give a file that has some")
+        return text
+
+
+class PythonDocsSpec(_StreamSpec):
+    """What Python's own help says of the language: English text that is on every machine."""
+
+    kind: Literal["python_docs"] = "python_docs"
+
+    def text(self) -> str | bytes:
+        """See _StreamSpec."""
+        from pydoc_data.topics import topics
+
+        text = "\n".join(topics[name] for name in sorted(topics))
+        return text.encode() if self.unit == "bytes" else text
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The tokens of a text, and the vocabulary."""
+
+    tokens: NDArray[np.int32]
+    names: tuple[str, ...]
+    window: int
+
+    @cached_property
+    def columns(self) -> Mapping[str, StoredColumn]:
+        """See Source."""
+        size, length = len(self.names), self.window
+        return {
+            "input": StoredColumn(column=Tokens(names=self.names, size=size, length=length), dtype="int32"),
+            "target": StoredColumn(column=Labels(size=size, length=length), dtype="int32"),
+        }
+
+    @property
+    def pools(self) -> Mapping[str, list[Part]]:
+        """See Source."""
+        return {"train": even_parts((len(self.tokens) - 1) // self.window, PART_WINDOWS)}
+
+    def load(self, part: Part) -> Mapping[str, Layout]:
+        """See Source: windows of tokens, and of those that follow each."""
+        first, end = (window * self.window for window in part.what)
+        return {
+            name: Dense(self.tokens[first + shift : end + shift].reshape(part.rows, self.window))
+            for name, shift in (("input", 0), ("target", 1))
+        }
+
+
+def encode(text: str | bytes, unit: Unit, *, max_words: int) -> tuple[NDArray[np.int32], tuple[str, ...]]:
+    """The tokens of a text as numbers, and the vocabulary by these numbers."""
+    if isinstance(text, bytes):
+        return np.frombuffer(text, np.uint8).astype(np.int32), tuple(map(byte_name, range(256)))
+    if unit == "characters":
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        found, tokens = np.unique(points, return_inverse=True)
+        return tokens.astype(np.int32), tuple(map(chr, found.tolist()))
+    words = WORD.findall(text)
+    counts = Counter(words)
+    known = sorted(counts, key=lambda word: (-counts[word], word))
+    names = tuple(known) if len(known) <= max_words else (UNKNOWN, *known[: max_words - 1])
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.fromiter((numbers.get(word, 0) for word in words), np.int32, len(words)), names
+
+
+def byte_name(value: int) -> str:
+    """How a byte is called in a vocabulary: printable ones as themselves."""
+    return chr(value) if 32 <= value < 127 else f"<{value:02x}>"
+
+
+def _read(path: Path, unit: Unit) -> str | bytes:
+    try:
+        content = path.read_bytes()
+        return content if unit == "bytes" else content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            str(path), f"no UTF-8 text (byte {error.start})", "convert or remove it, or set data.unit to bytes"
+        ) from None
+    except OSError as error:
+        raise UserError(str(path), error.strerror or str(error), "check that it can be read") from None
