@@ -95,7 +95,9 @@ class RecurrentNet(nn.Module):
         are returned beside the outputs as they are after each row's last step.
         """
         steps, lengths = self._steps(x)
-        before = self.initial_state(len(steps), steps) if state is None else state
+        before = self.initial_state(len(steps), steps)
+        if state is not None:  # what was learned must take part: ranks wait for the gradient of each weight
+            before = tuple(part + 0 * first for part, first in zip(state, before, strict=True))
         outputs, after = self.layers(steps, before, lengths)
         said = self.output(self.dropout(self._said(x, outputs, after)))
         return (said, after) if keep_state else said
