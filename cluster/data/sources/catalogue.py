@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
@@ -21,6 +22,8 @@ AnyDataSpec = Annotated[
     | PairsSpec
     | TextSpec
     | PythonDocsSpec
+    | AddingSpec
+    | CopySpec
     | ShardsSpec,
     Field(discriminator="kind"),
 ]
