@@ -1,4 +1,4 @@
-"""Long-memory problems, generated: adding (Hochreiter & Schmidhuber 1997, experiment 4), copy (Arjovsky et al. 2016)."""
+"""Long-memory problems, generated: adding (Hochreiter & Schmidhuber 1997), copy (Arjovsky et al. 2016)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
