@@ -90,7 +90,7 @@ def evaluate_best(
     precision = recipe.train.precision
     tested = evaluate(model, rows, objective, context=context, precision=precision, evidence=evidence)
     if evidence is not None:
-        tensors = evidence.tensors(context.sum, context.device)
+        tensors = evidence.tensors(context.sum, context.device, context.gather)
         if context.rank == 0:
             about = {"section": evidence.section, "split": "test", "class_names": json.dumps(manifest.class_names)}
             about["signature"] = manifest.signature.model_dump_json()

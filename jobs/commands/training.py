@@ -80,7 +80,7 @@ def train(
     best = outcome.result.get("best") or {}
     facts = {
         # of an earlier version's run the figures are not all of these weights
-        "of epoch": f"{best['epoch']} of {outcome.result['epochs']}" if "metrics" in best else None,
+        "weights of": f"epoch {best['epoch']} of {outcome.result['epochs']}" if "metrics" in best else None,
         "rollbacks": f"{len(rollbacks)}, the last at step {rollbacks[-1]['step']}" if rollbacks else None,
         "ended early": outcome.result.get("ended"),
         "run": outcome.run,
