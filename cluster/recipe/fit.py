@@ -1,5 +1,7 @@
 """Fit: whether model, objective, data and the other sections of a recipe go together."""
 
+import logging
+
 import torch
 
 from cluster.data.augment import check_augment
@@ -8,6 +10,8 @@ from cluster.data.scaling import Scaling
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sweep import CHANGEABLE
 from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check(recipe: Recipe, manifest: Manifest) -> None:
@@ -27,6 +31,19 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
     Scaling(read, recipe.scale, torch.device("cpu"))  # refuses a scale that a column cannot be had at
     check_augment(recipe.data.augment, manifest, recipe.columns, source=recipe.data.kind)
     recipe.model.check(signature)
+
+
+def warn_about_classes(manifest: Manifest, recipe: Recipe | None = None) -> None:
+    """Say which classes a split has no row of: what is measured there says nothing of them.
+
+    Not where a recipe reads no classes.
+    """
+    if recipe is not None and "target" not in recipe.columns:
+        return
+    for split, missing in manifest.absent_classes().items():
+        few = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+        of = "no training row is" if split == "train" else f"no row of the {split} split is"
+        logger.warning("data: %s of the class%s %s", of, "es" * (len(missing) > 1), few)
 
 
 def _check_halves(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
-from cluster.recipe.fit import check
+from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_other_data, refuse_other_recipe, refuse_what_cannot_start, workers_of
@@ -110,6 +110,7 @@ def train(
         if finished:
             return finished
         check(recipe, data.manifest)
+        warn_about_classes(data.manifest, recipe)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
 

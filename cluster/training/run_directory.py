@@ -16,17 +16,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cluster.recipe.loading import dump_recipe, parse_yaml
+from cluster.recipe.loading import ENVIRONMENT, RECIPE, dump_recipe, lifted, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from cluster.training.events import Events
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
-RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
-ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.safetensors"
 NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
@@ -74,7 +72,7 @@ class RunDirectory:
             raise UserError(
                 str(self), f"not a run's directory ({name} is missing)", "give the one of `manta train`"
             ) from None
-        return validate(Recipe, parse_yaml(text, name=f"{self}/{name}"))
+        return validate(Recipe, lifted(parse_yaml(text, name=f"{self}/{name}")))
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the run has not ended."""

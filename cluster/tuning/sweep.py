@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
-from cluster.recipe.fit import check
+from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_differences, refuse_other_data, refuse_what_cannot_start, workers_of
@@ -144,6 +144,7 @@ class _Sweep:
         self.manifest = prepared(recipe.data).manifest
         self.space.check(recipe, self.manifest)
         check(self.base, self.manifest)
+        warn_about_classes(self.manifest, self.base)
         self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
         self.grouped = self.workers.coordinated or self.workers.most > 1

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
 from cluster.data.manifest import StoredColumn
+from cluster.data.split import Traits
 from nn_models.columns import Image, Label
 from nn_models.spec import Spec
 
@@ -38,6 +39,9 @@ class Source(Protocol):
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """The part's rows of each of the columns. Raises UserError for bad content."""
+
+    def traits(self, part: Part) -> Traits:
+        """What decides on the split of the part's rows, read without the rest of them; nothing where any will do."""
 
 
 class DataSpec(Spec):
@@ -81,6 +85,7 @@ class SplitSpec(DataSpec):
 
     validation_fraction: Fraction = Field(0.1, description="share of the training rows held out for validation")
     split_seed: NonNegativeInt = Field(0, description="seed of the split")
+    stratify: bool = Field(True, description="take what is held out evenly from each class, where there are labels")
 
     @property
     def held_out_for_test(self) -> float:

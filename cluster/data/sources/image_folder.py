@@ -1,20 +1,23 @@
 """image_folder: the user's own tree of class/image.png, local or at a URI."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pyarrow import fs
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Pixels, absolute, labels, pixels
 from cluster.data.sources.pixels import decode_image
+from cluster.data.split import Traits
 from cluster.storage import Folder
 from nn_models.errors import UserError
+from nn_models.spec import invalid
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 PART_ROWS = 1024
@@ -30,6 +33,7 @@ class ImageFolder:
     columns: dict[str, StoredColumn]
     pools: dict[str, list[Part]]
     resize: bool
+    group: str | None = None  # see ImageFolderSpec
 
     def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
@@ -39,6 +43,22 @@ class ImageFolder:
         images = [_image(folder, name, channels=channels, size=tuple(size), size_field=field) for name, _ in part.what]
         targets = np.array([label for _, label in part.what], np.int64)
         return {"input": Dense(np.stack(images)), "target": Dense(targets)}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        labels = np.array([label for _, label in part.what], np.int64)
+        if self.group is None:
+            return Traits(labels)
+        found = [re.search(self.group, name.rpartition("/")[2]) for name, _ in part.what]
+        for (name, _), match in zip(part.what, found, strict=True):
+            if match is None:
+                raise UserError(
+                    "data.group",
+                    f"{self.group!r} is not found in the name of {self.root}/{name}",
+                    "give a regular expression that finds whom an image belongs to in the names of all files",
+                )
+        texts = [match[1 if match.lastindex else 0] for match in found if match]
+        return Traits(labels, np.array(texts, np.object_))
 
 
 class ImageFolderSpec(DrawnTestSpec):
@@ -50,6 +70,20 @@ class ImageFolderSpec(DrawnTestSpec):
         None, description="height and width that images are resized to; needed where they differ in size"
     )
     channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")
+    group: str | None = Field(
+        None,
+        min_length=1,
+        description="a regular expression; files in whose names it (or its first group) finds the same stay together",
+    )
+
+    @field_validator("group")
+    @classmethod
+    def _is_an_expression(cls, group: str | None) -> str | None:
+        try:
+            re.compile(group or "")
+        except re.error as error:
+            raise invalid(f"not a regular expression ({error})", "give one such as '^p[0-9]+'") from None
+        return group
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
@@ -90,7 +124,7 @@ class ImageFolderSpec(DrawnTestSpec):
         first = tree["train"][names[0]][0].path[below:]
         shape = _image(folder, first, channels=self.channels, size=self.image_size, size_field=None).shape
         columns = {"input": pixels(shape), "target": labels(tuple(names))}
-        return ImageFolder(self.path, columns, pools, resize=self.image_size is not None)
+        return ImageFolder(self.path, columns, pools, resize=self.image_size is not None, group=self.group)
 
     def _tree(self) -> Tree:
         """What is there now, sorted. Raises UserError where there is no folder, or one of a class without images."""

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 from pydantic import Field
 
-from cluster.data.layouts import Dense, Layout
+from cluster.data.layouts import Array, Dense, Layout
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, absolute
 from cluster.data.sources.columns import (
@@ -22,11 +23,16 @@ from cluster.data.sources.columns import (
     label_texts,
     number_column,
 )
+from cluster.data.split import Traits
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
 
 TargetKind = Literal["label", "number"]
+Group = Annotated[
+    str | None,
+    Field(min_length=1, description="a column, such as the patient: rows with the same value stay in one split"),
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class ParquetColumns:
 
     readers: Mapping[str, Reader]
     pools: dict[str, list[Part]]
+    group: str | None = None  # the column that says which rows belong together
 
     @property
     def columns(self) -> dict[str, StoredColumn]:
@@ -50,6 +57,20 @@ class ParquetColumns:
             if table[name].null_count:
                 raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
         return {name: Dense(reader.read(table, where)) for name, reader in self.readers.items()}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        target = self.readers.get("target")
+        labels = target if isinstance(target, LabelColumn) else None
+        names = [*(labels.names if labels else ()), *([self.group] if self.group else ())]
+        file, group = part.what
+        table, where = _read(file, group, names), f"{file}, row group {group}"
+        if labels is not None and not labels.name:  # one class for all
+            labels = None
+        return Traits(
+            None if labels is None else labels.read(table, where),
+            None if self.group is None else _group_names(table[self.group], f"{where}, column {self.group}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class ParquetSpec(DrawnTestSpec):
     image_shape: Shape | None = Field(
         None, description="(channels, height, width) of images; needed for lists, and to resize encoded images"
     )
+    group: Group = None
 
     @property
     def _files(self) -> "ParquetFiles":
@@ -123,10 +145,11 @@ class ParquetSpec(DrawnTestSpec):
         inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
         if not inputs:
             raise UserError("data.input", "names no column", "give at least one")
-        pools = self._files.parts((*inputs, self.target))
+        pools = self._files.parts((*inputs, self.target, *([self.group] if self.group else [])))
         name, first = first_row(pools["train"], [*inputs, self.target])
         array = array_columns(first, name, inputs, image_shape=self.image_shape)
-        return ParquetColumns({"input": array, "target": self._target(pools["train"], name, first)}, pools)
+        readers = {"input": array, "target": self._target(pools["train"], name, first)}
+        return ParquetColumns(readers, pools, self.group)
 
     def _target(self, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
         kind = self.target_kind or ("number" if holds_fractions(first[self.target]) else "label")
@@ -182,6 +205,16 @@ def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
         return file.read(columns, group)
     except UnreadableError as error:
         raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
+
+
+def _group_names(column: pa.ChunkedArray, where: str) -> Array:
+    """Whom the rows belong to, as texts."""
+    if column.null_count:
+        raise UserError(where, f"{column.null_count} empty values", "say whom each row belongs to, or drop such rows")
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind):
+        raise UserError(where, f"values of type {kind} name no groups", "choose a column of texts or numbers")
+    return np.array(column.cast(kind).cast(pa.string()).to_pylist(), np.object_)
 
 
 def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
