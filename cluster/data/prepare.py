@@ -19,11 +19,11 @@ from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColumn
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
-from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
+from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
 from cluster.storage import Folder
-from nn_models.errors import UserError
+from nn_models.errors import Problem, UserError
 
-FORMAT = 1  # part of the cache's key: raise it when prepared data changes its meaning
+FORMAT = 2  # part of the cache's key: raise it when prepared data changes its meaning
 BLOCK_NUMBERS = 1 << 20  # that are in memory as float64 at once
 
 
@@ -53,6 +53,7 @@ class Converted:
     shards: dict[str, Shard]
     moments: Mapping[str, Moments]  # of the columns that have mean and std
     elements: Mapping[str, int]  # of those whose rows differ in length
+    problems: tuple[Problem, ...] = ()  # of rows that cannot be used: then there is nothing else
 
 
 # Applies a function to every slot, in any order of work, keeping the order of results.
@@ -106,6 +107,8 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
     slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
+    if problems := [problem for part in converted for problem in part.problems]:
+        raise bad_rows(problems)
     manifest = Manifest(
         version=2,
         source=spec.kind,
@@ -131,7 +134,7 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
         if pool == "train":
             shuffled = np.random.default_rng([spec.split_seed]).permutation(num_rows)
             num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
-            num_validation = round(num_rows * spec.validation_fraction)
+            num_validation = 0 if "validation" in source.pools else round(num_rows * spec.validation_fraction)
             if spec.order == "streams":  # what is held out is the end of the text
                 shuffled = np.arange(num_rows)[::-1]
             splits[shuffled[:num_test]] = SPLITS.index("test")
@@ -158,7 +161,11 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
 
 def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     """Load one part and write a shard for each split that it has rows of."""
-    loaded, columns = source.load(slot.part), source.columns
+    columns = source.columns
+    try:
+        loaded = source.load(slot.part)
+    except BadRows as error:
+        return Converted({}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
     parts = {split: rows.at(slot.splits == index) for index, split in enumerate(SPLITS)}
     shards = {

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from cluster.data.layouts import Array
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import Pixels, labels, pixels
+from cluster.data.sources.base import Pixels, each, labels, pixels
 from cluster.data.sources.pixels import MODES, decode_image
 from nn_models.columns import Features, Image, Numbers
 from nn_models.errors import UserError
@@ -74,18 +74,18 @@ class ArrayColumns:
     def _images(self, column: pa.ChunkedArray, where: str) -> Array:
         channels, height, width = self.shape
         field = None if self.resize else "data.image_shape"
-        return np.stack(
-            [
-                decode_image(
-                    _encoded(value),
-                    name=f"{where}, row {row}",
-                    channels=channels,
-                    size=(height, width),
-                    size_field=field,
-                )
-                for row, value in enumerate(column.to_pylist())
-            ]
-        )
+
+        def read(row: tuple[int, Any]) -> Array:
+            number, value = row
+            return decode_image(
+                _encoded(value),
+                name=f"{where}, row {number}",
+                channels=channels,
+                size=(height, width),
+                size_field=field,
+            )
+
+        return np.stack(each(read, enumerate(column.to_pylist())))
 
 
 @dataclass(frozen=True)
