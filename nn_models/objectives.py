@@ -314,7 +314,7 @@ class ClassificationSpec(SupervisedSpec):
             raise UserError(
                 "objective.kind",
                 f"classification needs at least 2 classes, but the data has {signature.num_outputs}",
-                "choose another data set, or set objective.kind to regression",
+                "choose another data set",
             )
         return Classification(label_smoothing=self.label_smoothing)
 

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
 from cluster.data.manifest import StoredColumn
-from nn_models.columns import Image, Label
+from nn_models.columns import Column, Image, Label
 from nn_models.errors import Problem, UserError
 from nn_models.spec import Spec
 
@@ -99,6 +99,10 @@ class DataSpec(Spec):
     def fingerprint(self) -> str:
         """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
         return ""
+
+    def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
+        """(field, fix): what to change here so that the target is of one of these kinds; None where nothing does it."""
+        return None
 
     @property
     def prepared_at(self) -> str | None:

@@ -28,6 +28,7 @@ from cluster.data.sources.base import (
 from cluster.data.sources.image_tree import image_tree
 from cluster.data.sources.pixels import decode_image
 from cluster.storage import Folder
+from nn_models.columns import Column, Label
 from nn_models.errors import Problem, UserError
 
 PART_ROWS = 1024
@@ -84,6 +85,13 @@ class ImageFolderSpec(DrawnTestSpec):
             for name, info in images
         ]
         return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
+        """See DataSpec."""
+        if Label not in kinds or len(image_tree(self.path).pools["train"]) > 1:
+            return None
+        examples = f"{self.path}/cat/1.png, {self.path}/dog/2.png"
+        return "data.path", f"put the images of each class into a folder of its own ({examples})"
 
     def open(self) -> ImageFolder:
         """See DataSpec. Refuses class folders without images, and says what of the folder is not used."""

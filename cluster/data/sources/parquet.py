@@ -17,6 +17,7 @@ from cluster.data.sources.columns import (
     NumberColumn,
     Reader,
     Shape,
+    are_numbers,
     array_columns,
     holds_fractions,
     label_texts,
@@ -24,6 +25,7 @@ from cluster.data.sources.columns import (
 )
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
+from nn_models.columns import Column, Label, Numbers
 from nn_models.errors import UserError, did_you_mean
 from nn_models.spec import invalid
 
@@ -142,6 +144,21 @@ class ParquetSpec(DrawnTestSpec):
         if len(names) < 2:
             raise UserError(self.path, f"column {target} holds {len(names)} class; at least two are needed")
         return LabelColumn(target, names, or_numbers=True)
+
+    def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
+        """See DataSpec. Looks at what the column holds: whole numbers may be both, fractions and text may not."""
+        if self.target is None:
+            return "data.target", "name the column to predict in data.target"
+        parts = self._files.parts([self.target])["train"]
+        try:
+            if Label in kinds:
+                class_names(parts, self.target, or_numbers=False)
+                return "data.target_kind", "set data.target_kind to label"
+            if Numbers in kinds and are_numbers(first_row(parts, [self.target])[1][self.target]):
+                return "data.target_kind", "set data.target_kind to number"
+        except UserError:  # what it holds are no labels
+            pass
+        return None
 
     @property
     def _inputs(self) -> tuple[str, ...]:
