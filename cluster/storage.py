@@ -97,7 +97,8 @@ class Folder:
         Raises UserError where it cannot be read.
         """
         found = self._list(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+        names = (path.rpartition("/")[2] for path, _ in found)
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self) -> list[tuple[str, fs.FileInfo]]:
         """(name, what it is) of all files and directories at any depth, sorted by name; hidden ones left out.
@@ -105,12 +106,19 @@ class Folder:
         Raises UserError where there is no such directory or it cannot be read.
         """
         found = self._list(fs.FileSelector(self.path, recursive=True))
-        named = sorted(((info.path[len(self.path) + 1 :], info) for info in found), key=lambda pair: pair[0])
+        below = len(self.path.rstrip("/")) + 1
+        named = sorted(((path[below:], info) for path, info in found), key=lambda pair: pair[0])
         return [(name, info) for name, info in named if not any(part.startswith(".") for part in name.split("/"))]
 
-    def _list(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+    def check_name(self, name: str) -> None:
+        """Raise UserError for a name whose bytes are not UTF-8: it can be listed, but nothing opens such a file."""
+        if name != legible(name):
+            raise UserError(f"{self.uri}/{legible(name)}", "a name that is not UTF-8", "rename it")
+
+    def _list(self, selector: fs.FileSelector) -> list[tuple[str, fs.FileInfo]]:
+        """(full path, what it is); see `legible` for paths that are not UTF-8."""
         try:
-            return self.filesystem.get_file_info(selector)
+            return [(_path(info), info) for info in self.filesystem.get_file_info(selector)]
         except OSError as error:
             raise UserError(self.uri, f"not a folder that can be read ({error})", "check the path") from None
 
@@ -183,3 +191,15 @@ class Folder:
             self.filesystem.delete_dir(path)
         elif kind == fs.FileType.File:
             self.filesystem.delete_file(path)
+
+
+def _path(info: fs.FileInfo) -> str:
+    try:
+        return str(info.path)
+    except UnicodeDecodeError as error:  # as Python's own listings have them
+        return error.object.decode("utf-8", "surrogateescape")
+
+
+def legible(name: str) -> str:
+    """The name as it can be printed: bytes that are not UTF-8, listed as lone surrogates, become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

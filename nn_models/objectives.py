@@ -395,7 +395,7 @@ class ClassificationSpec(SupervisedSpec):
             raise UserError(
                 "objective.kind",
                 f"classification needs at least 2 classes, but the data has {signature.num_outputs}",
-                "choose another data set, or set objective.kind to regression",
+                "choose another data set",
             )
         label = signature["target"]
         weights = None if self.class_weights is None else weights_of(self.class_weights, cast(Label, label))

@@ -19,11 +19,11 @@ from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColumn
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
-from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
+from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
 from cluster.storage import Folder
 from nn_models.columns import Label
-from nn_models.errors import UserError
+from nn_models.errors import Problem, UserError
 
 FORMAT = 2  # part of the cache's key: raise it when prepared data changes its meaning
 BLOCK_NUMBERS = 1 << 20  # that are in memory as float64 at once
@@ -56,6 +56,7 @@ class Converted:
     moments: Mapping[str, Moments]  # of the columns that have mean and std
     elements: Mapping[str, int]  # of those whose rows differ in length
     classes: Mapping[str, Mapping[str, NDArray[np.int64]]]  # of the labels: rows of each class in each split
+    problems: tuple[Problem, ...] = ()  # of rows that cannot be used: then there is nothing else
 
 
 # Applies a function to every slot, in any order of work, keeping the order of results.
@@ -109,6 +110,8 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
     slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
+    if problems := [problem for part in converted for problem in part.problems]:
+        raise bad_rows(problems)
     manifest = Manifest(
         version=2,
         source=spec.kind,
@@ -150,7 +153,7 @@ def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[n
     """The split of each row of the parts that have to be split."""
     num_rows = sum(part.rows for part in parts)
     num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
-    num_validation = round(num_rows * spec.validation_fraction)
+    num_validation = 0 if "validation" in source.pools else round(num_rows * spec.validation_fraction)
     if num_test + num_validation >= num_rows:
         raise UserError(
             "data",
@@ -169,13 +172,15 @@ def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[n
     splits = drawn(num_rows, traits, seed=spec.split_seed, num_test=num_test, num_validation=num_validation)
     if traits.groups is not None:
         _check_groups(traits.groups, splits, {"test": num_test, "validation": num_validation})
-        tested = [source.traits(part).groups for part in source.pools.get("test", ())]
-        if both := set(traits.groups) & {name for part in tested if part is not None for name in part}:
-            raise UserError(
-                "data.group",
-                f"{len(both)} groups have rows in the test split's own files and in the others, such as {min(both)!r}",
-                "take their rows out of one of them",
-            )
+        for pool in ("validation", "test"):
+            apart = [source.traits(part).groups for part in source.pools.get(pool, ())]
+            if both := set(traits.groups) & {name for part in apart if part is not None for name in part}:
+                raise UserError(
+                    "data.group",
+                    f"{len(both)} groups have rows in the {pool} split's own files and in the others, such as "
+                    f"{min(both)!r}",
+                    "take their rows out of one of them",
+                )
     return splits
 
 
@@ -193,7 +198,11 @@ def _check_groups(groups: Array, splits: NDArray[np.uint8], wanted: Mapping[str,
 
 def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     """Load one part and write a shard for each split that it has rows of."""
-    loaded, columns = source.load(slot.part), source.columns
+    columns = source.columns
+    try:
+        loaded = source.load(slot.part)
+    except BadRows as error:
+        return Converted({}, {}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
     parts = {split: rows.at(slot.splits == index) for index, split in enumerate(SPLITS)}
     shards = {

@@ -265,8 +265,9 @@ def test_neither_way_or_both(section, message):
             {"image_shape": [2, 6, 7]},
             "column photo holds encoded images, which cannot be read as 2 channels; set 1 for",
         ),
-        ({"target": "photo"}, "column photo: values of type binary are no labels; make them text or whole numbers"),
-        ({"sketches": [png(PHOTOS[0]), *[b"<html>"] * (ROWS - 1)]}, "column sketch, row 1: 6 bytes in no known image"),
+        ({"target": "photo"}, "data.target: photo is an input too, so there would be nothing to predict; name another"),
+        ({"target": "sketch"}, "data.target: sketch is an input too, so there would be nothing to predict"),
+        ({"sketches": [*[png(PHOTOS[0])] * (ROWS - 1), b"<html>"]}, "column sketch, row 5: 6 bytes in no known image"),
         ({"sketches": [b"<html>"] * ROWS}, "rows.parquet, row 0: 6 bytes in no known image format; replace or remove"),
         (
             {"sketches": [*[png(SKETCHES[0])] * 9, png(SKETCHES[0])[:60], *[png(SKETCHES[0])] * 20]},

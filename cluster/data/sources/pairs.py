@@ -10,17 +10,23 @@ from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, mo
 
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, pixels
+from cluster.data.sources.base import UNLABELLED, DataSpec, DrawnTestSpec, Part, Source, pixels
 from cluster.data.sources.columns import ArrayColumns, LabelColumn, Reader, Shape, array_columns
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
-from cluster.data.sources.parquet import Group, ParquetColumns, ParquetFiles, ParquetSpec, class_names, first_row
+from cluster.data.sources.parquet import (
+    Group,
+    ParquetColumns,
+    ParquetFiles,
+    ParquetSpec,
+    check_target,
+    class_names,
+    first_row,
+)
 from cluster.data.sources.pixels import edges
 from cluster.data.split import Traits
 from nn_models.errors import UserError
 from nn_models.spec import invalid
-
-UNLABELLED = ("all",)  # the one class of rows without labels
 
 AnyImagesSpec = Annotated[
     DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec,
@@ -73,6 +79,7 @@ class PairsSpec(DrawnTestSpec):
             for field in ("path", "condition", "input"):
                 if field not in columns:
                     raise invalid("missing; pairs from Parquet files need path, condition and input", field=field)
+            check_target(self.target, (str(self.input), str(self.condition)))
             return self
         if columns:
             raise invalid(
