@@ -7,17 +7,19 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
+from cluster.errors import Lost
 from cluster.recipe.fit import check
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_what_cannot_start, workers_of
+from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
@@ -90,7 +92,10 @@ def sweep(
     else:
         directory.refuse_occupied()
     running = _Sweep(recipe, directory, num_workers, use_gpu)
+    asked: dict[str, Any] = {"num_workers": num_workers, "address": address, "concurrency": concurrency, "fuse": fuse}
+    line = again(run, use_gpu=use_gpu, **asked)
     with ExitStack() as stack:
+        told = stack.enter_context(telling_how(line))
         if resume:
             stack.enter_context(directory.folder.claimed())
             running.roster.take_up(retry_failed)
@@ -107,7 +112,27 @@ def sweep(
             facts = environment(seed=recipe.sweep.seed, num_workers=num_workers, use_gpu=use_gpu, device="")
             directory.begin(recipe, facts)
             stack.enter_context(directory.folder.claimed())
+        told.begun = True
+
+        def say(reason: str) -> str:
+            running.conclude("failed")
+            return f"{reason}; to go on: {line}"
+
+        stack.enter_context(last_word(session, say))
         return running.run(session, listener)
+
+
+def again(
+    run: str, *, num_workers: int, use_gpu: bool, address: str | None, concurrency: int | None, fuse: str | int
+) -> str:
+    """The line that goes on with a sweep."""
+    options = {
+        "--workers": num_workers if num_workers != 1 else None,
+        "--address": address,
+        "--concurrency": concurrency,
+        "--fuse": fuse if fuse != "auto" else None,
+    }
+    return command("sweep", run, options, use_gpu=use_gpu)
 
 
 def new_place(recipe: Recipe) -> str:
@@ -226,7 +251,6 @@ class _Sweep:
 
         roster = self.roster
         roster.listener = listener
-        status = "stopped"
         stored = {
             where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
             for where, (_, splits) in self.data.opened.items()
@@ -245,6 +269,7 @@ class _Sweep:
             on_start=roster.on_start,
             on_epoch=roster.on_epoch,
             on_end=roster.on_end,
+            look=session.refuse_lost,
             tidy=session.remove_orphaned_groups if nested else None,
         )
         trainable: Any = RayTrainTrial if nested else EpochTrial
@@ -277,12 +302,14 @@ class _Sweep:
                     max_failures=self.spec.max_failures,
                     listening=listening,
                 )
-            status = "finished"
+        except BaseException as error:
+            with suppress(Lost):  # told already
+                self.conclude("failed" if isinstance(error, Exception) else "stopped")
+            raise
         finally:
-            result = self._conclude(status)
-            if nested:
+            if nested and session.lost() is None:
                 _tidy_up(session)
-        return self.outcome(result)
+        return self.outcome(self.conclude("finished"))
 
     def _fused_groups(self) -> list[FusedConfig]:
         """All trials that are left, in groups that can train together; none where that was not asked for, nor pays.
@@ -327,7 +354,8 @@ class _Sweep:
         """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""
         return _trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
 
-    def _conclude(self, status: str) -> dict[str, Any]:
+    def conclude(self, status: str) -> dict[str, Any]:
+        """Write what the sweep came to. Returns what result.json says."""
         best = self.state.best()
         records = self.state.records
         for record in records:

@@ -1,7 +1,6 @@
 """`manta train`."""
 
 import json
-import shlex
 from typing import Annotated
 
 import typer
@@ -36,8 +35,10 @@ def train(
     from jobs.commands.printing import print_outcome
 
     least, most = parse_workers(workers)
+    num_workers = least if least == most else (least, most)
     configure_ray()
     from cluster.recipe.loading import load_recipe
+    from cluster.runs.train import again
     from cluster.runs.train import train as run_training
     from cluster.training.run_directory import RunDirectory, new_run_name
     from jobs.commands.progress import Progress
@@ -50,7 +51,7 @@ def train(
         with Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
             outcome = run_training(
                 resolved,
-                num_workers=least if least == most else (least, most),
+                num_workers=num_workers,
                 use_gpu=gpu,
                 run=run,
                 address=address,
@@ -61,11 +62,8 @@ def train(
     except KeyboardInterrupt:
         message = "interrupted before the run began"
         if RunDirectory(run).exists():
-            path = shlex.quote(run)
-            line = f"manta train {path}/recipe.yaml --run {path} --resume"
-            again = {"--workers": workers if most else None, "--address": address}
-            line += "".join(f" {name} {shlex.quote(value)}" for name, value in again.items() if value is not None)
-            message = f"interrupted; to go on: {line}{' --gpu' * gpu}"
+            line = again(run, num_workers=num_workers, use_gpu=gpu, address=address)
+            message = f"interrupted; to go on: {line}"
         raise typer.Exit(complain(message, INTERRUPTED)) from None
     written = None
     if report:
