@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cluster.data.prepare import Converted, Mapper, Slot
+from cluster.errors import RunFailed
 from nn_models.errors import UserError
 
 
@@ -19,7 +20,7 @@ def ray_mapper(ray: Any) -> Mapper:
             results = converted.take_all()
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
-            while cause is not None and not isinstance(cause, UserError):
+            while cause is not None and not isinstance(cause, (UserError, RunFailed)):
                 cause = cause.__cause__ or getattr(cause, "cause", None)
             raise cause or error from None
         return [row["converted"] for row in sorted(results, key=lambda row: row["index"])]

@@ -20,7 +20,7 @@ from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColum
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.storage import Folder
+from cluster.storage import Folder, failure
 from nn_models.errors import UserError
 
 FORMAT = 1  # part of the cache's key: raise it when prepared data changes its meaning
@@ -72,6 +72,8 @@ def prepared(spec: DataSpec) -> DataSet:
         try:
             prepare(spec, Folder(unfinished))
             _publish(unfinished, folder)
+        except OSError as error:
+            raise failure(str(folder), "written", error) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return DataSet(Folder(folder))

@@ -108,6 +108,7 @@ class DataSet:
                 with self.folder.filesystem.open_input_file(self.folder.full(shard.file)) as file:
                     parts.append(pq.read_table(file, columns=[name])[name].to_numpy())
             except (OSError, pa.ArrowException, KeyError) as error:
+                self.folder.size(shard.file)  # where the storage itself has gone, this says so
                 raise self._damaged(shard, f"cannot be read ({error})") from None
         return np.concatenate(parts)
 
@@ -133,6 +134,7 @@ class DataSet:
                     parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=True)
                     table = parquet.read_row_group(index, use_threads=False)
             except (OSError, pa.ArrowException) as error:
+                self.folder.size(shard.file)  # where the storage itself has gone, this says so
                 raise self._damaged(shard, f"cannot be read ({error})") from None
             # page checksums do not cover the footer, which says how many rows there are
             if table.num_rows != shard.row_groups[index]:
