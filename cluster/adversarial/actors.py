@@ -40,7 +40,7 @@ from cluster.adversarial.players import (
     take_turn,
 )
 from cluster.errors import RunFailed, StorageFailed
-from cluster.group import join, lost_peer
+from cluster.group import join, listen_at, lost_peer
 from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession
@@ -95,6 +95,7 @@ class _Actor:
 
     def join(self, meeting: str) -> None:
         """Become one of the peers that meet there."""
+        listen_at(ray.util.get_node_ip_address())
         replicas = self.seat.replicas
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join(meeting, self.peer, world_size=2 * replicas, backend=backend, timeout_s=MEETING_TIMEOUT_S)

@@ -20,6 +20,7 @@ from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
@@ -28,7 +29,7 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.execution.controller import TrainController
 
 from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
-from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, lost_peer
+from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
 from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
@@ -46,6 +47,27 @@ DEATH_TIMEOUT_S = 10  # of workers whose controller has died
 KNOWN: dict[str, type[RunFailed]] = {
     kind.__name__: kind for kind in (Diverged, StorageFailed, RunFailed)
 }  # the message says all
+
+
+@dataclass
+class NodesConfig(TorchConfig):
+    """Ray's own process group of workers, which listens at its nodes' addresses: see `listen_at`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """See TorchConfig."""
+        return _NodesBackend
+
+
+class _NodesBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """See Backend."""
+        worker_group.execute(_listen_at_node)
+        super().on_start(worker_group, backend_config)
+
+
+def _listen_at_node() -> None:
+    listen_at(ray.util.get_node_ip_address())
 
 
 @dataclass
@@ -119,7 +141,7 @@ class _Attempt:
         self._notes = Notes(key)
         # Ray Train keeps an account of its controller there; the run's own state is in the run's directory.
         self._run, self._account = run, tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
-        group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
+        group: TorchConfig = NodesConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
         if session.embedded and not workers.use_gpu:
             group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
         self._trainer = _Trainer(
