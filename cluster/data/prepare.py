@@ -21,7 +21,7 @@ from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
-from cluster.storage import Folder
+from cluster.storage import Folder, failure
 from nn_models.columns import Label
 from nn_models.errors import Problem, UserError
 
@@ -76,6 +76,8 @@ def prepared(spec: DataSpec) -> DataSet:
         try:
             prepare(spec, Folder(unfinished))
             _publish(unfinished, folder)
+        except OSError as error:
+            raise failure(str(folder), "written", error) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return DataSet(Folder(folder))
