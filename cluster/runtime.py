@@ -5,12 +5,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import RayLost
+from cluster.lifeline import Lifeline
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ def configure_ray() -> None:
         os.environ.setdefault(name, value)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RaySession:
     """A connection to Ray: the module, and whether it is an embedded one of our own, on this machine alone."""
 
@@ -94,6 +96,37 @@ class RaySession:
     embedded: bool
     placed: bool = False  # in a trial, whose placement group has room for a GAN's halves after its first bundle
     stored: Mapping[str, Any] | None = None  # tables that are in the object store already
+    lifeline: Lifeline | None = None  # of the driver; other processes die with their raylet
+    start: Callable[[], Lifeline] | None = None  # starts an embedded Ray anew
+    starting: bool = False
+
+    def lost(self) -> str | None:
+        """Which process of Ray's has died without which nothing goes on, in words; None while all is well."""
+        return self.lifeline.broken() if self.lifeline else None
+
+    def refuse_lost(self) -> None:
+        """Raise RayLost where Ray has gone."""
+        if reason := self.lost():
+            raise RayLost(reason)
+
+    def revive(self) -> None:
+        """Start an embedded Ray anew where it has gone: all references into it are void then.
+
+        Raises RayLost where it cannot be started, or is not ours.
+        """
+        reason = self.lost()
+        if reason is None:
+            return
+        if self.start is None:
+            raise RayLost(reason)
+        logger.warning("%s; it is started anew", reason)
+        self.starting = True
+        try:
+            self.lifeline = self.start()
+        except Exception as error:  # whatever Ray raises where it does not come up
+            raise RayLost(f"{reason}, and could not be started anew ({_first_line(error)})") from None
+        finally:
+            self.starting = False
 
     def references(self, tables: Mapping[str, Any]) -> dict[str, Any]:
         """The tables in the object store, where they go once, whatever the number of workers and nodes."""
@@ -101,16 +134,17 @@ class RaySession:
             return dict(self.stored)
         return {split: self.ray.put(table) for split, table in tables.items()}
 
-    def remove_orphaned_groups(self) -> int:
+    def remove_orphaned_groups(self) -> set[bytes]:
         """Remove this job's placement groups that a process made which has died; Ray keeps them to the job's end.
 
-        Returns how many there still are of processes that live.
+        Returns the ids of living actors that have some.
         """
         from ray._private.state import state  # the public table does not say who made a group
         from ray.core.generated.gcs_pb2 import PlacementGroupTableData
         from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
-        job, nobody, left = self.ray.get_runtime_context().get_job_id(), self.ray.ActorID.nil().binary(), 0
+        job, nobody = self.ray.get_runtime_context().get_job_id(), self.ray.ActorID.nil().binary()
+        living: set[bytes] = set()
         for serialised in state._connect_and_get_accessor().get_placement_group_table():
             group = PlacementGroupTableData.FromString(serialised)
             ours = group.creator_job_id.hex() == job and group.creator_actor_id != nobody and not group.is_detached
@@ -119,8 +153,8 @@ class RaySession:
             if group.creator_actor_dead:
                 remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             else:
-                left += 1
-        return left
+                living.add(group.creator_actor_id)
+        return living
 
 
 @contextmanager
@@ -138,34 +172,48 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     import ray
 
     if ray.is_initialized():
-        yield RaySession(ray, embedded=False)
+        yield RaySession(ray, embedded=False, lifeline=Lifeline(ray, embedded=False))
         return
-    on_terminate = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    if address:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
-                raise UserError(
-                    "--address",
-                    f"{address}: this cluster wants a token that is not the one here",
-                    "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
-                ) from None
-            reason = str(error).strip().splitlines()[0]
-            raise UserError("--address", f"{address}: no Ray cluster answers there ({reason})") from None
-    else:
-        # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None  # a dead raylet's last log, on standard output
+
+    def start() -> Lifeline:
+        ray.shutdown()  # what is left of one that has died
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        if address:
+            _connect(ray, address, options)
+        else:
+            # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+        return Lifeline(ray, embedded=address is None)
+
     try:
-        yield RaySession(ray, embedded=address is None)
+        lifeline, embedded = start(), address is None
+        yield RaySession(ray, embedded=embedded, lifeline=lifeline, start=start if embedded else None)
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str, options: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
+            raise UserError(
+                "--address",
+                f"{address}: this cluster wants a token that is not the one here",
+                "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
+            ) from None
+        raise UserError("--address", f"{address}: no Ray cluster answers there ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _show_token() -> None:

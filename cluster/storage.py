@@ -1,20 +1,26 @@
 """Folder: one directory, local or at a URI (s3://, gs://, …), through pyarrow.fs; files appear whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 from pyarrow import ArrowInvalid, Buffer, NativeFile, fs
 
+from cluster.errors import StorageFailed
 from nn_models.errors import UserError
 
 Content = TypeVar("Content", bytes, Buffer)
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+GONE = {errno.ENOENT, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EHOSTDOWN}
 
 
 class Folder:
@@ -32,6 +38,13 @@ class Folder:
         except (ArrowInvalid, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~unknown-user
             raise UserError(self.uri, f"not a place that can be read or written ({error})") from None
         self.path = self.path.rstrip("/") or "/"
+        self._anchor: Path | None = None
+
+    def anchored(self) -> "Folder":
+        """The same directory, which is there, and which no writing makes anew where somebody deletes it."""
+        folder = Folder(self.uri)
+        folder._anchor = folder.local
+        return folder
 
     @property
     def local(self) -> Path | None:
@@ -40,9 +53,12 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         if "://" not in self.uri:
-            return Folder(f"{self.uri.rstrip('/')}/{name}")
-        place, question, options = self.uri.partition("?")  # s3://bucket/data?endpoint_override=…
-        return Folder(f"{place.rstrip('/')}/{quote(name)}{question}{options}")
+            inside = Folder(f"{self.uri.rstrip('/')}/{name}")
+        else:
+            place, question, options = self.uri.partition("?")  # s3://bucket/data?endpoint_override=…
+            inside = Folder(f"{place.rstrip('/')}/{quote(name)}{question}{options}")
+        inside._anchor = self._anchor
+        return inside
 
     def __str__(self) -> str:
         return self.uri
@@ -52,44 +68,75 @@ class Folder:
         return f"{self.path}/{name}"
 
     def create(self) -> Self:
-        """Make the directory, raising UserError where it cannot be written."""
+        """Make the directory. Raises UserError where it may not be written, StorageFailed where it cannot be."""
         try:
-            self.filesystem.create_dir(self.path, recursive=True)
+            if self.local:
+                self._make(self.local)
+            else:
+                self.filesystem.create_dir(self.path, recursive=True)
             if self.local and not os.access(self.local, os.W_OK):
                 raise PermissionError(f"no permission to write into {self.local}")
         except (OSError, ArrowInvalid) as error:
+            if not self._is_users(error):
+                raise failure(self.uri, "written", error) from None
             raise UserError(self.uri, f"cannot be written ({error})", "choose another directory") from None
         return self
 
+    def _make(self, directory: Path) -> None:
+        """Make a directory with those above it, but for the anchor: where that is gone it stays gone."""
+        if self._anchor is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            return
+        inside = directory.relative_to(self._anchor)
+        for part in [*reversed(inside.parents), inside][1:]:
+            (self._anchor / part).mkdir(exist_ok=True)
+
+    def _is_users(self, error: Exception) -> bool:
+        """Whether an error is not the storage's own failure: a wrong path, or a place that may not be used."""
+        if isinstance(error, (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, ArrowInvalid)):
+            return True
+        return self.local is not None and getattr(error, "errno", None) not in {*FULL, *GONE, errno.EIO}
+
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def _reached(self, name: str, done: str) -> Iterator[None]:
+        """Raise what fails in the block as UserError or StorageFailed: the file cannot be read, or written (`done`)."""
+        try:
+            yield
+        except OSError as error:
+            path = (self / name if name else self).uri
+            if not self._is_users(error):
+                raise failure(path, done, error) from None
+            raise UserError(path, f"cannot be {done} ({error})", "check the path and permissions") from None
+
+    @contextmanager
+    def claimed(self, *, patience_s: float = 0.0) -> Iterator[None]:
         """Keep other processes that ask for it out of this directory while the block runs, or this process lives.
 
-        Raises UserError where another has it. Object stores know no locks, nor do some shared disks.
+        Raises UserError where another has it, for so long. Object stores know no locks, nor do some shared disks.
         """
         if self.local is None:
             yield
             return
         handle = os.open(self.local, os.O_RDONLY)  # not inherited by what is started meanwhile
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(self.uri, "another process is at work here", "wait for it, or stop it first") from None
-            except OSError:  # no locks on this disk
-                pass
+            with suppress(OSError):  # no locks on this disk
+                if not _locked(handle, patience_s):
+                    raise UserError(self.uri, "another process is at work here", "wait for it, or stop it first")
             yield
         finally:
             os.close(handle)
 
     def size(self, name: str) -> int | None:
         """Bytes of the file; None where there is no such file."""
-        info = self.filesystem.get_file_info(self.full(name))
+        with self._reached(name, "read"):
+            info = self.filesystem.get_file_info(self.full(name))
         return info.size if info.type == fs.FileType.File else None
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or directory is there (the folder itself without a name)."""
-        return self.filesystem.get_file_info(self.full(name) if name else self.path).type != fs.FileType.NotFound
+        with self._reached(name, "read"):
+            info = self.filesystem.get_file_info(self.full(name) if name else self.path)
+        return bool(info.type != fs.FileType.NotFound)
 
     def names(self) -> list[str]:
         """Names of the files and directories directly inside, sorted; hidden ones left out.
@@ -97,7 +144,8 @@ class Folder:
         Raises UserError where it cannot be read.
         """
         found = self._list(fs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+        names = (path.rpartition("/")[2] for path, _ in found)
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self) -> list[tuple[str, fs.FileInfo]]:
         """(name, what it is) of all files and directories at any depth, sorted by name; hidden ones left out.
@@ -105,13 +153,22 @@ class Folder:
         Raises UserError where there is no such directory or it cannot be read.
         """
         found = self._list(fs.FileSelector(self.path, recursive=True))
-        named = sorted(((info.path[len(self.path) + 1 :], info) for info in found), key=lambda pair: pair[0])
+        below = len(self.path.rstrip("/")) + 1
+        named = sorted(((path[below:], info) for path, info in found), key=lambda pair: pair[0])
         return [(name, info) for name, info in named if not any(part.startswith(".") for part in name.split("/"))]
 
-    def _list(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+    def check_name(self, name: str) -> None:
+        """Raise UserError for a name whose bytes are not UTF-8: it can be listed, but nothing opens such a file."""
+        if name != legible(name):
+            raise UserError(f"{self.uri}/{legible(name)}", "a name that is not UTF-8", "rename it")
+
+    def _list(self, selector: fs.FileSelector) -> list[tuple[str, fs.FileInfo]]:
+        """(full path, what it is); see `legible` for paths that are not UTF-8."""
         try:
-            return self.filesystem.get_file_info(selector)
+            return [(_path(info), info) for info in self.filesystem.get_file_info(selector)]
         except OSError as error:
+            if not self.local and not self._is_users(error):
+                raise failure(self.uri, "read", error) from None
             raise UserError(self.uri, f"not a folder that can be read ({error})", "check the path") from None
 
     def read_bytes(self, name: str) -> bytes:
@@ -129,14 +186,18 @@ class Folder:
 
     def _read(self, name: str, read: Callable[[NativeFile], Content]) -> Content:
         try:
-            with self.filesystem.open_input_file(self.full(name)) as file:
+            with self._reached_or_missing(name), self.filesystem.open_input_file(self.full(name)) as file:
                 return read(file)
-        except (FileNotFoundError, NotADirectoryError):
+        except _Missing:
             raise FileNotFoundError(self.full(name)) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.uri}/{name}", f"cannot be read ({error})", "check the path and permissions"
-            ) from None
+
+    @contextmanager
+    def _reached_or_missing(self, name: str) -> Iterator[None]:
+        with self._reached(name, "read"):
+            try:
+                yield
+            except (FileNotFoundError, NotADirectoryError):
+                raise _Missing from None
 
     def read_text(self, name: str) -> str:
         """The file's content as UTF-8. Raises FileNotFoundError, and UserError where it cannot be read."""
@@ -153,13 +214,19 @@ class Folder:
             raise UserError(f"{self.uri}/{name}", f"not valid JSON ({error})", "restore it, or delete it") from None
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
-        """Write the file so that a reader, or a kill, never sees half of it."""
-        if not self.local:  # an object store shows an object only once it is complete
-            with self.filesystem.open_output_stream(self.full(name)) as stream:
-                stream.write(content)
-            return
-        target = self.local / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        """Write the file so that a reader, or a kill, never sees half of it.
+
+        Raises StorageFailed where that cannot be done, UserError where it may not be.
+        """
+        with self._reached(name, "written"):
+            if self.local:
+                self._write_local(self.local / name, content)
+            else:  # an object store shows an object only once it is complete
+                with self.filesystem.open_output_stream(self.full(name)) as stream:
+                    stream.write(content)
+
+    def _write_local(self, target: Path, content: bytes | memoryview) -> None:
+        self._make(target.parent)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             part.write_bytes(content)
@@ -178,8 +245,50 @@ class Folder:
     def delete(self, name: str = "") -> None:
         """Remove a file or a directory with all it holds; nothing happens where there is none."""
         path = self.full(name) if name else self.path
-        kind = self.filesystem.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            self.filesystem.delete_dir(path)
-        elif kind == fs.FileType.File:
-            self.filesystem.delete_file(path)
+        with self._reached(name, "deleted"):
+            kind = self.filesystem.get_file_info(path).type
+            if kind == fs.FileType.Directory:
+                self.filesystem.delete_dir(path)
+            elif kind == fs.FileType.File:
+                self.filesystem.delete_file(path)
+
+
+def _path(info: fs.FileInfo) -> str:
+    try:
+        return str(info.path)
+    except UnicodeDecodeError as error:  # as Python's own listings have them
+        return error.object.decode("utf-8", "surrogateescape")
+
+
+def legible(name: str) -> str:
+    """The name as it can be printed: bytes that are not UTF-8, listed as lone surrogates, become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class _Missing(Exception):
+    """There is no such file."""
+
+
+def failure(path: str, done: str, error: Exception) -> StorageFailed:
+    """What to raise where a file can no longer be read or written (`done`)."""
+    number = getattr(error, "errno", None)
+    fix = "check that it can be reached"
+    if number in FULL:
+        fix = "make room there"
+    elif number in GONE:
+        fix = "put back what was deleted or unmounted, or begin anew"
+    reason = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return StorageFailed(f"{path}: cannot be {done} ({reason[0] if reason else type(error).__name__}); {fix}")
+
+
+def _locked(handle: int, patience_s: float) -> bool:
+    """Lock an open file for this process; whether no other held it for so long. Raises OSError where there are none."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)

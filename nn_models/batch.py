@@ -104,6 +104,22 @@ class Forest:
             lengths=lengths,
         )
 
+    def stored(self) -> dict[str, Tensor]:
+        """The nodes of tree after tree, as stored: words (N,), children (N, arity) in their own tree, level (N,)."""
+        numbers = torch.arange(len(self.words), device=self.words.device)
+        starts = torch.tensor(self.levels, device=self.words.device)
+        level = torch.searchsorted(starts, numbers, right=True) - 1
+        ends = self.lengths.cumsum(0)
+        first = torch.repeat_interleave(ends - self.lengths, self.lengths, output_size=len(self.words))
+        # where a node's children stand among all nodes, tree after tree
+        children = torch.where(self.children < 0, -1, self.places[self.children.clamp(min=0)])
+        found = {
+            name: torch.empty_like(values).index_copy_(0, self.places, values).int()
+            for name, values in (("words", self.words), ("children", children), ("level", level))
+        }
+        found["children"] = torch.where(found["children"] < 0, -1, found["children"] - first.int()[:, None])
+        return found
+
     def to(self, device: torch.device) -> "Forest":
         """The same on a device."""
         names = ("words", "children", "places", "roots", "lengths")
@@ -112,6 +128,15 @@ class Forest:
 
 
 Value = Tensor | Ragged | Forest
+
+
+def fields_of(value: Value) -> tuple[dict[str, Tensor], Tensor | None]:
+    """A column's values by field, row after row, as it is stored; and its lengths (B,) where rows differ in length."""
+    if isinstance(value, Ragged):
+        return {"values": value.values}, value.lengths
+    if isinstance(value, Forest):
+        return value.stored(), value.lengths
+    return {"": value}, None
 
 
 class Place(NamedTuple):  # made at each step: as a frozen dataclass it would take four times as long

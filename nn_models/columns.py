@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from nn_models.errors import UserError
 from nn_models.spec import Spec, invalid
@@ -156,6 +156,9 @@ class Label(_Named):
     noun = "a label"
     predicted = True
     kind: Literal["label"] = "label"
+    counts: dict[str, tuple[NonNegativeInt, ...]] = Field(
+        {}, description="rows of each class in each split, where that is known"
+    )
 
     @property
     def row_shape(self) -> tuple[int, ...]:

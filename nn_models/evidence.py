@@ -1,14 +1,14 @@
 """Evidence: what there is to see of a test beside its figures, gathered over all its batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from nn_models.batch import Batch, Ragged, Value
+from nn_models.batch import Batch
+from nn_models.examples import Examples, Gather, gather_here
 
-NUM_EXAMPLES = 24  # right ones, and as many wrong ones
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
 
 
@@ -20,47 +20,17 @@ class Evidence(Protocol):
     def add(self, batch: Batch, outputs: Any) -> None:
         """Take in one batch and what the objective's `Measured.outputs` were; not of rows that stand in."""
 
-    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
-        """What is kept, on the CPU, by name. Called by all ranks; `across` sums a tensor on the device over them."""
+    def tensors(
+        self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here
+    ) -> dict[str, Tensor]:
+        """What is kept, on the CPU, by name. Called by all ranks.
 
-
-class Examples:
-    """The first rows of each sort, as columns of tensors."""
-
-    def __init__(self, sorts: int) -> None:
-        self._wanted = [NUM_EXAMPLES] * sorts
-        self._kept: list[dict[str, Tensor]] = []
-
-    @property
-    def full(self) -> bool:
-        """Whether no more are wanted."""
-        return not any(self._wanted)
-
-    def keep(self, sort: int, where: Tensor, columns: Mapping[str, Value]) -> None:
-        """Keep these rows of the columns, as far as any are wanted.
-
-        Rows of different lengths are kept as `NAME.values` and `NAME.lengths`; trees are left to evidence of their own.
+        `across` sums a tensor on the device over them; `gather` gives that of each, in their order.
         """
-        where = where[: self._wanted[sort]]
-        self._wanted[sort] -= len(where)
-        kept: dict[str, Tensor] = {}
-        for name, column in columns.items():
-            if isinstance(column, Tensor):
-                kept[name] = column[where.to(column.device)].cpu()
-            elif isinstance(column, Ragged):
-                rows = column.take(where)
-                kept |= {f"{name}.values": rows.values.cpu(), f"{name}.lengths": rows.lengths.cpu()}
-        if len(where):
-            self._kept.append(kept)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them, a tensor a column."""
-        names = self._kept[0] if self._kept else ()
-        return {f"example_{name}": torch.cat([kept[name] for kept in self._kept]).contiguous() for name in names}
 
 
 class ClassEvidence:
-    """The confusion matrix over all ranks, and examples of right and wrong predictions from this one."""
+    """The confusion matrix, the first right predictions and the most confident wrong ones, of all rows of all ranks."""
 
     section = "classes"
 
@@ -75,26 +45,27 @@ class ClassEvidence:
         if size <= MAX_CONFUSION_CLASSES:
             counted = confusion(outputs, targets, size)
             self._confusion = counted if self._confusion is None else self._confusion + counted
-        if not self._examples.full:
-            predictions, confidences = confidence(outputs)
-            columns = {"inputs": batch.stored["input"], "targets": targets, "predictions": predictions}
-            right = predictions == targets
-            for sort, chosen in enumerate((right, ~right)):
-                where = chosen.nonzero()[:, 0].cpu()
-                self._examples.keep(sort, where, {**columns, "confidences": confidences.float()})
+        predictions, confidences = confidence(outputs)
+        columns = {"inputs": batch.stored["input"], "targets": targets, "predictions": predictions}
+        columns["confidences"] = confidences.float()
+        right, ids = predictions == targets, batch.place.ids
+        self._examples.keep(0, ids, torch.where(right, 0.0, -torch.inf), columns)
+        self._examples.keep(1, ids, torch.where(right, -torch.inf, confidences), columns)
 
-    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+    def tensors(
+        self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here
+    ) -> dict[str, Tensor]:
         """See Evidence."""
         if self._num_classes > MAX_CONFUSION_CLASSES:
-            return self._examples.tensors()
+            return self._examples.tensors(gather, device)
         counted = self._confusion
         if counted is None:  # a rank of more than there are rows
             counted = torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64, device=device)
-        return {"confusion": across(counted).cpu(), **self._examples.tensors()}
+        return {"confusion": across(counted).cpu(), **self._examples.tensors(gather, device)}
 
 
 class NumberEvidence:
-    """Examples of predicted numbers beside the true ones, from this rank."""
+    """Examples of predicted numbers beside the true ones: the first rows."""
 
     section = "numbers"
 
@@ -104,11 +75,13 @@ class NumberEvidence:
     def add(self, batch: Batch, outputs: Tensor) -> None:
         """See Evidence: outputs (B, K)."""
         columns = {"inputs": batch.stored["input"], "targets": batch["target"], "predictions": outputs}
-        self._examples.keep(0, torch.arange(len(outputs)), columns)
+        self._examples.keep(0, batch.place.ids, torch.zeros(len(outputs), device=outputs.device), columns)
 
-    def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
+    def tensors(
+        self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here
+    ) -> dict[str, Tensor]:
         """See Evidence."""
-        return self._examples.tensors()
+        return self._examples.tensors(gather, device)
 
 
 def confusion(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:

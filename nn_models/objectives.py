@@ -8,7 +8,7 @@ Shapes: B rows of the batch, C classes, K predicted numbers, M metrics, R models
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -17,9 +17,20 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from nn_models.batch import Batch
+from nn_models.class_weights import ClassWeights, weights_of
 from nn_models.columns import Label, Numbers, Scale
 from nn_models.errors import UserError
 from nn_models.evidence import ClassEvidence, Evidence, NumberEvidence
+from nn_models.figures import (
+    CLASS_FIGURES,
+    MAX_SCORES,
+    NUMBER_FIGURES,
+    TOP,
+    TOP_FROM_CLASSES,
+    ClassFigures,
+    Figures,
+    NumberFigures,
+)
 from nn_models.metrics import LOSS, Metric, Reported
 from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
 from nn_models.signature import Signature
@@ -56,6 +67,7 @@ class Objective(ABC):
     """
 
     metrics: tuple[Metric, ...] = ()
+    whole: ClassVar[tuple[Metric, ...]] = ()  # of whole splits, which `figures` can measure
     best: str = "loss"
 
     @abstractmethod
@@ -94,6 +106,10 @@ class Objective(ABC):
         """What these outputs say of each row: the numbers of classes, or the outputs themselves."""
         return outputs
 
+    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
+        """Metrics of a whole split: those that were asked for; of a test of so many rows all that there are."""
+        return None
+
     def evidence(self, signature: Signature) -> Evidence | None:
         """What there is to see of a test beside its figures; None for nothing."""
         return None
@@ -110,22 +126,31 @@ class Classification(Objective):
 
         p = softmax(outputs)        loss = -sum_c q_c log p_c        q_c = (1 - s) [c = y] + s / C
 
-    with label smoothing s (Szegedy et al. 2016, section 7). The metric `accuracy` counts rows whose largest
-    output is the true class.
+    with label smoothing s (Szegedy et al. 2016, section 7). With class weights w, which are 1 on average over the
+    training rows, a row's loss counts w_y times. The metric `accuracy` counts rows whose largest output is the true
+    class, whatever they weigh.
     """
 
     metrics = (Metric("accuracy", "more"),)
+    whole = CLASS_FIGURES
     best = "accuracy"
 
-    def __init__(self, *, label_smoothing: float) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(
+        self, *, label_smoothing: float, weights: Tensor | None = None, gathered: tuple[str, ...] = ()
+    ) -> None:
+        """`weights` (C,) as `weights_of` gives them; `gathered` are metrics of the whole split in validation too."""
+        self.label_smoothing, self.gathered = label_smoothing, gathered
+        self._weights = weights
 
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Outputs (B, C) against targets (B,), int64."""
         outputs, targets = model(batch["input"]), batch["target"]
-        loss = F.cross_entropy(
-            at_least_float32(outputs), targets, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        scores, smoothing = at_least_float32(outputs), self.label_smoothing
+        if self._weights is None:
+            loss = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=smoothing)
+        else:  # torch's own weights are something else where labels are smoothed
+            each_row = F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+            loss = (each_row * self._weights_of(targets)).sum()
         outputs = outputs.detach()
         right = (outputs.argmax(1) == targets).sum(0, keepdim=True, dtype=torch.float64)
         return Measured(loss, right, outputs=outputs)
@@ -140,6 +165,8 @@ class Classification(Objective):
         scores = outputs.transpose(1, 2)  # (R, classes, B), which torch goes through much faster than classes last
         labels = targets.expand(len(outputs), -1) if shared else targets.t()
         rows = [F.cross_entropy(scores, labels, reduction="none", label_smoothing=end) for end in ends]
+        if self._weights is not None:
+            rows = [row * self._weights_of(labels) for row in rows]
         losses = rows[0].sum(1)
         if smoothings is not None:  # torch's label_smoothing is no tensor, but the loss is linear in it
             losses = torch.lerp(losses, rows[1].sum(1), smoothings)
@@ -149,6 +176,20 @@ class Classification(Objective):
     def predicted(self, outputs: Tensor) -> Tensor:
         """See Objective: (B,) of outputs (B, C)."""
         return outputs.argmax(1)
+
+    def _weights_of(self, targets: Tensor) -> Tensor:
+        assert self._weights is not None
+        self._weights = self._weights.to(targets.device)  # once
+        return self._weights[targets]
+
+    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
+        """See Objective. A test does without those that say little or take much memory, unless they are asked for."""
+        names, num_classes = set(self.gathered), signature.num_outputs
+        if num_rows is not None:
+            names |= {"balanced_accuracy", "macro_f1"}
+            names |= {"top5_accuracy"} if num_classes >= TOP_FROM_CLASSES else set()
+            names |= {"auroc"} if num_rows * num_classes <= MAX_SCORES else set()
+        return ClassFigures(num_classes, names) if names else None
 
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
@@ -162,9 +203,11 @@ class Regression(Objective):
     """
 
     metrics = (Metric("mse", "less"), Metric("mae", "less"))
+    whole = NUMBER_FIGURES
 
-    def __init__(self, num_outputs: int) -> None:
-        self.num_outputs = num_outputs
+    def __init__(self, num_outputs: int, *, gathered: tuple[str, ...] = ()) -> None:
+        """`gathered` are metrics of the whole split in validation too."""
+        self.num_outputs, self.gathered = num_outputs, gathered
 
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Outputs (B, K) against targets (B, K), or (B,) where K is 1."""
@@ -174,6 +217,10 @@ class Regression(Objective):
         loss = F.mse_loss(predictions, targets, reduction="sum") / self.num_outputs
         absolute = F.l1_loss(predictions.detach(), targets, reduction="sum") / self.num_outputs
         return Measured(loss, torch.stack((loss.detach(), absolute)).double(), outputs=outputs.detach())
+
+    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
+        """See Objective."""
+        return NumberFigures() if self.gathered or num_rows is not None else None
 
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
@@ -202,6 +249,11 @@ class ObjectiveSpec(Spec):
     # sums nothing over ranks.
     fuses: ClassVar[bool] = False
     kind: str
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """The metrics of a whole split that each validation measures as well."""
+        return ()
 
     def check(self, model: ModelSpec) -> None:
         """Raise UserError where it does not train such a model."""
@@ -285,7 +337,7 @@ class SupervisedSpec(ObjectiveSpec):
     @classmethod
     def known_metrics(cls) -> tuple[Metric, ...]:
         """See ObjectiveSpec."""
-        return (LOSS, *cls.objective.metrics)
+        return (LOSS, *cls.objective.metrics, *cls.objective.whole)
 
     def outputs(self, signature: Signature) -> tuple[int, ...] | None:
         """The shape of what a model must give for a row; None where the objective itself finds out."""
@@ -309,11 +361,13 @@ class SupervisedSpec(ObjectiveSpec):
 
     def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
         """See ObjectiveSpec."""
-        return Reported(self.known_metrics(), self.known_metrics(), self.objective.best)
+        train = (LOSS, *self.objective.metrics)
+        gathered = tuple(metric for metric in self.objective.whole if metric.name in self.gathered)
+        return Reported(train, (*train, *gathered), self.objective.best)
 
 
 class ClassificationSpec(SupervisedSpec):
-    """Predict one of several classes: cross entropy and accuracy."""
+    """Predict one of several classes: cross entropy and accuracy, with weights for the classes where they are rare."""
 
     reads = reading(target=Label)
     takes = frozenset({"row"})
@@ -321,6 +375,19 @@ class ClassificationSpec(SupervisedSpec):
     fuses = True
     kind: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
+    class_weights: ClassWeights | None = Field(
+        None,
+        description="how often a row of a class counts in the loss, 1 on average: balanced (each class as much), or "
+        "class: weight, relative to 1 for the others",
+    )
+    metrics: tuple[Literal["balanced_accuracy", "macro_f1", "auroc", "top5_accuracy"], ...] = Field(
+        (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
+    )
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """See ObjectiveSpec."""
+        return self.metrics
 
     def outputs(self, signature: Signature) -> tuple[int, ...]:
         """See SupervisedSpec."""
@@ -332,9 +399,13 @@ class ClassificationSpec(SupervisedSpec):
             raise UserError(
                 "objective.kind",
                 f"classification needs at least 2 classes, but the data has {signature.num_outputs}",
-                "choose another data set, or set objective.kind to regression",
+                "choose another data set",
             )
-        return Classification(label_smoothing=self.label_smoothing)
+        label = signature["target"]
+        weights = None if self.class_weights is None else weights_of(self.class_weights, cast(Label, label))
+        if "top5_accuracy" in self.metrics and label.num_outputs <= TOP:
+            raise UserError("objective.metrics", f"top5_accuracy of {label.num_outputs} classes is always 1", "drop it")
+        return Classification(label_smoothing=self.label_smoothing, weights=weights, gathered=self.metrics)
 
 
 class RegressionSpec(SupervisedSpec):
@@ -345,6 +416,14 @@ class RegressionSpec(SupervisedSpec):
     objective = Regression
     fuses = True
     kind: Literal["regression"] = "regression"
+    metrics: tuple[Literal["r2"], ...] = Field(
+        (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
+    )
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """See ObjectiveSpec."""
+        return self.metrics
 
     def outputs(self, signature: Signature) -> tuple[int, ...]:
         """See SupervisedSpec."""
@@ -352,4 +431,4 @@ class RegressionSpec(SupervisedSpec):
 
     def build(self, signature: Signature) -> Regression:
         """The objective."""
-        return Regression(signature.num_outputs)
+        return Regression(signature.num_outputs, gathered=self.metrics)

@@ -39,8 +39,9 @@ from cluster.adversarial.players import (
     learn,
     take_turn,
 )
-from cluster.errors import RunFailed
-from cluster.group import join, lost_peer
+from cluster.errors import RunFailed, StorageFailed
+from cluster.group import join, listen_at, lost_peer
+from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession
 from cluster.training.checkpoints import to_cpu
@@ -94,6 +95,7 @@ class _Actor:
 
     def join(self, meeting: str) -> None:
         """Become one of the peers that meet there."""
+        listen_at(ray.util.get_node_ip_address())
         replicas = self.seat.replicas
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         join(meeting, self.peer, world_size=2 * replicas, backend=backend, timeout_s=MEETING_TIMEOUT_S)
@@ -248,18 +250,19 @@ class ActorPlayers:
         self,
         recipe: Recipe,
         splits: Splits,
-        tables: dict[str, Any],
         *,
         pairs: int,
         bundle: dict[str, float],
         session: RaySession,
     ) -> None:
-        """`tables` are the splits' tables as references; raises PlayersLost where a half dies while it starts."""
+        """Start an embedded Ray anew first, where it has gone. Raises PlayersLost where a half dies while it starts."""
+        session.revive()
+        self._session = session
         self._notes: Path | None = None
         self._actors: list[Any] = []
         self._group: PlacementGroup | None = None
         try:
-            self._start(recipe, splits, tables, pairs, bundle, session)
+            self._start(recipe, splits, pairs, bundle)
         except BaseException:
             self.close()
             raise
@@ -268,17 +271,16 @@ class ActorPlayers:
         self,
         recipe: Recipe,
         splits: Splits,
-        tables: dict[str, Any],
         pairs: int,
         bundle: dict[str, float],
-        session: RaySession,
     ) -> None:
+        session = self._session
+        tables = session.references(splits.tables)
         first = 1 if session.placed else 0  # a trial's first bundle is its own
         group = get_current_placement_group() if session.placed else None
         if group is None:
             group = self._group = placement_group([bundle] * (2 * pairs), strategy="PACK")
-            while not group.wait(PLACEMENT_NOTICE_S):
-                logger.warning("waiting for room for %d actors of %s each", 2 * pairs, bundle)
+            self._await_room(group, f"{2 * pairs} actors of {bundle} each")
         common = (recipe.model_dump(mode="json"), replace(splits, tables={}), tables)
         cpus = int(bundle["CPU"])
         for index in range(2 * pairs):
@@ -302,6 +304,14 @@ class ActorPlayers:
         else:
             meeting = self._all([self._actors[0].meeting_point.remote()])[0]
         self._all([actor.join.remote(meeting) for actor in self._actors])
+
+    def _await_room(self, group: PlacementGroup, what: str) -> None:
+        notice = time.monotonic() + PLACEMENT_NOTICE_S
+        while not group.wait(POLL_S):
+            self._refuse_lost()
+            if time.monotonic() >= notice:
+                logger.warning("waiting for room for %s", what)
+                notice += PLACEMENT_NOTICE_S
 
     def play(self, first_step: int, num_steps: int, rate: float) -> Played:
         """See Players."""
@@ -332,12 +342,13 @@ class ActorPlayers:
 
     def close(self) -> None:
         """See Players."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        actors, group = self._actors, self._group
+        self._actors, self._group = [], None
+        if self._session.lost() is None:  # else they have gone with it, and nobody answers
+            for actor in actors:
+                ray.kill(actor)
+            if group is not None:
+                remove_placement_group(group)
         if self._notes is not None:
             shutil.rmtree(self._notes, ignore_errors=True)
 
@@ -345,7 +356,8 @@ class ActorPlayers:
         """What the calls return. Raises what went wrong in them as soon as one fails, after all actors are ended."""
         left = list(calls)
         while left:
-            done, left = ray.wait(left)
+            self._refuse_lost()
+            done, left = ray.wait(left, timeout=POLL_S, fetch_local=False)
             try:
                 ray.get(done)
             except ray.exceptions.RayError as error:
@@ -353,6 +365,11 @@ class ActorPlayers:
                 self.close()
                 raise _worst(errors) from None
         return list(ray.get(list(calls)))
+
+    def _refuse_lost(self) -> None:
+        if reason := self._session.lost():
+            self.close()
+            raise PlayersLost(reason)
 
     @staticmethod
     def _errors(calls: Sequence[Any]) -> list[Exception]:
@@ -375,6 +392,8 @@ def _worst(errors: Sequence[Exception]) -> Exception:
     for cause in causes:
         if isinstance(cause, UserError):
             return UserError.of(cause.problems)
+        if isinstance(cause, StorageFailed):
+            return StorageFailed(*cause.args)
     dead = [
         error
         for error in errors

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cluster.data.prepare import Converted, Mapper, Slot
+from cluster.errors import RunFailed
 from nn_models.errors import UserError
 
 
@@ -14,7 +15,14 @@ def ray_mapper(ray: Any) -> Mapper:
         rows = [{"index": index, "slot": slot} for index, slot in enumerate(slots)]
         # one block a part: a part is as much as one process should hold
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        results = sorted(dataset.map(_Convert(function)).take_all(), key=lambda row: row["index"])
+        converted = dataset.map(_Convert(function))
+        try:
+            results = sorted(converted.take_all(), key=lambda row: row["index"])
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            while cause is not None and not isinstance(cause, (UserError, RunFailed)):
+                cause = cause.__cause__ or getattr(cause, "cause", None)
+            raise cause or error from None
         for row in results:
             if isinstance(row["converted"], UserError):
                 raise row["converted"]

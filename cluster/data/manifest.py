@@ -136,6 +136,17 @@ class Manifest(Spec):
         target = self.columns.get("target")
         return getattr(target.column, "names", ()) if target else ()
 
+    def absent_classes(self) -> dict[str, list[str]]:
+        """Split -> the classes of which it has no row, where their numbers are known."""
+        target = self.columns.get("target")
+        counts = getattr(target.column, "counts", {}) if target else {}
+        names = self.class_names
+        absent = {
+            split: [names[index] if names else str(index) for index, count in enumerate(found) if not count]
+            for split, found in counts.items()
+        }
+        return {split: missing for split, missing in absent.items() if missing}
+
 
 def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a prepared data set. Raises UserError where there is none or it is damaged."""

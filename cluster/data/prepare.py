@@ -19,11 +19,13 @@ from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColumn
 from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
-from cluster.data.sources.base import DataSpec, Part, Source, SplitSpec
-from cluster.storage import Folder
-from nn_models.errors import UserError
+from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
+from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
+from cluster.storage import Folder, failure
+from nn_models.columns import Label
+from nn_models.errors import Problem, UserError
 
-FORMAT = 1  # part of the cache's key: raise it when prepared data changes its meaning
+FORMAT = 2  # part of the cache's key: raise it when prepared data changes its meaning
 BLOCK_NUMBERS = 1 << 20  # that are in memory as float64 at once
 
 
@@ -53,6 +55,8 @@ class Converted:
     shards: dict[str, Shard]
     moments: Mapping[str, Moments]  # of the columns that have mean and std
     elements: Mapping[str, int]  # of those whose rows differ in length
+    classes: Mapping[str, Mapping[str, NDArray[np.int64]]]  # of the labels: rows of each class in each split
+    problems: tuple[Problem, ...] = ()  # of rows that cannot be used: then there is nothing else
 
 
 # Applies a function to every slot, in any order of work, keeping the order of results.
@@ -72,6 +76,8 @@ def prepared(spec: DataSpec) -> DataSet:
         try:
             prepare(spec, Folder(unfinished))
             _publish(unfinished, folder)
+        except OSError as error:
+            raise failure(str(folder), "written", error) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return DataSet(Folder(folder))
@@ -106,6 +112,8 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
     slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
+    if problems := [problem for part in converted for problem in part.problems]:
+        raise bad_rows(problems)
     manifest = Manifest(
         version=2,
         source=spec.kind,
@@ -129,20 +137,7 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
         num_rows = sum(part.rows for part in parts)
         splits = np.full(num_rows, SPLITS.index(pool), np.uint8)
         if pool == "train":
-            shuffled = np.random.default_rng([spec.split_seed]).permutation(num_rows)
-            num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
-            num_validation = round(num_rows * spec.validation_fraction)
-            if spec.order == "streams":  # what is held out is the end of the text
-                shuffled = np.arange(num_rows)[::-1]
-            splits[shuffled[:num_test]] = SPLITS.index("test")
-            splits[shuffled[num_test : num_test + num_validation]] = SPLITS.index("validation")
-            if num_test + num_validation >= num_rows:
-                raise UserError(
-                    "data",
-                    f"of {num_rows} rows none is left to train on, with {num_validation} for validation and "
-                    f"{num_test} for test",
-                    "lower validation_fraction or test_fraction, or add rows",
-                )
+            splits = _splits(source, parts, spec)
         ids = np.empty(num_rows, np.int64)
         for split in range(len(SPLITS)):
             chosen = splits == split
@@ -156,9 +151,60 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
     return slots
 
 
+def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[np.uint8]:
+    """The split of each row of the parts that have to be split."""
+    num_rows = sum(part.rows for part in parts)
+    num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
+    num_validation = 0 if "validation" in source.pools else round(num_rows * spec.validation_fraction)
+    if num_test + num_validation >= num_rows:
+        raise UserError(
+            "data",
+            f"of {num_rows} rows none is left to train on, with {num_validation} for validation and {num_test} for "
+            "test",
+            "lower validation_fraction or test_fraction, or add rows",
+        )
+    if spec.order == "streams":  # what is held out is the end of the text
+        splits = np.full(num_rows, TRAIN)
+        splits[num_rows - num_test - num_validation :] = VALIDATION
+        splits[num_rows - num_test :] = TEST
+        return splits
+    traits = Traits.joined([source.traits(part) for part in parts])
+    if not spec.stratify:
+        traits = traits._replace(labels=None)
+    splits = drawn(num_rows, traits, seed=spec.split_seed, num_test=num_test, num_validation=num_validation)
+    if traits.groups is not None:
+        _check_groups(traits.groups, splits, {"test": num_test, "validation": num_validation})
+        for pool in ("validation", "test"):
+            apart = [source.traits(part).groups for part in source.pools.get(pool, ())]
+            if both := set(traits.groups) & {name for part in apart if part is not None for name in part}:
+                raise UserError(
+                    "data.group",
+                    f"{len(both)} groups have rows in the {pool} split's own files and in the others, such as "
+                    f"{min(both)!r}",
+                    "take their rows out of one of them",
+                )
+    return splits
+
+
+def _check_groups(groups: Array, splits: NDArray[np.uint8], wanted: Mapping[str, int]) -> None:
+    """Refuse a split that got no group at all."""
+    for split, num_rows in {**wanted, "train": 1}.items():
+        if num_rows and not (splits == SPLITS.index(split)).any():
+            fractions = {"test": "test_fraction", "validation": "validation_fraction"}
+            raise UserError(
+                "data.group",
+                f"{len(set(groups))} groups, of which none fits into the {split} split",
+                f"choose a column of more groups, or change {fractions.get(split, ' or '.join(fractions.values()))}",
+            )
+
+
 def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     """Load one part and write a shard for each split that it has rows of."""
-    loaded, columns = source.load(slot.part), source.columns
+    columns = source.columns
+    try:
+        loaded = source.load(slot.part)
+    except BadRows as error:
+        return Converted({}, {}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
     parts = {split: rows.at(slot.splits == index) for index, split in enumerate(SPLITS)}
     shards = {
@@ -171,7 +217,17 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
         shards,
         moments={name: _moments(_numbers(train[name])) for name, stored in columns.items() if stored.measured},
         elements={name: int(layout.lengths.sum()) for name, layout in train.items() if layout.lengths is not None},
+        classes={
+            name: {split: _counts(part.columns[name], stored.column.size) for split, part in parts.items()}
+            for name, stored in columns.items()
+            if isinstance(stored.column, Label)
+        },
     )
+
+
+def _counts(labels: Layout, num_classes: int) -> NDArray[np.int64]:
+    """Rows of each class."""
+    return np.bincount(_numbers(labels), minlength=num_classes)
 
 
 def _numbers(layout: Layout) -> Array:
@@ -206,6 +262,10 @@ def _with_statistics(name: str, stored: StoredColumn, converted: Sequence[Conver
     if stored.column.layout == "ragged":
         num_rows = sum(part.shards["train"].rows for part in converted if "train" in part.shards)
         found["elements"] = sum(part.elements[name] for part in converted) / num_rows
+    if isinstance(stored.column, Label):
+        counts = {split: np.sum([part.classes[name][split] for part in converted], axis=0) for split in SPLITS}
+        counts = {split: tuple(number.tolist()) for split, number in counts.items() if number.any()}
+        found["column"] = stored.column.model_copy(update={"counts": counts})
     return stored.model_copy(update=found)
 
 

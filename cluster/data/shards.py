@@ -127,6 +127,7 @@ class DataSet:
                     self._compare_types(shard, file)
                     parts.append(file.read([name])[name].to_numpy())
             except (OSError, UnreadableError) as error:
+                self.folder.size(shard.file)  # where the storage itself has gone, this says so
                 raise self._damaged(shard, f"cannot be read ({error})") from None
         return np.concatenate(parts)
 
@@ -152,6 +153,7 @@ class DataSet:
                     file = ParquetFile(source, page_checksum_verification=True, pre_buffer=True)
                     table = self._read(shard, file, index, use_threads=False)
             except (OSError, UnreadableError) as error:
+                self.folder.size(shard.file)  # where the storage itself has gone, this says so
                 raise self._damaged(shard, f"cannot be read ({error})") from None
             # page checksums do not cover the footer, which says how many rows there are
             if table.num_rows != shard.row_groups[index]:

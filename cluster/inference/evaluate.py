@@ -71,12 +71,14 @@ def evaluate_run(
     splits = Splits(ours, other.folder.uri, {split: other.table(split)})  # scaled as in training
     rows = splits.evaluation(split, recipe, rank=0, world_size=1, device=device)
     assert rows is not None  # there is one
+    objective = cast(Objective, recipe.objective.build(ours.signature))
     metrics = evaluate(
         model.to(device),
         rows,
-        cast(Objective, recipe.objective.build(ours.signature)),
+        objective,
         context=LocalContext(run=folder, splits=splits, device=device),
         precision=recipe.train.precision,
+        figures=objective.figures(ours.signature, num_rows=rows.order.num_rows),
     )
     return {
         "metrics": jsonable(prefixed(split, metrics)),

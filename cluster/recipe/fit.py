@@ -1,5 +1,7 @@
 """Fit: whether model, objective, data and the other sections of a recipe go together."""
 
+import logging
+
 import torch
 
 from cluster.data.augment import check_augment
@@ -8,15 +10,18 @@ from cluster.data.scaling import Scaling
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sweep import CHANGEABLE
 from nn_models.errors import UserError
+from nn_models.signature import Signature
+from nn_models.zoo import OBJECTIVES
+
+logger = logging.getLogger(__name__)
 
 
 def check(recipe: Recipe, manifest: Manifest) -> None:
     """Raise UserError where the recipe cannot be trained on such data, naming the path and the fix."""
     signature = manifest.signature
     recipe.objective.check(recipe.model)
-    recipe.objective.check_data(signature, source=recipe.data.kind)
+    _check_target(recipe, signature)
     _check_halves(recipe)
-    recipe.objective.build(signature)  # refuses a number of outputs that makes no sense
     _check_changes(recipe)
     if not manifest.rows("train"):
         raise UserError("data", f"{recipe.data.kind} has no training rows", "add some")
@@ -27,6 +32,44 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
     Scaling(read, recipe.scale, torch.device("cpu"))  # refuses a scale that a column cannot be had at
     check_augment(recipe.data.augment, manifest, recipe.columns, source=recipe.data.kind)
     recipe.model.check(signature)
+
+
+def warn_about_classes(manifest: Manifest, recipe: Recipe | None = None) -> None:
+    """Say which classes a split has no row of: what is measured there says nothing of them.
+
+    Not where a recipe reads no classes.
+    """
+    if recipe is not None and "target" not in recipe.columns:
+        return
+    for split, missing in manifest.absent_classes().items():
+        few = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
+        of = "no training row is" if split == "train" else f"no row of the {split} split is"
+        logger.warning("data: %s of the class%s %s", of, "es" * (len(missing) > 1), few)
+
+
+def _check_target(recipe: Recipe, signature: Signature) -> None:
+    """The objective predicts what there is; where it does not, the fix is one that is not refused in turn."""
+    objective = recipe.objective
+    try:
+        objective.check_data(signature, source=recipe.data.kind)
+        objective.build(signature)  # refuses a number of outputs that makes no sense
+    except UserError as error:
+        if error.path != "objective.kind" or "target" not in objective.reads:
+            raise
+        found = recipe.data.target_fix(objective.reads["target"]) or _other_objective(recipe, signature)
+        if found is None:
+            raise
+        field, fix = found
+        raise UserError(error.path, error.message, fix, names=(field,)) from None
+
+
+def _other_objective(recipe: Recipe, signature: Signature) -> tuple[str, str] | None:
+    """(field, fix): the objective that predicts such a target from what the model gives."""
+    for kind, other in OBJECTIVES.items():
+        fits = isinstance(signature.columns.get("target"), other.reads.get("target", ()))
+        if fits and recipe.model.gives in other.takes and kind != recipe.objective.kind:
+            return "objective.kind", f"set objective.kind to {kind}"
+    return None
 
 
 def _check_halves(recipe: Recipe) -> None:

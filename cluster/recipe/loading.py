@@ -16,6 +16,8 @@ from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
 from nn_models.spec import override, validate
 
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"  # of a run's directory
+
 
 def parse_data(text: str, changes: Mapping[str, Any] | None = None, *, name: str = "--data") -> DataSpec:
     """A data section from the command line: a source's name, a prepared folder, or YAML like {kind: parquet, …}."""
@@ -73,6 +75,14 @@ def dump_recipe(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lifted(content: Any) -> Any:
+    """A recipe that manta has written: it has every field, or an earlier version has, where there was no such thing."""
+    data = content.get("data") if isinstance(content, Mapping) else None
+    if isinstance(data, Mapping) and "split_seed" in data:
+        return {**content, "data": {"stratify": False, **data}}
+    return content
+
+
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6)
@@ -94,6 +104,8 @@ def _from_file(source: str) -> Recipe:
             raise UserError(source, "no such recipe or file", did_you_mean(source, built_in))
         text = built_in[source]
     data = parse_yaml(text, name=source)
+    if path.name == RECIPE and (path.parent / ENVIRONMENT).is_file():  # a run's
+        data = lifted(data)
     if not isinstance(data, Mapping):
         raise UserError(source, f"a recipe is a mapping with the sections model and data, not {data!r}")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")

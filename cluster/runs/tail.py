@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any, Self
 
+from cluster.errors import Lost
 from cluster.training.run_directory import RunDirectory, read_metrics
+from nn_models.errors import UserError
 
 Listener = Callable[[Mapping[str, Any]], None]  # called with each line of metrics
 
@@ -33,7 +35,10 @@ class Tail:
             self._read()
 
     def _read(self) -> None:
-        lines = read_metrics(self._directory)
+        try:
+            lines = read_metrics(self._directory)
+        except (Lost, UserError):  # whoever writes there says so, and better
+            return
         # a restart drops the lines that came after its checkpoint, and writes them anew
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._seen, lines, strict=False)))
         for line in lines[same:]:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
-from cluster.errors import RunFailed
-from cluster.recipe.fit import check
+from cluster.errors import Lost, RunFailed
+from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_other_data, refuse_other_recipe, refuse_what_cannot_start, workers_of
+from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runs.tail import Listener, Tail
 from cluster.runtime import (
     RaySession,
@@ -89,6 +90,8 @@ def train(
     finished: Outcome | None = None
     with ExitStack() as stack:
         directory = RunDirectory(stack.enter_context(new_place("runs", recipe)) if run is None else run)
+        line = again(str(directory), num_workers=num_workers, use_gpu=use_gpu, address=address)
+        told = stack.enter_context(telling_how(line))
         if resume and directory.exists():
             stack.enter_context(directory.folder.claimed())
             began_with = refuse_other_recipe(recipe, directory)
@@ -110,6 +113,7 @@ def train(
         if finished:
             return finished
         check(recipe, data.manifest)
+        warn_about_classes(data.manifest, recipe)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
 
@@ -133,10 +137,23 @@ def train(
         else:
             directory.begin(recipe, facts)
             stack.enter_context(directory.folder.claimed())
+        told.begun = True
+
+        def say(reason: str) -> str:
+            write_end({"status": "failed", "error": reason}, directory, num_workers=num_workers, began=began)
+            return f"{reason}; to go on: {line}"
+
+        stack.enter_context(last_word(session, say))
         result = run_here(
             recipe, data, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
         )
     return Outcome(result["status"], result["metrics"], str(directory), result)
+
+
+def again(run: str, *, num_workers: int | tuple[int, int], use_gpu: bool, address: str | None) -> str:
+    """The line that goes on with a run."""
+    workers = num_workers if isinstance(num_workers, int) else "{}-{}".format(*num_workers)
+    return command("train", run, {"--workers": workers or None, "--address": address}, use_gpu=use_gpu)
 
 
 def run_here(
@@ -155,20 +172,20 @@ def run_here(
 
     Raises UserError, RunFailed or KeyboardInterrupt as `train` does.
     """
-    status: dict[str, Any] = {"status": "stopped"}
+    told: dict[str, Any] = {"num_workers": num_workers, "began": began}
     with ExitStack() as stack:
         if listener:
             stack.enter_context(Tail(directory, listener))
         try:
-            status = {"status": "finished", **_fit(recipe, data, splits, directory, workers, session)}
-        except Exception as error:
-            status = {"status": "failed", "error": str(error)}
-            if isinstance(error, (UserError, RunFailed)):
+            found = _fit(recipe, data, splits, directory, workers, session)
+        except BaseException as error:
+            failed = {"status": "failed", "error": str(error)}
+            with suppress(Lost, UserError):  # where the directory is what failed, that has been said
+                write_end(failed if isinstance(error, Exception) else {"status": "stopped"}, directory, **told)
+            if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):
                 raise
             raise RunFailed(f"{type(error).__name__}: {error}") from error
-        finally:
-            result = write_end(status, directory, num_workers=num_workers, began=began)
-    return result
+        return write_end({"status": "finished", **found}, directory, **told)
 
 
 def write_end(
@@ -246,9 +263,8 @@ def coordinator_of(
     if session is not None:
         from cluster.adversarial.actors import ActorPlayers
 
-        tables = session.references(splits.tables)
         world: dict[str, Any] = {"pairs": workers.replicas, "bundle": workers.bundle, "session": session}
-        start = partial(ActorPlayers, recipe, splits, tables, **world)
+        start = partial(ActorPlayers, recipe, splits, **world)
     return Coordinator(
         recipe,
         data,

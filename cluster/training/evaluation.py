@@ -16,6 +16,7 @@ from cluster.training.context import Context
 from cluster.training.progress import means
 from cluster.training.run_directory import EVALUATION
 from nn_models.evidence import Evidence
+from nn_models.figures import Figures
 from nn_models.metrics import LOSS
 from nn_models.objectives import Objective
 
@@ -38,9 +39,10 @@ def evaluate(
     *,
     context: Context,
     precision: str,
+    figures: Figures | None = None,
     evidence: Evidence | None = None,
 ) -> dict[str, float]:
-    """`loss` and the objective's metrics: means over all rows of all ranks, from reduced sums and counts.
+    """`loss` and the objective's metrics: means over all rows of all ranks, from reduced sums and counts; and figures.
 
     Called by all ranks: each goes through the same steps, with a row that counts nothing where it has none.
     """
@@ -65,12 +67,14 @@ def evaluate(
             counted = True
             sums[size] += place.weight
             sums[size + 1 :] += measured.counts
-        if evidence:
-            evidence.add(batch, measured.outputs)
+        for whole in (figures, evidence):
+            if whole is not None:
+                whole.add(batch, measured.outputs)
     model.train(training)
-    whole, has_counts, *totals = context.sum(torch.cat((sums.new_tensor([weight, counted]), sums))).tolist()
-    found = means(totals[:size], whole, totals[size:] if has_counts else None)
-    return dict(zip(names_of(objective), found, strict=True))
+    total, has_counts, *totals = context.sum(torch.cat((sums.new_tensor([weight, counted]), sums))).tolist()
+    found = means(totals[:size], total, totals[size:] if has_counts else None)
+    gathered = figures.values(context.sum, context.device) if figures is not None else {}
+    return dict(zip(names_of(objective), found, strict=True)) | gathered
 
 
 def evaluate_best(
@@ -88,9 +92,10 @@ def evaluate_best(
     manifest = context.splits.manifest
     evidence = objective.evidence(manifest.signature)
     precision = recipe.train.precision
-    tested = evaluate(model, rows, objective, context=context, precision=precision, evidence=evidence)
+    figures = objective.figures(manifest.signature, num_rows=rows.order.num_rows)
+    tested = evaluate(model, rows, objective, context=context, precision=precision, figures=figures, evidence=evidence)
     if evidence is not None:
-        tensors = evidence.tensors(context.sum, context.device)
+        tensors = evidence.tensors(context.sum, context.device, context.gather)
         if context.rank == 0:
             about = {"section": evidence.section, "split": "test", "class_names": json.dumps(manifest.class_names)}
             about["signature"] = manifest.signature.model_dump_json()

@@ -167,7 +167,10 @@ class Loop:
     def _measured(self, model: nn.Module) -> dict[str, float]:
         assert self.validation is not None
         precision = self.train.precision
-        return evaluate(model, self.validation, self.objective, context=self.context, precision=precision)
+        figures = self.objective.figures(self.manifest.signature)
+        return evaluate(
+            model, self.validation, self.objective, context=self.context, precision=precision, figures=figures
+        )
 
     def _rank(self, metrics: dict[str, float]) -> tuple[float, float]:
         """Less is better; not finite is worst."""

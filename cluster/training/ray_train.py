@@ -1,37 +1,73 @@
 """Ray Train: the same loop in every worker, its Context over torch.distributed."""
 
+import logging
 import shutil
 import sys
 import tempfile
-import threading
+import time
 import traceback
-from contextlib import suppress
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import ray
 import torch
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2.api import data_parallel_trainer as internals
+from ray.train.v2._internal.constants import (
+    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    get_env_vars_to_propagate,
+)
+from ray.train.v2._internal.execution.controller import TrainController
 
-from cluster.errors import Diverged, RunFailed
-from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, lost_peer
+from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
+from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
+from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
 from cluster.storage import Folder
 from cluster.training.context import GroupContext
 from cluster.training.loop import fit
+from cluster.training.notes import FAILURE, STARTS, Notes
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
 
-STARTS = ".starts.json"  # how often the workers were started
-FAILURE = ".failure.json"  # an error that would only come again
+logger = logging.getLogger(__name__)
+
 ABORT_TIMEOUT_S = 30
+DEATH_TIMEOUT_S = 10  # of workers whose controller has died
+KNOWN: dict[str, type[RunFailed]] = {
+    kind.__name__: kind for kind in (Diverged, StorageFailed, RunFailed)
+}  # the message says all
+
+
+@dataclass
+class NodesConfig(TorchConfig):
+    """Ray's own process group of workers, which listens at its nodes' addresses: see `listen_at`."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """See TorchConfig."""
+        return _NodesBackend
+
+
+class _NodesBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """See Backend."""
+        worker_group.execute(_listen_at_node)
+        super().on_start(worker_group, backend_config)
+
+
+def _listen_at_node() -> None:
+    listen_at(ray.util.get_node_ip_address())
 
 
 @dataclass
@@ -72,59 +108,125 @@ def train_on_ray(
 ) -> dict[str, Any]:
     """Run the loop in Ray workers and return what rank 0's `fit` returned, with the number of `restarts`.
 
-    Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint.
-    Raises Diverged, UserError or RunFailed with what happened in the workers.
+    Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint; so is all
+    where Ray Train's controller dies, and with it an embedded Ray whose raylet or GCS does.
+    Raises Diverged, UserError or RunFailed with what happened in the workers; RayLost where Ray has gone for good.
     """
-    for name in (STARTS, FAILURE):
-        run.delete(name)
-    # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
-    notes = tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
-    group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-    if session.embedded and not workers.use_gpu:
-        group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
-    trainer = _Trainer(
-        _work,
-        train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "splits": replace(splits, tables={}),
-            "tables": session.references(splits.tables),
-            "run": run.uri,
-            "path": sys.path,
-            "threads": workers.cpus,
-        },
-        torch_config=group,
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.bundle
-        ),
-        run_config=RunConfig(
-            name=".ray",
-            storage_path=notes,
-            failure_config=FailureConfig(max_failures=recipe.train.max_failures, controller_failure_limit=3),
-        ),
-    )
-    try:
-        returned = trainer.fit().return_value
-    except TrainingFailedError as error:
-        if run.exists(FAILURE):
-            returned = {"failure": run.read_json(FAILURE)}
-        else:
+    restarts, allowed = 0, recipe.train.max_failures
+    while True:
+        session.revive()
+        with closing(_Attempt(recipe, splits, run, workers, session, max_failures=allowed - restarts)) as attempt:
+            try:
+                result = attempt.result()
+                return {**result, "restarts": restarts + attempt.starts - 1}
+            except AttemptLost as lost:
+                restarts += attempt.starts
+                if restarts > allowed:
+                    raise RunFailed(f"{lost}, more often than train.max_failures allows ({allowed})") from None
+                logger.warning("%s; the workers are started again from the newest checkpoint", lost)
+
+
+class AttemptLost(Exception):
+    """What led the workers has died, and they with it."""
+
+
+class _Attempt:
+    """One controller of Ray Train's with its workers, which it may start several times. `close` must be called."""
+
+    def __init__(
+        self, recipe: Recipe, splits: Splits, run: Folder, workers: Workers, session: RaySession, *, max_failures: int
+    ) -> None:
+        self._session = session
+        key = uuid.uuid4().hex
+        self._notes = Notes(key)
+        # Ray Train keeps an account of its controller there; the run's own state is in the run's directory.
+        self._run, self._account = run, tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
+        group: TorchConfig = NodesConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
+        if session.embedded and not workers.use_gpu:
+            group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
+        self._trainer = _Trainer(
+            _work,
+            train_loop_config={
+                "recipe": recipe.model_dump(mode="json"),
+                "splits": replace(splits, tables={}),
+                "tables": session.references(splits.tables),
+                "run": run.uri,
+                "notes": key,
+                "path": sys.path,
+                "threads": workers.cpus,
+            },
+            torch_config=group,
+            scaling_config=ScalingConfig(
+                num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=workers.bundle
+            ),
+            run_config=RunConfig(
+                name=".ray",
+                storage_path=self._account,
+                failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            ),
+        )
+        self._trainer.session, self._trainer.look = session, self._look
+
+    def result(self) -> dict[str, Any]:
+        """What rank 0's `fit` returned. Raises as train_on_ray does, and AttemptLost."""
+        try:
+            returned = self._trainer.fit().return_value
+        except _ToldFailure as told:
+            returned = {"failure": told.failure}
+        except TrainingFailedError as error:
             raise RunFailed(_explain(error)) from None
-    finally:
-        starts = run.read_json(STARTS) if run.exists(STARTS) else 1
-        for name in (STARTS, FAILURE, ".ray"):
-            run.delete(name)
-        if session.embedded:
-            shutil.rmtree(notes, ignore_errors=True)
-        session.remove_orphaned_groups()  # last: it fails where Ray has gone
-    if "failure" in returned:
-        _raise(returned["failure"])
-    return {**returned["result"], "restarts": starts - 1}
+        except ray.exceptions.RayError as error:  # ended from another thread, or by what befell Ray
+            if self._trainer.aborted:
+                raise RunFailed("the run was ended") from None
+            raise AttemptLost(self._session.lost() or _death(error)) from None
+        except RayLost as lost:
+            raise AttemptLost(str(lost)) from None
+        if "failure" in returned:
+            _raise(returned["failure"])
+        found: dict[str, Any] = returned["result"]
+        return found
+
+    @cached_property
+    def starts(self) -> int:
+        """How often the workers were started, as far as that is known: once at least."""
+        return 1 if self._session.lost() else self._notes.read(STARTS) or 1
+
+    def _look(self) -> None:
+        """Called every moment while the workers train."""
+        self._session.refuse_lost()
+        if failure := self._notes.read(FAILURE):
+            raise _ToldFailure(failure)
+
+    def close(self) -> None:
+        """Remove what is left of the attempt, and return once others can have its room."""
+        if self._session.lost() is None:
+            self._notes.clear()
+            controller = self._trainer.controller
+            until = time.monotonic() + DEATH_TIMEOUT_S
+            while (living := self._session.remove_orphaned_groups()) and time.monotonic() < until:
+                if controller is None or controller._actor_id.binary() not in living:
+                    break
+                time.sleep(0.1)
+        if self._session.embedded:
+            shutil.rmtree(self._account, ignore_errors=True)
+        else:
+            with suppress(Lost):  # told already
+                self._run.delete(".ray")
+
+
+class _ToldFailure(Exception):
+    def __init__(self, failure: dict[str, Any]) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
 
 class _Trainer(TorchTrainer):
     """Keeps its controller at hand: to end it for certain, and to end a run from another thread."""
 
     controller: Any = None
+    aborted = False
+    session: RaySession
+    look: Callable[[], None]  # raises what ends the training
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's own removal of a dead controller's placement group is a process for each run, asks the dashboard, and
@@ -133,54 +235,67 @@ class _Trainer(TorchTrainer):
         return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        # Ray shows its controller only where it may set a signal handler, so never in a trial's thread.
-        theirs, internals.threading = internals.threading, _EVERY_THREAD_IS_MAIN
+        """As Ray's own, but that it looks about while it waits, and that no handler of SIGINT ends the process."""
+        environment = get_env_vars_to_propagate()
+        environment.setdefault(
+            RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
+        )
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(TrainController)
+        self.controller = remote.remote(**options)
+        _running.append(self)
         try:
-            _running.append(self)
-            return super()._initialize_and_run_controller(**options)
+            self._watched(self.controller.run.remote())
+            return self._watched(self.controller.get_result.remote())
         finally:
-            internals.threading = theirs
             _running.remove(self)
-            if self.controller is not None:
+            if self.session.lost() is None:  # else it has gone as well, and nobody answers
                 ray.kill(self.controller)  # some stay behind otherwise, waiting for a lock while they exit
 
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's handler ends the process with exit code 0; KeyboardInterrupt must reach the caller instead."""
-        self.controller = controller
-        internals.threading = threading
+    def _watched(self, call: Any) -> Any:
+        done: list[Any] = []
+        while not done:
+            self.look()
+            done, _ = ray.wait([call], timeout=POLL_S, fetch_local=False)
+        return ray.get(call)
 
 
-_EVERY_THREAD_IS_MAIN: Any = SimpleNamespace(current_thread=lambda: None, main_thread=lambda: None)
 _running: list[_Trainer] = []
 
 
 def abort_runs() -> None:
     """End the runs of this process from another thread: their workers, and the placement groups they hold."""
     for trainer in list(_running):
-        if trainer.controller is not None:
-            with suppress(ray.exceptions.RayError):  # it ends itself while it is asked
-                ray.get(trainer.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
+        trainer.aborted = True
+        with suppress(ray.exceptions.RayError):  # it ends itself while it is asked
+            ray.get(trainer.controller.abort.remote(), timeout=ABORT_TIMEOUT_S)
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker does: the loop, or to hand on the failure that a start before this one ended with."""
     sys.path.extend(path for path in config["path"] if path not in sys.path)
     torch.set_num_threads(config["threads"])
-    run = Folder(config["run"])
-    if run.exists(FAILURE):  # it would only happen again
-        return {"failure": run.read_json(FAILURE)}
+    notes = Notes(config["notes"])
+    if failure := notes.read(FAILURE):  # it would only happen again
+        return {"failure": failure}
     tables = dict(zip(config["tables"], ray.get(list(config["tables"].values())), strict=True))
-    context = GroupContext(run=run, splits=replace(config["splits"], tables=tables), device=get_device())
+    splits = replace(config["splits"], tables=tables)
+    context = GroupContext(run=Folder(config["run"]).anchored(), splits=splits, device=get_device())
     if context.rank == 0:
-        run.write_json(STARTS, 1 + (run.read_json(STARTS) if run.exists(STARTS) else 0))
+        notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
+    alone = ExitStack()
     try:
+        if context.rank == 0:  # workers whose controller has died may live a little longer, and write
+            alone.enter_context((context.run / "checkpoints").create().claimed(patience_s=DEATH_TIMEOUT_S))
         return {"result": fit(Recipe.model_validate(config["recipe"]), context=context)}
     except Diverged as error:  # all ranks are here
         return {"failure": _described(error)}
     except Exception as error:
         if isinstance(error, (UserError, RunFailed)) or not lost_peer(error):  # else Ray starts all again
-            run.write_json(FAILURE, _described(error))
+            notes.write(FAILURE, _described(error))
         raise
+    finally:
+        alone.close()
 
 
 def _described(error: Exception) -> dict[str, Any]:
@@ -196,9 +311,16 @@ def _described(error: Exception) -> dict[str, Any]:
 def _raise(failure: dict[str, Any]) -> NoReturn:
     if failure["problems"]:
         raise UserError.from_plain(failure["problems"])
-    if failure["kind"] == "Diverged":
-        raise Diverged(failure["message"])
+    if failure["kind"] in KNOWN:
+        raise KNOWN[failure["kind"]](failure["message"])
     raise RunFailed(f"{failure['kind']}: {failure['message']}\n{failure['traceback']}")
+
+
+def _death(error: Exception) -> str:
+    """How the controller's death is told."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "the process of Ray Train's controller has died"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _explain(error: TrainingFailedError) -> str:

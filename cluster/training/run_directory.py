@@ -1,5 +1,6 @@
 """RunDirectory: what a run leaves behind: recipe, environment, metrics, events, checkpoints, model, result."""
 
+import errno
 import json
 import math
 import os
@@ -16,17 +17,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cluster.recipe.loading import dump_recipe, parse_yaml
+from cluster.recipe.loading import ENVIRONMENT, RECIPE, dump_recipe, lifted, parse_yaml
 from cluster.recipe.recipe import Recipe
-from cluster.storage import Folder
+from cluster.storage import Folder, failure
 from cluster.training.events import Events
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
-RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
-ENVIRONMENT = "environment.json"
 EVALUATION = "evaluation.safetensors"
 NO_METRICS = ("step", "epoch", "split", "time_s", "rows_per_s", "learning_rate", "grad_norm")  # in a line of metrics
 
@@ -65,6 +64,7 @@ class RunDirectory:
         self.folder.write_json(ENVIRONMENT, environment)
         self.folder.write_text(f"model/{RECIPE}", text)
         self.folder.write_text(RECIPE, text)
+        self.folder = self.folder.anchored()
 
     def recipe(self, name: str = RECIPE) -> Recipe:
         """The run's resolved recipe, or the one beside its model. Raises UserError where there is none."""
@@ -74,7 +74,7 @@ class RunDirectory:
             raise UserError(
                 str(self), f"not a run's directory ({name} is missing)", "give the one of `manta train`"
             ) from None
-        return validate(Recipe, parse_yaml(text, name=f"{self}/{name}"))
+        return validate(Recipe, lifted(parse_yaml(text, name=f"{self}/{name}")))
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the run has not ended."""
@@ -113,17 +113,17 @@ class Recorder:
 
     def __init__(self, run: RunDirectory, *, keep_to_step: int) -> None:
         """Lines of steps past `keep_to_step` come from before a restart and are dropped."""
-        self._run = run
+        self._run, self._begun = run, run.exists()
         self._remote = run.folder.local is None
         self._local = Path(tempfile.mkdtemp(prefix="manta-")) if self._remote else Path(run.folder.path)
         lines = (json.dumps(entry) + "\n" for entry in _kept(run, keep_to_step))
-        Folder(self._local).write_text(METRICS, "".join(lines))
-        self._file = (self._local / METRICS).open("a", buffering=1)
-        self._events = Events(self._local / "events", purge_step=keep_to_step + 1)
+        (Folder(self._local) if self._remote else run.folder).write_text(METRICS, "".join(lines))
+        with self._writing():
+            self._file = (self._local / METRICS).open("a", buffering=1)
+            self._events = Events(self._local / "events", purge_step=keep_to_step + 1)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add one line of metrics."""
-        self._file.write(json.dumps(jsonable(entry)) + "\n")
+        """Add one line of metrics. Raises StorageFailed where that cannot be done."""
         # an epoch's and an interval's figures may come at the same step: each has a tag of its own
         of = "train_interval" if entry["split"] == "train" and not entry.get("end_of_epoch") else entry["split"]
         scalars = {
@@ -131,24 +131,40 @@ class Recorder:
             for name, value in entry.items()
             if isinstance(value, float) and math.isfinite(value) and name != "time_s"
         }
-        self._events.add(entry["step"], scalars)
+        with self._writing():
+            self._file.write(json.dumps(jsonable(entry)) + "\n")
+            self._events.add(entry["step"], scalars)
 
     def flush(self) -> None:
-        """Make what was appended visible in the run's directory."""
-        if self._remote:
+        """Make what was appended visible in the run's directory. Raises StorageFailed where that has been deleted."""
+        with self._writing():
             self._file.flush()
             self._events.flush()
+        if self._remote:
             self._run.folder.write_bytes(METRICS, (self._local / METRICS).read_bytes())
             for path in (self._local / "events").iterdir():
                 self._run.folder.write_bytes(f"events/{path.name}", path.read_bytes())
+        if self._begun and not self._run.exists():  # files that are open can be written on, and nobody would see it
+            raise failure(f"{self._run}/{RECIPE}", "found", FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
     def close(self) -> None:
         """Write out everything and close the files."""
-        self.flush()
-        self._events.close()
-        self._file.close()
-        if self._remote:
-            shutil.rmtree(self._local, ignore_errors=True)
+        try:
+            self.flush()
+        finally:
+            with suppress(OSError):  # told already: closing tries once more to write what could not be written
+                self._events.close()
+            with suppress(OSError):
+                self._file.close()
+            if self._remote:
+                shutil.rmtree(self._local, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise failure(f"{self._local}/{METRICS}", "written", error) from None
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:

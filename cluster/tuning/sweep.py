@@ -7,16 +7,18 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from cluster.data.prepare import prepared
-from cluster.recipe.fit import check
+from cluster.errors import Lost
+from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_differences, refuse_other_data, refuse_what_cannot_start, workers_of
+from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
@@ -86,6 +88,9 @@ def sweep(
     began_with: Recipe | None = None  # what a sweep that goes on was
     with ExitStack() as stack:
         directory = SweepDirectory(run or stack.enter_context(new_place("sweeps", recipe)))
+        asked: dict[str, Any] = {"num_workers": num_workers, "address": address, "concurrency": concurrency}
+        line = again(str(directory), use_gpu=use_gpu, fuse=fuse, **asked)
+        told = stack.enter_context(telling_how(line))
         if resume:
             began_with = _refuse_other(recipe, directory)
         else:
@@ -109,7 +114,27 @@ def sweep(
         else:
             directory.begin(recipe, running.environment | {"seed": recipe.sweep.seed})
             stack.enter_context(directory.folder.claimed())
+        told.begun = True
+
+        def say(reason: str) -> str:
+            running.conclude("failed")
+            return f"{reason}; to go on: {line}"
+
+        stack.enter_context(last_word(session, say))
         return running.run(session, listener)
+
+
+def again(
+    run: str, *, num_workers: int, use_gpu: bool, address: str | None, concurrency: int | None, fuse: str | int
+) -> str:
+    """The line that goes on with a sweep."""
+    options = {
+        "--workers": num_workers if num_workers != 1 else None,
+        "--address": address,
+        "--concurrency": concurrency,
+        "--fuse": fuse if fuse != "auto" else None,
+    }
+    return command("sweep", run, options, use_gpu=use_gpu)
 
 
 def _refuse_other(recipe: Recipe, directory: SweepDirectory) -> Recipe:
@@ -144,6 +169,7 @@ class _Sweep:
         self.manifest = prepared(recipe.data).manifest
         self.space.check(recipe, self.manifest)
         check(self.base, self.manifest)
+        warn_about_classes(self.manifest, self.base)
         self.target = target(recipe, self.manifest)
         self.workers = workers_of(self.base, num_workers, use_gpu, alone=False)
         self.grouped = self.workers.coordinated or self.workers.most > 1
@@ -227,7 +253,6 @@ class _Sweep:
 
         roster = self.roster
         roster.listener = listener
-        status = "stopped"
         stored = {
             where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
             for where, (_, splits) in self.data.opened.items()
@@ -246,6 +271,7 @@ class _Sweep:
             on_start=roster.on_start,
             on_epoch=roster.on_epoch,
             on_end=roster.on_end,
+            look=session.refuse_lost,
             tidy=session.remove_orphaned_groups if nested else None,
         )
         trainable: Any = RayTrainTrial if nested else EpochTrial
@@ -278,12 +304,14 @@ class _Sweep:
                     max_failures=self.spec.max_failures,
                     listening=listening,
                 )
-            status = "finished"
+        except BaseException as error:
+            with suppress(Lost):  # told already
+                self.conclude("failed" if isinstance(error, Exception) else "stopped")
+            raise
         finally:
-            result = self._conclude(status)
-            if nested:
+            if nested and session.lost() is None:
                 _tidy_up(session)
-        return self.outcome(result)
+        return self.outcome(self.conclude("finished"))
 
     def _fused_groups(self) -> list[FusedConfig]:
         """All trials that are left, in groups that can train together; none where that was not asked for, nor pays.
@@ -328,7 +356,8 @@ class _Sweep:
         """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""
         return _trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
 
-    def _conclude(self, status: str) -> dict[str, Any]:
+    def conclude(self, status: str) -> dict[str, Any]:
+        """Write what the sweep came to. Returns what result.json says."""
         best = self.state.best()
         records = self.state.records
         for record in records:

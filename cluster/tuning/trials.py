@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from ray import tune
 
 from cluster.data.shards import DataSet
-from cluster.errors import Diverged
+from cluster.errors import Diverged, Lost
 from cluster.runs.train import Training, open_training, run_here, write_end
 from cluster.runtime import RaySession, Workers, device_name
 from cluster.storage import Folder
@@ -232,7 +232,8 @@ class EpochTrial(Trial):
             try:
                 self.end()
             finally:
-                self.write_end({"status": "failed", "error": str(error)})
+                with suppress(Lost):  # told already
+                    self.write_end({"status": "failed", "error": str(error)})
             raise
 
     def settle(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cluster.errors import Lost
 from cluster.recipe.sweep import SweepSpec
 from cluster.runtime import configure_ray
 from cluster.tuning.ledger import Status
@@ -100,14 +101,31 @@ class Listening(_Unsaved, tune.Callback):
         on_start: Callable[[int, int], None],
         on_epoch: Callable[[int, Mapping[str, Any]], None],
         on_end: Callable[[int, Status, str | None], None],
+        look: Callable[[], None],
         tidy: Callable[[], object] | None = None,
     ) -> None:
-        """`tidy` is called every few seconds."""
-        self._on_start, self._on_epoch, self._on_end = on_start, on_epoch, on_end
+        """`look` is called again and again, and raises what ends the sweep; `tidy` every few seconds."""
+        self.lost: Lost | None = None  # what ended the sweep; Tune tells of what its callbacks raise in its own way
+        self._look = self._noting(look)
+        self._on_start, self._on_epoch = self._noting(on_start), self._noting(on_epoch)
+        self._on_end = self._noting(on_end)
         self._tidy, self._tidy_at = tidy, 0.0
+
+    def _noting(self, told: Callable[..., None]) -> Callable[..., None]:
+        def noting(*what: Any) -> None:
+            if self.lost:
+                raise self.lost
+            try:
+                told(*what)
+            except Lost as lost:
+                self.lost = lost
+                raise
+
+        return noting
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """See Callback."""
+        self._look()
         if self._tidy and time.monotonic() >= self._tidy_at:
             self._tidy()
             self._tidy_at = time.monotonic() + TIDY_S
@@ -258,4 +276,10 @@ def run_trials(
                 verbose=0,
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except Exception:
+            if listening.lost is None:
+                raise
+        if listening.lost:
+            raise listening.lost

@@ -20,6 +20,7 @@ def prepare(
 ) -> None:
     """Write a source as Parquet shards with a manifest."""
     from cluster.data.prepare import prepare as write_shards
+    from cluster.recipe.fit import warn_about_classes
     from cluster.recipe.loading import parse_data
     from cluster.runtime import ray_session
     from cluster.storage import Folder
@@ -35,6 +36,7 @@ def prepare(
     else:
         manifest = write_shards(spec, folder)
     print_manifest(folder.uri, manifest, as_json=as_json)
+    warn_about_classes(manifest)
 
 
 @data_app.command()

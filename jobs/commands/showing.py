@@ -17,7 +17,7 @@ def show(
 ) -> None:
     """Show a recipe resolved: layers, parameters, steps, memory; its sweep's space and cost. Trains nothing."""
     from cluster.data.prepare import prepared
-    from cluster.recipe.fit import check
+    from cluster.recipe.fit import check, warn_about_classes
     from cluster.recipe.loading import load_recipe
     from cluster.runs.summary import summarise
     from cluster.runtime import parse_workers
@@ -28,6 +28,7 @@ def show(
     resolved = load_recipe(recipe, overrides(set_))
     manifest = prepared(resolved.data).manifest
     check(resolved, manifest)
+    warn_about_classes(manifest, resolved)
     plan = plan_of(resolved, manifest, num_workers=max(1, most)) if resolved.sweep else None
     print_summary(resolved, manifest, summarise(resolved, manifest, num_workers=most), plan, as_json=as_json)
 

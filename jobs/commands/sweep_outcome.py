@@ -1,7 +1,6 @@
 """What `manta sweep` does: run the sweep with its progress, then say what came of it."""
 
 import json
-import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from cluster.runs.admission import workers_of
 from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
-from cluster.tuning.sweep import SweepOutcome
+from cluster.tuning.sweep import SweepOutcome, again
 from cluster.tuning.sweep import sweep as run_sweep_of
 from jobs.commands.printing import print_outcome
 from jobs.commands.sweep_progress import SweepProgress, counts, first_line
@@ -64,12 +63,8 @@ def run_sweep(
     except KeyboardInterrupt:
         if not run or not SweepDirectory(run).exists():
             raise Interrupted("interrupted before the sweep began") from None
-        path = shlex.quote(run)
-        line = f"manta sweep {path}/recipe.yaml --run {path} --resume"
-        again = {"--workers": workers if workers != 1 else None, "--address": address, "--concurrency": concurrency}
-        again |= {"--fuse": fuse if fuse != "auto" else None}
-        line += "".join(f" {name} {shlex.quote(str(value))}" for name, value in again.items() if value is not None)
-        raise Interrupted(f"interrupted; to go on: {line}{' --gpu' * gpu}") from None
+        asked: dict[str, Any] = {"num_workers": workers, "address": address, "concurrency": concurrency, "fuse": fuse}
+        raise Interrupted(f"interrupted; to go on: {again(run, use_gpu=gpu, **asked)}") from None
 
 
 def _refuse_missing_gpus(recipe: Recipe, workers: int) -> None:

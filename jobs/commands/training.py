@@ -1,7 +1,6 @@
 """`manta train`."""
 
 import json
-import shlex
 from contextlib import ExitStack
 from typing import Annotated
 
@@ -37,8 +36,10 @@ def train(
     from jobs.commands.printing import print_outcome
 
     least, most = parse_workers(workers)
+    num_workers = least if least == most else (least, most)
     configure_ray()
     from cluster.recipe.loading import load_recipe
+    from cluster.runs.train import again
     from cluster.runs.train import train as run_training
     from cluster.training.run_directory import RunDirectory, new_place
     from jobs.commands.progress import Progress
@@ -51,7 +52,7 @@ def train(
             run = stack.enter_context(new_place("runs", resolved)) if run is None else run
             outcome = run_training(
                 resolved,
-                num_workers=least if least == most else (least, most),
+                num_workers=num_workers,
                 use_gpu=gpu,
                 run=run,
                 address=address,
@@ -62,11 +63,8 @@ def train(
     except KeyboardInterrupt:
         message = "interrupted before the run began"
         if run is not None and RunDirectory(run).exists():
-            path = shlex.quote(run)
-            line = f"manta train {path}/recipe.yaml --run {path} --resume"
-            again = {"--workers": workers if most else None, "--address": address}
-            line += "".join(f" {name} {shlex.quote(value)}" for name, value in again.items() if value is not None)
-            message = f"interrupted; to go on: {line}{' --gpu' * gpu}"
+            line = again(run, num_workers=num_workers, use_gpu=gpu, address=address)
+            message = f"interrupted; to go on: {line}"
         raise typer.Exit(complain(message, INTERRUPTED)) from None
     written = None
     if report:
@@ -80,7 +78,7 @@ def train(
     best = outcome.result.get("best") or {}
     facts = {
         # of an earlier version's run the figures are not all of these weights
-        "of epoch": f"{best['epoch']} of {outcome.result['epochs']}" if "metrics" in best else None,
+        "weights of": f"epoch {best['epoch']} of {outcome.result['epochs']}" if "metrics" in best else None,
         "rollbacks": f"{len(rollbacks)}, the last at step {rollbacks[-1]['step']}" if rollbacks else None,
         "ended early": outcome.result.get("ended"),
         "run": outcome.run,

@@ -15,6 +15,8 @@ from jobs.report.sections import SECTIONS, chosen
 from jobs.report.sections.section import Run
 from nn_models.errors import UserError
 
+MAX_FIGURES = 6  # at the head of the page
+
 
 def write_report(run: str) -> str:
     """Write report.html of a run or a sweep from what it left behind, and return its path.
@@ -112,7 +114,7 @@ def _figures(metrics: Mapping[str, Any], first: Sequence[str]) -> list[tuple[str
             names = sorted(found, key=lambda name: name.endswith("/loss"))
             if first:
                 names = [name for name in (f"{split}/{bare}" for bare in first) if name in found]
-            return [(words(name), figure(name, found[name])) for name in names[:4]]
+            return [(words(name), figure(name, found[name])) for name in names[:MAX_FIGURES]]
     return []
 
 

@@ -117,7 +117,6 @@ def main() -> None:
         ray = session.ray
         data = fashion(folder / "data", rows=chosen.rows)
         splits: Splits = open_splits(data, window=None)
-        tables = {split: ray.put(table) for split, table in splits.tables.items()}
         stored = torch.from_numpy(table_rows(splits.tables["train"], data.manifest).columns["input"].values.copy())
         images = Scaling(data.manifest.columns, "symmetric", torch.device("cpu"))({"input": stored})["input"]
         exact, pipelined = (gan_recipe(data, width=chosen.width, mode=mode) for mode in ("exact", "pipelined"))
@@ -127,7 +126,7 @@ def main() -> None:
 
         def with_actors(recipe: Recipe, measure: Callable[[Callable[[], float]], Any]) -> Any:
             here = RaySession(ray, embedded=True)
-            actors = ActorPlayers(recipe, splits, tables, pairs=1, bundle={"CPU": 1}, session=here)
+            actors = ActorPlayers(recipe, splits, pairs=1, bundle={"CPU": 1}, session=here)
             try:
                 return measure(of_players(actors, steps=chosen.steps))
             finally:

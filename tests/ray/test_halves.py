@@ -52,10 +52,7 @@ def played(ray, recipe, *, pairs=None, steps=STEPS, kept="plain"):
     if pairs is None:
         players = LocalPlayers(recipe, splits, device=torch.device("cpu"))
     else:
-        tables = {split: ray.put(table) for split, table in splits.tables.items()}
-        players = ActorPlayers(
-            recipe, splits, tables, pairs=pairs, bundle={"CPU": 1}, session=RaySession(ray, embedded=True)
-        )
+        players = ActorPlayers(recipe, splits, pairs=pairs, bundle={"CPU": 1}, session=RaySession(ray, embedded=True))
     try:
         sums = players.play(0, steps - 3, 1.0), players.play(steps - 3, 3, 1.0)
         return players.kept(kept), sums

@@ -20,6 +20,7 @@ from cluster.data.layouts import Layout, Ragged
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import Part, SplitSpec, even_parts
 from cluster.data.sources.images import DigitsSpec
+from cluster.data.split import Traits
 from cluster.recipe.recipe import Recipe
 from nn_models import batch as batches
 from nn_models.batch import Batch
@@ -158,6 +159,10 @@ class ToyText:
             "input": Ragged.of({"values": text}, lengths).take(rows),
             "target": Ragged.of({"values": classes}, lengths).take(rows),
         }
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        return Traits()
 
 
 class ToyRecipe(Recipe):

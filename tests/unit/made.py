@@ -17,6 +17,7 @@ from cluster.data.rows import table_rows
 from cluster.data.shards import DataSet
 from cluster.data.sources.base import DrawnTestSpec, Part, even_parts, labels
 from cluster.data.sources.parquet import ParquetSpec
+from cluster.data.split import Traits
 from cluster.storage import Folder
 from nn_models.columns import Labels, Sequence, Tokens, Tree
 
@@ -65,6 +66,11 @@ class MadeSource:
     def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
         return {name: layout.take(slice(*part.what)) for name, layout in self.rows.items()}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        labelled = "target" in self.columns and self.columns["target"].column.kind == "label"
+        return Traits(self.load(part)["target"].values if labelled else None)
 
 
 class MadeSpec(DrawnTestSpec):

@@ -109,8 +109,8 @@ def made_tables(folder: Path) -> dict[str, Section]:
     """Data sections of small Parquet files, made in `folder`."""
     specs = {
         "number targets": made.features(folder / "numbers", 300, target="number"),
-        "labels": made.features(folder / "labels", 300),
-        "images": made.images(folder / "images", 300),
+        "labels": made.features(folder / "labels", 300, stratify=False),
+        "images": made.images(folder / "images", 300, stratify=False),
     }
     return {name: spec.model_dump(exclude_defaults=True) | {"kind": spec.kind} for name, spec in specs.items()}
 

@@ -23,7 +23,6 @@ from cluster.recipe.loading import dump_recipe, load_recipe, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import summarise
 from jobs.commands.printing import print_manifest, print_summary
-from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.spec import validate
 from tests.unit import made
@@ -214,7 +213,8 @@ def test_one_column_may_be_both(table):
 
 def test_rows_without_labels_are_of_one_class(table):
     manifest, rows = train_rows(table())
-    assert manifest.signature["target"] == Label(names=("all",), size=1)
+    target = manifest.signature["target"]
+    assert (target.names, target.counts) == (("all",), {"train": (ROWS,)})
     assert rows.columns["target"].values.tolist() == [0] * ROWS
 
 
@@ -265,8 +265,9 @@ def test_neither_way_or_both(section, message):
             {"image_shape": [2, 6, 7]},
             "column photo holds encoded images, which cannot be read as 2 channels; set 1 for",
         ),
-        ({"target": "photo"}, "column photo: values of type binary are no labels; make them text or whole numbers"),
-        ({"sketches": [png(PHOTOS[0]), *[b"<html>"] * (ROWS - 1)]}, "column sketch, row 1: 6 bytes in no known image"),
+        ({"target": "photo"}, "data.target: photo is an input too, so there would be nothing to predict; name another"),
+        ({"target": "sketch"}, "data.target: sketch is an input too, so there would be nothing to predict"),
+        ({"sketches": [*[png(PHOTOS[0])] * (ROWS - 1), b"<html>"]}, "column sketch, row 5: 6 bytes in no known image"),
         ({"sketches": [b"<html>"] * ROWS}, "rows.parquet, row 0: 6 bytes in no known image format; replace or remove"),
         (
             {"sketches": [*[png(SKETCHES[0])] * 9, png(SKETCHES[0])[:60], *[png(SKETCHES[0])] * 20]},

@@ -15,7 +15,7 @@ from cluster.data.manifest import StoredColumn
 from cluster.data.prepare import prepared
 from cluster.data.sources.base import DataSpec
 from cluster.data.sources.parquet import ParquetSpec
-from nn_models.columns import Label, Numbers
+from nn_models.columns import Numbers
 from nn_models.errors import UserError
 from tests.unit import made
 
@@ -193,7 +193,8 @@ LABEL_COLUMNS = {
 def test_labels_of_any_type(kind, table):
     column, names = LABEL_COLUMNS[kind]
     manifest, rows = train_rows(table(y=column, row_group_size=7))
-    assert manifest.signature["target"] == Label(names=names, size=len(names))
+    target = manifest.signature["target"]
+    assert (target.kind, target.names, target.size) == ("label", names, len(names))
     assert manifest.columns["target"].dtype == "int64"
     told = [names[label] for label in rows.columns["target"].values]
     assert told == [str(value).lower() if kind == "bool" else str(value) for value in column.to_pylist()]

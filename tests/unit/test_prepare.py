@@ -25,6 +25,7 @@ from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import DigitsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.data.split import Traits
 from cluster.storage import Folder
 from nn_models.columns import Numbers, Tokens
 from nn_models.errors import UserError
@@ -200,6 +201,9 @@ class _Numbers:
     def __init__(self, pools: dict[str, list[int]]) -> None:
         self.columns = {name: StoredColumn(column=Numbers(size=1)) for name in ("input", "target")}
         self.pools = {pool: [Part(rows, None) for rows in parts] for pool, parts in pools.items()}
+
+    def traits(self, part):
+        return Traits()
 
 
 @settings(max_examples=100)

@@ -267,12 +267,6 @@ def test_a_class_folder_without_images(animals):
     )
 
 
-def test_one_class_folder(tmp_path):
-    draw(tmp_path / "cat" / "1.png")
-    message = refusal(ImageFolderSpec(path=str(tmp_path)))
-    assert message.startswith(f"data.path: {tmp_path} has 1 class folders; put the images of each class into a folder")
-
-
 @pytest.mark.parametrize("what", ["missing", "a file", "empty"])
 def test_no_folder(what, tmp_path):
     path = tmp_path / "there"

@@ -1,17 +1,26 @@
 """What every source is: a DataSpec that opens to a Source, whose parts are converted to shards one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
 from cluster.data.manifest import StoredColumn
-from nn_models.columns import Image, Label
+from cluster.data.split import Traits
+from nn_models.columns import Column, Image, Label
+from nn_models.errors import Problem, UserError
 from nn_models.spec import Spec
+
+UNLABELLED = ("all",)  # the one class of rows without labels
+
+MOST_TOLD = 20  # bad rows that are told one by one
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]  # of a side; more is a slip of the keyboard that would fill the memory
@@ -34,10 +43,39 @@ class Source(Protocol):
 
     @property
     def pools(self) -> Mapping[str, list[Part]]:
-        """The parts of "train", and of "test" where the source has a test split of its own."""
+        """The parts of "train", and of "validation" and "test" where the source has such a split of its own."""
 
     def load(self, part: Part) -> Mapping[str, Layout]:
-        """The part's rows of each of the columns. Raises UserError for bad content."""
+        """The part's rows of each of the columns. Raises BadRows, and UserError where that says nothing of others."""
+
+    def traits(self, part: Part) -> Traits:
+        """What decides on the split of the part's rows, read without the rest of them; nothing where any will do."""
+
+
+class BadRows(UserError):
+    """Rows that cannot be used, all those of a part: those of the other parts are looked for before it is told."""
+
+
+def each(function: Callable[[T], R], values: Iterable[T]) -> list[R]:
+    """The function of every value. Raises BadRows with the problems of all values."""
+    found: list[R] = []
+    problems: list[Problem] = []
+    for value in values:
+        try:
+            found.append(function(value))
+        except BadRows as error:
+            problems += error.problems
+    if problems:
+        raise BadRows.of(problems)
+    return found
+
+
+def bad_rows(problems: Iterable[Problem]) -> UserError:
+    """One error for the bad rows of all parts: what one field mends is told once, and of too many the first."""
+    told = list({problem.names or problem: problem for problem in reversed([*problems])}.values())[::-1]
+    more = len(told) - MOST_TOLD
+    rest = [Problem("data", f"{more:,} more such problems", "mend those too")] if more > 0 else []
+    return UserError.of([*told[:MOST_TOLD], *rest])
 
 
 class DataSpec(Spec):
@@ -66,6 +104,10 @@ class DataSpec(Spec):
         """Changes when the source's content does; cheap. Raises UserError where the data is missing."""
         return ""
 
+    def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
+        """(field, fix): what to change here so that the target is of one of these kinds; None where nothing does it."""
+        return None
+
     @property
     def prepared_at(self) -> str | None:
         """The folder of data that is prepared already; None for a source."""
@@ -81,6 +123,7 @@ class SplitSpec(DataSpec):
 
     validation_fraction: Fraction = Field(0.1, description="share of the training rows held out for validation")
     split_seed: NonNegativeInt = Field(0, description="seed of the split")
+    stratify: bool = Field(True, description="take what is held out evenly from each class, where there are labels")
 
     @property
     def held_out_for_test(self) -> float:

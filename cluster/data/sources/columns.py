@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from cluster.data.layouts import Array
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import Pixels, labels, pixels
+from cluster.data.sources.base import Pixels, each, labels, pixels
 from cluster.data.sources.pixels import MODES, decode_image
 from nn_models.columns import Features, Image, Numbers
 from nn_models.errors import UserError
@@ -74,18 +74,18 @@ class ArrayColumns:
     def _images(self, column: pa.ChunkedArray, where: str) -> Array:
         channels, height, width = self.shape
         field = None if self.resize else "data.image_shape"
-        return np.stack(
-            [
-                decode_image(
-                    _encoded(value),
-                    name=f"{where}, row {row}",
-                    channels=channels,
-                    size=(height, width),
-                    size_field=field,
-                )
-                for row, value in enumerate(column.to_pylist())
-            ]
-        )
+
+        def read(row: tuple[int, Any]) -> Array:
+            number, value = row
+            return decode_image(
+                _encoded(value),
+                name=f"{where}, row {number}",
+                channels=channels,
+                size=(height, width),
+                size_field=field,
+            )
+
+        return np.stack(each(read, enumerate(column.to_pylist())))
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,12 @@ def holds_fractions(column: pa.ChunkedArray) -> bool:
     return pa.types.is_floating(_innermost(column.type))
 
 
+def are_numbers(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Whether a column has a type of numbers, in lists of any depth."""
+    kind = _innermost(column.type)
+    return any(of_kind(kind) for of_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean))
+
+
 def label_texts(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.ChunkedArray:
     """A column of labels as their names. Raises UserError for what are no labels.
 
@@ -211,6 +217,7 @@ def label_texts(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.
                 where, "fractions are no labels", f"{fix}make them whole numbers", names=("data.target_kind",)
             ) from None
     elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+        or_numbers = or_numbers and are_numbers(column)
         fix = "make them text or whole numbers" + (", or set data.target_kind to number" if or_numbers else "")
         raise UserError(where, f"values of type {column.type} are no labels", fix, names=("data.target_kind",))
     return column.cast(pa.string())
@@ -249,7 +256,7 @@ def _numbers(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
             sizes = ", ".join(map(str, lengths.to_pylist()))
             raise UserError(where, f"lists of different lengths ({sizes})", "make them equally long")
         array = array.flatten()
-    if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):
+    if not are_numbers(array):
         raise UserError(where, f"values of type {array.type} are not numbers", "choose numeric columns")
     # not safe: whole numbers past 2^24 are rounded, as fractions are
     return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False).reshape(rows, -1)

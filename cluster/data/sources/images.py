@@ -26,6 +26,7 @@ from cluster.data.sources.base import (
     pixels,
 )
 from cluster.data.sources.pixels import resize
+from cluster.data.split import Traits
 from nn_models.errors import UserError
 
 PART_ROWS = 20_000
@@ -61,6 +62,11 @@ class ImageSet:
         images, targets = _read(self.reader, self.where, pool)
         _, height, width = self.columns["input"].column.row_shape
         return {"input": Dense(resize(images[first:end], (height, width))), "target": Dense(targets[first:end])}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        pool, first, end = part.what
+        return Traits(labels=_read(self.reader, self.where, pool)[1][first:end])
 
 
 def _image_set(

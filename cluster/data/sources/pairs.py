@@ -10,25 +10,32 @@ from pydantic import Field, PositiveInt, SerializationInfo, field_serializer, mo
 
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, pixels
+from cluster.data.sources.base import UNLABELLED, DataSpec, DrawnTestSpec, Part, Source, pixels
 from cluster.data.sources.columns import ArrayColumns, LabelColumn, Reader, Shape, array_columns
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
-from cluster.data.sources.parquet import ParquetColumns, ParquetFiles, ParquetSpec, class_names, first_row
+from cluster.data.sources.parquet import (
+    Group,
+    ParquetColumns,
+    ParquetFiles,
+    ParquetSpec,
+    check_target,
+    class_names,
+    first_row,
+)
 from cluster.data.sources.pixels import edges
+from cluster.data.split import Traits
 from nn_models.errors import UserError
 from nn_models.spec import invalid
-
-UNLABELLED = ("all",)  # the one class of rows without labels
 
 AnyImagesSpec = Annotated[
     DigitsSpec | FashionMNISTSpec | MNISTSpec | CIFAR10Spec | ImageFolderSpec | ParquetSpec,
     Field(discriminator="kind"),
 ]
 
-COLUMN_FIELDS = ("path", "test_path", "condition", "input", "target", "image_shape", "condition_channels")
+COLUMN_FIELDS = ("path", "test_path", "condition", "input", "target", "image_shape", "condition_channels", "group")
 # Of the section inside `edges_of` only what says which images there are counts; these stand in the outer section.
-OUTER_FIELDS = frozenset({*DataSpec.TRAINING_FIELDS, "validation_fraction", "split_seed", "test_fraction"})
+OUTER_FIELDS = frozenset({*DataSpec.TRAINING_FIELDS, "validation_fraction", "split_seed", "stratify", "test_fraction"})
 
 
 class PairsSpec(DrawnTestSpec):
@@ -52,6 +59,7 @@ class PairsSpec(DrawnTestSpec):
     condition_channels: PositiveInt | None = Field(
         None, description="channels of the image to start from, where it has not as many as the other"
     )
+    group: Group = None
 
     @field_serializer("edges_of")
     def _only_what_counts(self, section: DataSpec | None, info: SerializationInfo) -> dict[str, Any] | None:
@@ -71,6 +79,7 @@ class PairsSpec(DrawnTestSpec):
             for field in ("path", "condition", "input"):
                 if field not in columns:
                     raise invalid("missing; pairs from Parquet files need path, condition and input", field=field)
+            check_target(self.target, (str(self.input), str(self.condition)))
             return self
         if columns:
             raise invalid(
@@ -117,7 +126,7 @@ class PairsSpec(DrawnTestSpec):
         assert self.input is not None  # _one_way_or_the_other refuses it
         assert self.condition is not None
         wanted = [self.input, self.condition, *([self.target] if self.target else [])]
-        pools = self._files.parts(wanted)
+        pools = self._files.parts([*wanted, *([self.group] if self.group else [])])
         name, first = first_row(pools["train"], wanted)
         made = array_columns(first, name, (self.input,), image_shape=self.image_shape)
         channels = self.condition_channels or made.shape[0]
@@ -137,7 +146,7 @@ class PairsSpec(DrawnTestSpec):
             "target": LabelColumn(self.target, names),
             "condition": replace(given, moments=False),
         }
-        return ParquetColumns(readers, pools)
+        return ParquetColumns(readers, pools, self.group)
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,11 @@ class EdgePairs:
         images = rows["input"]
         assert isinstance(images, Dense)  # open() refuses what are no images of bytes
         return {**rows, "condition": Dense(edges(images.values.astype(np.uint8, copy=False)))}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        with _fields_of(self.section):
+            return self.images.traits(part)
 
 
 def _check_image(array: ArrayColumns, name: str) -> None:

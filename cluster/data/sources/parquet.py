@@ -3,30 +3,39 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, Self
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from cluster.data.layouts import Dense, Layout
+from cluster.data.layouts import Array, Dense, Layout
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.base import UNLABELLED, DataSpec, DrawnTestSpec, Part, absolute
 from cluster.data.sources.columns import (
     LabelColumn,
     NumberColumn,
     Reader,
     Shape,
+    are_numbers,
     array_columns,
     holds_fractions,
     label_texts,
     number_column,
 )
+from cluster.data.split import Traits
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
+from nn_models.columns import Column, Label, Numbers
 from nn_models.errors import UserError, did_you_mean
+from nn_models.spec import invalid
 
 TargetKind = Literal["label", "number"]
+Group = Annotated[
+    str | None,
+    Field(min_length=1, description="a column, such as the patient: rows with the same value stay in one split"),
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class ParquetColumns:
 
     readers: Mapping[str, Reader]
     pools: dict[str, list[Part]]
+    group: str | None = None  # the column that says which rows belong together
 
     @property
     def columns(self) -> dict[str, StoredColumn]:
@@ -50,6 +60,20 @@ class ParquetColumns:
             if table[name].null_count:
                 raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
         return {name: Dense(reader.read(table, where)) for name, reader in self.readers.items()}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        target = self.readers.get("target")
+        labels = target if isinstance(target, LabelColumn) else None
+        names = [*(labels.names if labels else ()), *([self.group] if self.group else ())]
+        file, group = part.what
+        table, where = _read(file, group, names), f"{file}, row group {group}"
+        if labels is not None and not labels.name:  # one class for all
+            labels = None
+        return Traits(
+            None if labels is None else labels.read(table, where),
+            None if self.group is None else _group_names(table[self.group], f"{where}, column {self.group}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,11 +124,14 @@ class ParquetSpec(DrawnTestSpec):
     path: str = Field(min_length=1, description="a Parquet file or a folder of them, local or a URI")
     test_path: str | None = Field(None, description="the test split, where it stands apart")
     input: str | tuple[str, ...] = Field(description="the column with the input, or several numeric columns")
-    target: str = Field(description="the column with the label or number to predict")
+    target: str | None = Field(
+        None, description="the column with the label or number to predict; without it all rows are of one class"
+    )
     target_kind: TargetKind | None = Field(None, description="label or number; numbers for float columns by default")
     image_shape: Shape | None = Field(
         None, description="(channels, height, width) of images; needed for lists, and to resize encoded images"
     )
+    group: Group = None
 
     @property
     def _files(self) -> "ParquetFiles":
@@ -120,22 +147,59 @@ class ParquetSpec(DrawnTestSpec):
 
     def open(self) -> ParquetColumns:
         """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""
-        inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
-        if not inputs:
+        if not self._inputs:
             raise UserError("data.input", "names no column", "give at least one")
-        pools = self._files.parts((*inputs, self.target))
-        name, first = first_row(pools["train"], [*inputs, self.target])
-        array = array_columns(first, name, inputs, image_shape=self.image_shape)
-        return ParquetColumns({"input": array, "target": self._target(pools["train"], name, first)}, pools)
+        wanted = [*self._inputs, *([self.target] if self.target else [])]
+        pools = self._files.parts((*wanted, *([self.group] if self.group else [])))
+        name, first = first_row(pools["train"], wanted)
+        array = array_columns(first, name, self._inputs, image_shape=self.image_shape)
+        target = (
+            self._target(self.target, pools["train"], name, first) if self.target else LabelColumn(None, UNLABELLED)
+        )
+        return ParquetColumns({"input": array, "target": target}, pools, self.group)
 
-    def _target(self, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
-        kind = self.target_kind or ("number" if holds_fractions(first[self.target]) else "label")
+    def _target(self, target: str, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
+        kind = self.target_kind or ("number" if holds_fractions(first[target]) else "label")
         if kind == "number":
-            return number_column(first, name, self.target)
-        names = class_names(parts, self.target, or_numbers=True)
+            return number_column(first, name, target)
+        names = class_names(parts, target, or_numbers=True)
         if len(names) < 2:
-            raise UserError(self.path, f"column {self.target} holds {len(names)} class; at least two are needed")
-        return LabelColumn(self.target, names, or_numbers=True)
+            raise UserError(self.path, f"column {target} holds {len(names)} class; at least two are needed")
+        return LabelColumn(target, names, or_numbers=True)
+
+    def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
+        """See DataSpec. Looks at what the column holds: whole numbers may be both, fractions and text may not."""
+        if self.target is None:
+            return "data.target", "name the column to predict in data.target"
+        parts = self._files.parts([self.target])["train"]
+        try:
+            if Label in kinds:
+                class_names(parts, self.target, or_numbers=False)
+                return "data.target_kind", "set data.target_kind to label"
+            if Numbers in kinds and are_numbers(first_row(parts, [self.target])[1][self.target]):
+                return "data.target_kind", "set data.target_kind to number"
+        except UserError:  # what it holds are no labels
+            pass
+        return None
+
+    @property
+    def _inputs(self) -> tuple[str, ...]:
+        return (self.input,) if isinstance(self.input, str) else self.input
+
+    @model_validator(mode="after")
+    def _columns_go_together(self) -> Self:
+        check_target(self.target, self._inputs)
+        if self.target_kind and not self.target:
+            raise invalid("there is no target", "name the column in target", field="target_kind")
+        return self
+
+
+def check_target(target: str | None, inputs: Sequence[str]) -> None:
+    """Refuse a section that would have a model read what it is to predict."""
+    if target in inputs:
+        raise invalid(
+            f"{target} is an input too, so there would be nothing to predict", "name another column", field="target"
+        )
 
 
 def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
@@ -149,6 +213,8 @@ def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     files = [(name, info) for name, info in folder.walk() if name.endswith((".parquet", ".pq")) and info.is_file]
     if not files:
         raise UserError(field, f"{path}: no .parquet files in this folder", "give one that has some")
+    for name, _ in files:
+        folder.check_name(name)
     return [((folder / name).uri, info) for name, info in files]
 
 
@@ -182,6 +248,16 @@ def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
         return file.read(columns, group)
     except UnreadableError as error:
         raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
+
+
+def _group_names(column: pa.ChunkedArray, where: str) -> Array:
+    """Whom the rows belong to, as texts."""
+    if column.null_count:
+        raise UserError(where, f"{column.null_count} empty values", "say whom each row belongs to, or drop such rows")
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind):
+        raise UserError(where, f"values of type {kind} name no groups", "choose a column of texts or numbers")
+    return np.array(column.cast(kind).cast(pa.string()).to_pylist(), np.object_)
 
 
 def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:

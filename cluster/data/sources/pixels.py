@@ -1,40 +1,60 @@
 """Pixels: encoded images (PNG, JPEG, …) to arrays of one size; the edges in images."""
 
 import io
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nn_models.errors import UserError
+from cluster.data.sources.base import BadRows
 
 MODES = {1: "L", 3: "RGB"}
+# What is opened: no format whose reader is only a stub, or runs another program (EPS). Those that are recognised by no
+# more than a guess come last.
+FORMATS = (
+    "PNG", "JPEG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF", "JPEG2000", "QOI", "PPM", "ICO", "SUN", "SGI", "PCX",
+    "TGA",
+)  # fmt: skip
 LUMINANCE = np.array([19595, 38470, 7471], np.int32)  # 0.299, 0.587, 0.114 of 2^16
 BLOCK_PIXELS = 1 << 20  # whose gradients are in memory at once
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def endings() -> tuple[str, ...]:
+    """Of the names of files in these formats, with the dot, in small letters."""
+    return tuple(ending for ending, name in Image.registered_extensions().items() if name in formats())
 
 
 def decode_image(
     content: bytes, *, name: str, channels: int, size: tuple[int, int] | None, size_field: str | None = None
 ) -> NDArray[np.uint8]:
-    """The image as (channels, height, width). `size` is (height, width); None keeps the image's own.
+    """The image as a viewer shows it, (channels, height, width). `size` is (height, width); None keeps its own.
 
-    An image of another size is resized, or refused where `size_field` names the recipe's field that was not given.
-    Raises UserError naming the image where it cannot be used.
+    It is upright, and what is transparent lies on white. An image of another size is resized, or refused where
+    `size_field` names the recipe's field that was not given. Raises BadRows naming the image where it cannot be used.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            mode, own_size = image.mode, image.size[::-1]
-            # Pillow clips larger pixels to 255: a picture of sixteen bits would become all white
-            picture = None if mode.startswith(("I", "F")) else image.convert(MODES[channels])
+        with Image.open(io.BytesIO(content), formats=formats()) as image:
+            _refuse(image, name)
+            picture = _shown(image).convert(MODES[channels])
+    except BadRows:
+        raise
     except UnidentifiedImageError:
-        raise UserError(name, f"{len(content)} bytes in no known image format", "replace or remove it") from None
+        raise BadRows(name, f"{len(content)} bytes in no known image format", "replace or remove it") from None
     except Exception as error:  # decoders raise TypeError, struct.error, … for damaged bytes
-        raise UserError(name, f"not a readable image ({error})", "replace or remove it") from None
-    if picture is None:
-        raise UserError(name, f"pixels of more than 8 bits (mode {mode})", "convert the images to 8 bits")
+        raise BadRows(name, f"not a readable image ({error})", "replace or remove it") from None
+    own_size = picture.size[::-1]
     if size and own_size != size:
         if size_field:
-            raise UserError(
+            raise BadRows(
                 name,
                 f"{own_size[0]}x{own_size[1]} pixels where the first image has {size[0]}x{size[1]}",
                 f"set {size_field} to resize them all",
@@ -43,6 +63,26 @@ def decode_image(
         picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
     pixels = np.asarray(picture)
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def _refuse(image: Image.Image, name: str) -> None:
+    """Raise BadRows for what no viewer shows as one picture of bytes."""
+    # Pillow clips larger pixels to 255: a picture of sixteen bits would become all white
+    if image.mode.startswith(("I", "F")):
+        raise BadRows(name, f"pixels of more than 8 bits (mode {image.mode})", "convert the images to 8 bits")
+    # a camera's MPO has the same scene again, as a preview or for the other eye
+    if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+        raise BadRows(name, f"{pictures} pictures in one file ({image.format})", "save the one that counts")
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    """Upright, as its EXIF data say, and on white where it is transparent."""
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright
+    page = Image.new("RGBA", upright.size, "white")
+    page.alpha_composite(upright.convert("RGBA"))
+    return page
 
 
 def resize(images: NDArray[np.generic], size: tuple[int, int]) -> NDArray[np.generic]:

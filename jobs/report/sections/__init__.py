@@ -19,8 +19,9 @@ def chosen(run: Run) -> list[Section]:
     with left_out(run.notes, "The predictions", file=EVALUATION):
         run.evaluation = Tensors(run.folder, EVALUATION)
         found = [_of_evidence(run.evaluation)]
-    texts = run.evaluation is not None and "example_inputs.lengths" in run.evaluation
-    return found if texts else [*found, filters.SECTION]
+    # rows that differ in length, texts and trees, are no pictures
+    ragged = run.evaluation is not None and "example_inputs.lengths" in run.evaluation
+    return found if ragged else [*found, filters.SECTION]
 
 
 def _of_evidence(evaluation: Tensors) -> Section:

@@ -145,15 +145,17 @@ def _examples(
 
 
 def _texts(tensors: Tensors) -> list[str]:
-    """The examples' words, where they are texts; an empty list where they are not."""
-    if "example_inputs.lengths" not in tensors:
+    """The examples' words, where they are texts, or trees over words; an empty list where they are not."""
+    field = next((f for f in ("values", "words") if len(tensors.shapes.get(f"example_inputs.{f}", ())) == 1), None)
+    if field is None:
         return []
     signature = json.loads(tensors.metadata.get("signature", "{}"))
     words = mapping(mapping(mapping(signature).get("columns")).get("input")).get("names") or []
-    numbers = tensors["example_inputs.values"].tolist()
+    numbers = tensors[f"example_inputs.{field}"].tolist()
     ends = np.cumsum(tensors["example_inputs.lengths"])
     spans = zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True)
-    return [" ".join(_word(words, number) for number in numbers[first:end][:MAX_WORDS]) for first, end in spans]
+    told = ([number for number in numbers[first:end] if number >= 0] for first, end in spans)  # not inner nodes
+    return [" ".join(_word(words, number) for number in row[:MAX_WORDS]) for row in told]
 
 
 def _word(words: Sequence[str], number: Any) -> str:
