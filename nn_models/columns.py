@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
 # -1 to 1 (images; other numbers as "standard").
 Scale = Literal["standard", "unit", "symmetric"]
 Layout = Literal["dense", "ragged"]
+TextUnit = Literal["characters", "bytes", "words"]
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
 
 
@@ -242,6 +243,7 @@ class Tokens(_Elements, _Named):
     noun = "tokens"
     dtype = "int32"
     kind: Literal["tokens"] = "tokens"
+    unit: TextUnit | None = Field(None, description="what a token of a text is")
 
     @property
     def extent(self) -> str:

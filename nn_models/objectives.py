@@ -248,6 +248,7 @@ class ObjectiveSpec(Spec):
     # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
     # sums nothing over ranks.
     fuses: ClassVar[bool] = False
+    writes: ClassVar[bool] = False  # whether outputs say which token comes next, so that a text can be written on
     kind: str
 
     @property

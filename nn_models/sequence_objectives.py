@@ -107,6 +107,7 @@ class NextTokenSpec(_StepsSpec):
 
     reads = reading(input=Tokens, target=Labels)
     objective = NextToken
+    writes = True
     kind: Literal["next_token"] = "next_token"
     carry_state: bool = Field(
         True, description="a window of a text goes on from the state at the end of the one before"

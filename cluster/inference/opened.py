@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cluster.adversarial.halves import described, sample
 from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
+from cluster.data.vocabulary import Vocabulary
 from cluster.inference.given import MOST_OF_A_BYTE, as_stored, dense, wanted
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -22,6 +24,7 @@ from cluster.training.run_directory import RECIPE, RunDirectory
 from cluster.training.splits import EVALUATION_ROWS
 from nn_models.adversarial import Halves
 from nn_models.batch import Batch, Place, Value
+from nn_models.columns import Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
 
@@ -29,7 +32,9 @@ MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 
 
 def open_model(run: str, *, device: torch.device | str | None = None) -> "OpenedModel":
-    """The best model of a run or a sweep, from RUN/model alone: a Predictor, or a Generator where the run is a GAN's.
+    """The best model of a run or a sweep, from RUN/model alone.
+
+    It is a Generator where the run is a GAN's, a Writer where it is a language model's, else a Predictor.
 
     It takes what the files of its data hold: pixels as bytes 0 to 255, features in their units; `print` it to see.
     Raises UserError where there is no model or its weights do not fit.
@@ -37,7 +42,7 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     net, saved = restore_model(folder, recipe)
-    kind = Generator if "halves" in recipe.model.gives else Predictor
+    kind = Generator if "halves" in recipe.model.gives else Writer if recipe.objective.writes else Predictor
     return kind(net.to(device or "cpu"), recipe, saved)
 
 
@@ -165,6 +170,48 @@ class Predictor(OpenedModel):
         with autocast(self.recipe.train.precision, self.device):
             outputs = self.objective.outputs(self.net, Batch(columns, place, keys, unscale=self.scaling.inverse))
         return outputs.float() if isinstance(outputs, Tensor) else outputs
+
+
+class Writer(Predictor):
+    """A language model: `write` goes on with a text, token by token; called, it scores what follows each token.
+
+    It takes rows of tokens as a Predictor does; `vocabulary` makes them of text.
+    """
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens, and what they are."""
+        return Vocabulary.of_column(cast(Tokens, self._column("input").column))
+
+    def write(self, num: int, *, prompt: str = "", temperature: float = 1.0, seed: int = 0) -> Iterator[str]:
+        """So many tokens that follow the prompt, each as soon as it is drawn; the same seed gives the same.
+
+        A token is drawn from softmax(scores / temperature): the likeliest ones more and more as the temperature falls,
+        and the likeliest one always at 0. Without a prompt the text begins as after the end of a line, where there is
+        one. Raises UserError for tokens of the prompt that are not in the vocabulary.
+        """
+        if temperature < 0:
+            raise UserError("--temperature", f"{temperature:g} is below 0", "give 0 for the likeliest, or more")
+        vocabulary = self.vocabulary
+        start = vocabulary.numbers(prompt, path="--prompt")
+        if not len(start):
+            start = np.array([vocabulary.names.index("\n") if "\n" in vocabulary.names else 0], np.int32)
+        return vocabulary.spelled(self._drawn(start, num, temperature, seed))
+
+    @torch.no_grad()
+    def _drawn(self, start: NDArray[np.int32], num: int, temperature: float, seed: int) -> Iterator[int]:
+        generator, state = torch.Generator().manual_seed(seed), None
+        words = torch.from_numpy(start)[None].to(self.device)
+        for _ in range(num):
+            with autocast(self.recipe.train.precision, self.device):
+                scores, state = self.net(words, state, keep_state=True)
+            last = scores[-1].float().cpu()
+            if temperature:
+                token = int(torch.multinomial((last / temperature).softmax(0), 1, generator=generator))
+            else:
+                token = int(last.argmax())
+            yield token
+            words = torch.tensor([[token]], device=self.device)
 
 
 class Generator(OpenedModel):

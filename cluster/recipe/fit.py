@@ -67,7 +67,7 @@ def _other_objective(recipe: Recipe, signature: Signature) -> tuple[str, str] | 
     """(field, fix): the objective that predicts such a target from what the model gives."""
     for kind, other in OBJECTIVES.items():
         fits = isinstance(signature.columns.get("target"), other.reads.get("target", ()))
-        if fits and recipe.model.gives in other.takes and kind != recipe.objective.kind:
+        if fits and recipe.model.gives & other.takes and kind != recipe.objective.kind:
             return "objective.kind", f"set objective.kind to {kind}"
     return None
 

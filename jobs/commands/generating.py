@@ -6,8 +6,10 @@ import os
 import torch
 
 from cluster.inference.generate import Generated, generate
+from cluster.inference.opened import Writer, open_model
 from cluster.pictures import beside, png
 from cluster.storage import Folder
+from cluster.training.run_directory import RECIPE, RunDirectory
 from nn_models.errors import UserError
 
 MAX_COLUMNS_OF_CLASSES = 20
@@ -33,6 +35,48 @@ def write_samples(
     except OSError as error:
         raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
     return f"{folder.uri.rstrip('/')}/{name}"
+
+
+def writes(run: str) -> bool:
+    """Whether the run's model goes on with a text."""
+    return RunDirectory(Folder(run)).recipe(f"model/{RECIPE}").objective.writes
+
+
+def write_text(
+    run: str,
+    *,
+    num: int,
+    prompt: str,
+    temperature: float | None,
+    seed: int,
+    out: str | None,
+    device: torch.device,
+    quiet: bool = False,
+) -> str:
+    """Print the prompt and what follows it, token by token, or write it to `out`. Returns all of it.
+
+    Raises UserError where the prompt has tokens that the model does not know, or the file cannot be written.
+    """
+    model = open_model(run, device=device)
+    assert isinstance(model, Writer)
+    pieces = model.write(num, prompt=prompt, temperature=1.0 if temperature is None else temperature, seed=seed)
+    text = prompt
+    aloud = out is None and not quiet
+    if aloud:
+        print(prompt, end="", flush=True)
+    for piece in pieces:
+        text += piece
+        if aloud:
+            print(piece, end="", flush=True)
+    if aloud:
+        print()
+    if out is not None:
+        folder, name = Folder(out.rpartition("/")[0] or ("/" if out.startswith("/") else ".")), out.rpartition("/")[2]
+        try:
+            folder.write_text(name, text + "\n")
+        except OSError as error:
+            raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
+    return text
 
 
 def picture(generated: Generated) -> bytes:

@@ -46,20 +46,47 @@ def evaluate(
 @app.command()
 def generate(
     run: RunArgument,
-    num: Annotated[int, typer.Option(min=1, max=10_000, help="Images to make.")] = 64,
-    out: Annotated[str, typer.Option(metavar="FILE.png", help="File to write, or to replace.")] = "samples.png",
+    num: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Images to make, by default 64; of a text tokens, 500.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="File to write, or to replace: samples.png; a text is printed without it."),
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Class to make, by name or number (conditional models); by default each in turn.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to go on with (language models).")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Below 1 likelier tokens, 0 always the likeliest (language models).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise: the same gives the same.")] = 0,
     gpu: GpuOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw images that a GAN's best generator makes, from RUN/model alone; for pairs: given, made, true."""
-    from cluster.runtime import local_device
-    from jobs.commands.generating import write_samples
+    """Draw images that a GAN's best generator makes (for pairs: given, made, true), or a language model's text.
 
-    path = write_samples(run, num=num, out=out, label=label, seed=seed, device=local_device(gpu))
+    All comes from RUN/model alone. A text is printed token by token, as it is made.
+    """
+    from cluster.runtime import local_device
+    from jobs.commands.generating import write_samples, write_text, writes
+
+    device = local_device(gpu)
+    if writes(run):
+        if label is not None:
+            raise UserError("--label", "a text has no label", "leave it out, or give the run of a conditional GAN")
+        num = 500 if num is None else num
+        text = write_text(
+            run, num=num, prompt=prompt or "", temperature=temperature, seed=seed, out=out, device=device, quiet=as_json
+        )
+        if as_json:
+            print(json.dumps({"text": text, "num": num, "seed": seed, "path": out}))
+        return
+    for option, value in (("--prompt", prompt), ("--temperature", temperature)):
+        if value is not None:
+            raise UserError(option, "this run's model writes no text", "leave it out, or give a language model's run")
+    num = 64 if num is None else num
+    path = write_samples(run, num=num, out=out or "samples.png", label=label, seed=seed, device=device)
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
 
 

@@ -1,6 +1,5 @@
 """Texts as streams of windows: every token with the one that follows it; what cannot be used is refused by name."""
 
-import re
 from collections import Counter
 
 import numpy as np
@@ -9,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.prepare import prepared
-from cluster.data.sources.text import UNKNOWN, PythonDocsSpec, TextSpec, encode
+from cluster.data.sources.text import PythonDocsSpec, TextSpec
+from cluster.data.vocabulary import UNKNOWN, Vocabulary
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
@@ -58,13 +58,28 @@ def test_windows_of_characters_are_the_text(text, window, tmp_path_factory):
 
 
 def test_words_that_are_rare_are_unknown():
-    words = "b b b a a a c c d .\n"
-    numbers, names = encode(words, "words", max_words=4)
-    assert names == (UNKNOWN, "a", "b", "c")
-    assert [names[number] for number in numbers] == [*"bbbaaacc", UNKNOWN, UNKNOWN, UNKNOWN]
-    numbers, names = encode(words, "words", max_words=100)
-    assert set(names) == {*"abcd.\n"}
-    assert [names[number] for number in numbers] == re.findall(r"\S|\n", words)
+    text = "b b b a a a c c d .\n"
+    few = Vocabulary.of_text(text, "words", max_words=4)
+    assert few.names == (UNKNOWN, "a", "b", "c")
+    numbers = few.numbers(text, path="data")
+    assert [few.names[number] for number in numbers] == [*"bbbaaacc", UNKNOWN, UNKNOWN, UNKNOWN]
+    every = Vocabulary.of_text(text, "words", max_words=100)
+    assert set(every.names) == {*"abcd.\n"}
+    with pytest.raises(UserError, match=r"--prompt: 'x', 'y' not in the text that the model has learned from; leave"):
+        every.numbers("a x b y x", path="--prompt")
+
+
+@pytest.mark.parametrize(
+    ("unit", "text", "spelled"),
+    [
+        ("characters", "Grüße, Welt", None),
+        ("bytes", "Grüße, Welt", None),
+        ("words", "it's (so) late , now.\nGo on!", "it's (so) late, now.\nGo on!"),
+    ],
+)
+def test_a_text_is_spelled_again(unit, text, spelled):
+    vocabulary = Vocabulary.of_text(text, unit, max_words=100)
+    assert "".join(vocabulary.spelled(vocabulary.numbers(text, path=""))) == (spelled or text)
 
 
 def test_bytes_need_no_text(tmp_path):

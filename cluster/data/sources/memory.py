@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import DrawnTestSpec, Part, Source, even_parts
+from cluster.data.split import Traits
 from nn_models.columns import Labels, Numbers, Sequence, Tokens
 
 PART_ROWS = 8192
@@ -54,6 +55,10 @@ class _Adding:
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
         return {"train": even_parts(self.spec.rows, PART_ROWS)}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        return Traits()
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""
@@ -103,6 +108,10 @@ class _Copy:
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
         return {"train": even_parts(self.spec.rows, PART_ROWS)}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        return Traits()
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""

@@ -1,8 +1,6 @@
 """Text: a user's files, or the standard library's own, as windows of one long stream of tokens."""
 
 import hashlib
-import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +14,11 @@ from pydantic import Field, PositiveInt
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, absolute, even_parts
-from nn_models.columns import Labels, Tokens
+from cluster.data.split import Traits
+from cluster.data.vocabulary import UNKNOWN, Vocabulary
+from nn_models.columns import Labels, TextUnit, Tokens
 from nn_models.errors import UserError
 
-Unit = Literal["characters", "bytes", "words"]
-UNKNOWN = "<unknown>"  # stands for the words that are not in the vocabulary
-WORD = re.compile(r"\w+|[^\w\s]|\n")  # a word, a mark, or the end of a line
 PART_WINDOWS = 4096
 
 
@@ -29,7 +26,7 @@ class _StreamSpec(DrawnTestSpec):
     """Base of the data sections of one long text; held out are its last parts, the test split the very last."""
 
     order: ClassVar[Literal["shuffled", "streams"]] = "streams"
-    unit: Unit = Field("characters", description="what a token is; words are runs of letters and digits, and marks")
+    unit: TextUnit = Field("characters", description="what a token is; words are runs of letters and digits, and marks")
     window: PositiveInt = Field(128, description="tokens of a row; what is left over at the end is not used")
     max_words: Annotated[int, Field(ge=2)] = Field(
         30_000, description=f"words of the vocabulary, the most frequent ones; all others become {UNKNOWN}"
@@ -42,14 +39,15 @@ class _StreamSpec(DrawnTestSpec):
     def open(self) -> Source:
         """See DataSpec."""
         text = self.text()
-        tokens, names = encode(text, self.unit, max_words=self.max_words)
+        vocabulary = Vocabulary.of_text(text, self.unit, max_words=self.max_words)
+        tokens = vocabulary.numbers(text, path="data")
         if len(tokens) < self.window + 1:
             raise UserError(
                 "data.window",
                 f"{self.window} {self.unit} and the one that follows, but the text has {len(tokens)}",
                 "set a smaller window, or give more text",
             )
-        return _Stream(tokens, names, self.window)
+        return _Stream(tokens, vocabulary, self.window)
 
     def fingerprint(self) -> str:
         """See DataSpec."""
@@ -99,15 +97,16 @@ class _Stream:
     """The tokens of a text, and the vocabulary."""
 
     tokens: NDArray[np.int32]
-    names: tuple[str, ...]
+    vocabulary: Vocabulary
     window: int
 
     @cached_property
     def columns(self) -> Mapping[str, StoredColumn]:
         """See Source."""
-        size, length = len(self.names), self.window
+        names, size, length = self.vocabulary.names, len(self.vocabulary.names), self.window
+        words = Tokens(names=names, size=size, length=length, unit=self.vocabulary.unit)
         return {
-            "input": StoredColumn(column=Tokens(names=self.names, size=size, length=length), dtype="int32"),
+            "input": StoredColumn(column=words, dtype="int32"),
             "target": StoredColumn(column=Labels(size=size, length=length), dtype="int32"),
         }
 
@@ -115,6 +114,10 @@ class _Stream:
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
         return {"train": even_parts((len(self.tokens) - 1) // self.window, PART_WINDOWS)}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        return Traits()
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source: windows of tokens, and of those that follow each."""
@@ -125,28 +128,7 @@ class _Stream:
         }
 
 
-def encode(text: str | bytes, unit: Unit, *, max_words: int) -> tuple[NDArray[np.int32], tuple[str, ...]]:
-    """The tokens of a text as numbers, and the vocabulary by these numbers."""
-    if isinstance(text, bytes):
-        return np.frombuffer(text, np.uint8).astype(np.int32), tuple(map(byte_name, range(256)))
-    if unit == "characters":
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-        found, tokens = np.unique(points, return_inverse=True)
-        return tokens.astype(np.int32), tuple(map(chr, found.tolist()))
-    words = WORD.findall(text)
-    counts = Counter(words)
-    known = sorted(counts, key=lambda word: (-counts[word], word))
-    names = tuple(known) if len(known) <= max_words else (UNKNOWN, *known[: max_words - 1])
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.fromiter((numbers.get(word, 0) for word in words), np.int32, len(words)), names
-
-
-def byte_name(value: int) -> str:
-    """How a byte is called in a vocabulary: printable ones as themselves."""
-    return chr(value) if 32 <= value < 127 else f"<{value:02x}>"
-
-
-def _read(path: Path, unit: Unit) -> str | bytes:
+def _read(path: Path, unit: TextUnit) -> str | bytes:
     try:
         content = path.read_bytes()
         return content if unit == "bytes" else content.decode("utf-8")
