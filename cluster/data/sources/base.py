@@ -31,6 +31,7 @@ class Part:
 
     rows: int
     what: Any
+    name: str = ""  # as errors call it: the file, and where in it
 
 
 class Source(Protocol):
