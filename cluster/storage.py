@@ -31,6 +31,8 @@ class Folder:
         self.uri = str(where)
         if not self.uri:
             raise UserError("''", "not a place that can be read or written", "give a directory or a URI")
+        if self.uri != legible(self.uri):
+            raise UserError(legible(self.uri), "a name that is not UTF-8", "choose another one, or rename it")
         try:
             if "://" not in self.uri:
                 self.uri = str(Path(self.uri).expanduser().absolute())

@@ -55,6 +55,11 @@ class Column(Spec):
         """Outputs of a model that predicts one of it. Raises UserError where nothing predicts such a column."""
         raise UserError("data", f"{self.noun} is nothing to predict", "choose a label or numbers as the target")
 
+    @property
+    def labels_of(self) -> str | None:
+        """The column whose elements it labels, one by one; None where it stands alone."""
+        return None
+
     def ragged_fields(self) -> Mapping[str, RaggedField]:
         """The arrays that a ragged column is stored as, by name."""
         return {}
@@ -265,6 +270,11 @@ class Labels(_Elements, _Named):
     def extent(self) -> str:
         """See Column."""
         return f"of {self.size:,} classes, one an element of {self.of}"
+
+    @property
+    def labels_of(self) -> str:
+        """See Column."""
+        return self.of
 
     @property
     def num_outputs(self) -> int:

@@ -203,6 +203,7 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     columns = source.columns
     try:
         loaded = source.load(slot.part)
+        _check_lengths(loaded, columns, slot.part.name or f"data, part {slot.index}")
     except BadRows as error:
         return Converted({}, {}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
@@ -228,6 +229,31 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
 def _counts(labels: Layout, num_classes: int) -> NDArray[np.int64]:
     """Rows of each class."""
     return np.bincount(_numbers(labels), minlength=num_classes)
+
+
+def _check_lengths(loaded: Mapping[str, Layout], columns: Mapping[str, StoredColumn], where: str) -> None:
+    """Raise BadRows for rows without an element, and for labels of elements that are not as many as the elements."""
+    problems = []
+    for name, stored in columns.items():
+        lengths = _lengths(loaded[name])
+        for row in np.flatnonzero(lengths == 0):
+            problems.append(Problem(f"{where}, row {row}", f"its {name} has no element", "drop the row, or mend it"))
+        if (of := stored.column.labels_of) is None:
+            continue
+        labelled = _lengths(loaded[of])
+        for row in np.flatnonzero(lengths != labelled):
+            message = f"{lengths[row]} labels in {name} for {labelled[row]} elements of {of}"
+            problems.append(Problem(f"{where}, row {row}", message, "label each element once, or drop the row"))
+    if problems:
+        raise BadRows.of(problems)
+
+
+def _lengths(layout: Layout) -> NDArray[np.int32]:
+    """(rows,): elements of each row; where all rows are of one shape, their first dimension."""
+    if layout.lengths is not None:
+        return layout.lengths
+    assert isinstance(layout, Dense)
+    return np.full(len(layout), layout.values.shape[1] if layout.values.ndim > 1 else 1, np.int32)
 
 
 def _numbers(layout: Layout) -> Array:

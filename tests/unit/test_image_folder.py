@@ -197,6 +197,11 @@ def test_a_folders_names_are_listed_whatever_they_are(tmp_path):
     assert [name for name, _ in Folder(tmp_path).walk()] == ["a", "caf\udce9"]
 
 
+def test_a_folder_whose_own_name_is_not_utf_8():
+    with pytest.raises(UserError, match=r"^/tmp/caf\\xe9: a name that is not UTF-8; choose another one, or rename it$"):
+        Folder("/tmp/caf\udce9")
+
+
 # -- broken files ----------------------------------------------------------------------------------------------------
 
 

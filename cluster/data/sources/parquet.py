@@ -55,7 +55,7 @@ class ParquetColumns:
         """See Source."""
         file, group = part.what
         table = _read(file, group, [name for reader in self.readers.values() for name in reader.names])
-        where = f"{file}, row group {group}"
+        where = _where(file, group)
         for name in table.column_names:
             if table[name].null_count:
                 raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
@@ -102,7 +102,8 @@ class ParquetFiles:
                 file = _open(name)
                 for column in columns:
                     _check_column(name, file, column)
-                pools[pool] += [Part(rows, (name, group)) for group, rows in enumerate(file.row_groups)]
+                groups = enumerate(file.row_groups)
+                pools[pool] += [Part(rows, (name, group), _where(name, group)) for group, rows in groups]
             pools[pool] = [part for part in pools[pool] if part.rows]
             if not pools[pool]:
                 base = self.path if pool == "train" else self.test_path
@@ -216,6 +217,10 @@ def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     for name, _ in files:
         folder.check_name(name)
     return [((folder / name).uri, info) for name, info in files]
+
+
+def _where(file: str, group: int) -> str:
+    return f"{file}, row group {group}"
 
 
 def _check_column(name: str, file: ParquetFile, column: str) -> None:
