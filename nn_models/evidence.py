@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nn_models.batch import Batch, Ragged, Value
+from nn_models.figures import Gathered
 
 NUM_EXAMPLES = 24  # right ones, and as many wrong ones
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
@@ -94,21 +95,27 @@ class ClassEvidence:
 
 
 class NumberEvidence:
-    """Examples of predicted numbers beside the true ones, from this rank."""
+    """Predicted numbers beside the true ones, of all rows in their units; the inputs of the first ones, as examples."""
 
     section = "numbers"
 
     def __init__(self) -> None:
         self._examples = Examples(1)
+        self._rows = Gathered()
 
     def add(self, batch: Batch, outputs: Tensor) -> None:
         """See Evidence: outputs (B, K)."""
-        columns = {"inputs": batch.stored["input"], "targets": batch["target"], "predictions": outputs}
+        outputs = batch.unscale("target", outputs.double())
+        targets = batch.unscale("target", batch["target"].double().reshape(outputs.shape))
+        self._rows.add(batch, torch.cat((targets, outputs), 1))
+        columns = {"inputs": batch.stored["input"], "targets": targets.float(), "predictions": outputs.float()}
         self._examples.keep(0, torch.arange(len(outputs)), columns)
 
     def tensors(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, Tensor]:
         """See Evidence."""
-        return self._examples.tensors()
+        targets, predictions = self._rows.whole(across, device).cpu().chunk(2, 1)
+        whole = {"targets": targets.contiguous(), "predictions": predictions.contiguous()}
+        return {**whole, **self._examples.tensors()}
 
 
 def confusion(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:
