@@ -31,7 +31,7 @@ class Column(Spec):
     """Base of the kinds of columns: a named, typed part of every row."""
 
     noun: ClassVar[str]  # as errors call one value of it
-    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale
+    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale; predicted ones are standardised
     predicted: ClassVar[bool] = False  # one for a row, only ever to be predicted
     kind: str
 
@@ -120,6 +120,7 @@ class Numbers(Column):
     """Numbers to predict, float32 (size,)."""
 
     noun = "a number"
+    scaled = True
     predicted = True
     kind: Literal["numbers"] = "numbers"
     size: PositiveInt

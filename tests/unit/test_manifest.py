@@ -60,6 +60,8 @@ def test_version_1_says_the_same(kind, tmp_path):
     target = now.columns["target"]
     if "counts" in type(target.column).model_fields:  # which version 1 did not say
         target = target.model_copy(update={"column": target.column.model_copy(update={"counts": {}})})
+    else:
+        target = target.model_copy(update={"mean": (), "std": ()})
     now = now.model_copy(update={"columns": now.columns | {"target": target}})
     file.write_text(json.dumps(old))
     assert DataSet(str(tmp_path / "out")).manifest == now
