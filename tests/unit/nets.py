@@ -151,3 +151,13 @@ class FailsToRun(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         raise IndexError("list index out of range")
+
+
+class Layers(nn.Module):
+    """So many layers one after the other."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(number):
+            self.layers.append(nn.Linear(1, 1))
