@@ -18,6 +18,7 @@ from nn_models.errors import UserError
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5
+MOST_CPUS = 1024  # logical ones of an embedded Ray: each is a process
 
 # Ray reads these when it is imported or started. A user's own settings win.
 SETTINGS = {
@@ -164,6 +165,12 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     A Ray that the caller has started already is used, and left running. Raises UserError where none answers.
     """
     configure_ray()
+    if not address and cpus > MOST_CPUS:
+        raise UserError(
+            "--workers",
+            f"{cpus:,} CPUs in all, on a Ray of this machine alone, which has {os.cpu_count()}",
+            f"ask for {MOST_CPUS:,} at most, counting train.cpus_per_worker, or give a cluster's --address",
+        )
     if address:
         if address.startswith("ray://"):
             raise UserError("--address", f"{address}: the Ray client cannot drive training", "give HOST:PORT")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from pyarrow import ArrowInvalid
 from torch import Tensor, nn
 
 from cluster.data.cache import cache_root
 from cluster.data.manifest import MANIFEST, Manifest
 from cluster.data.shards import DataSet, some_rows, write_shard
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.errors import StorageFailed
 from cluster.recipe.loading import dump_recipe
 from cluster.recipe.optimizers import AdamWSpec, CosineSpec
 from cluster.recipe.recipe import Recipe, TrainSpec
@@ -148,7 +148,7 @@ def _place(data: DataSet, recipe: Recipe) -> Folder:
     try:
         beside.write_text(f"model/{RECIPE}", dump_recipe(recipe))
         return beside
-    except (OSError, ArrowInvalid) as error:
+    except (UserError, StorageFailed) as error:
         identity = f"{FORMAT} {data.manifest.model_dump_json(exclude_none=True)}"
         elsewhere = Folder(cache_root() / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:16])
         logger.debug("%s cannot be written (%s); the classifier is kept in %s", beside, error, elsewhere)

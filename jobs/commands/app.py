@@ -19,6 +19,6 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 def complain(message: str, code: int) -> int:
     """Tell it on standard error, and return the exit code."""
-    for line in message.splitlines() or [""]:
+    for line in message.split("\n"):  # other ends of lines may stand in a name
         print(f"error: {line}", file=sys.stderr, flush=True)
     return code
