@@ -35,8 +35,8 @@ FORMAT = 2  # of the folder's name and the cache's key: raise it when another cl
 FOLDER = f"features-{FORMAT}"  # in the data set's, with a `model` in it as in a run's
 WEIGHTS = "model/model.safetensors"
 
-# Training sees so many pixels: 3 epochs of Fashion-MNIST, 40 s on one core. Rows of which not all could be seen twice
-# are left out, and small sets are seen often.
+# Training sees so many pixels: 3 epochs of Fashion-MNIST, a minute and a half on one core. Rows of which not all could
+# be seen twice are left out, and small sets are seen often.
 PIXELS = 130_000_000
 EPOCHS = (2, 30)  # fewest and most
 
