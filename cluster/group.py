@@ -11,7 +11,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 def join(meeting: str, rank: int, *, world_size: int, backend: str = "gloo", timeout_s: float) -> None:
     """Become one of the peers that meet there: at a `tcp://` address, or at a `file://`, then on loopback alone."""
     if meeting.startswith("file:"):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
         backend, init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.embedded import embedded_ray, environment
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class RaySession:
 
     ray: Any
     embedded: bool
+    folder: Path | None = None  # of an embedded one, for notes of its processes: it goes with them, whatever ends them
     placed: bool = False  # in a trial, whose placement group has room for a GAN's halves after its first bundle
     stored: Mapping[str, Any] | None = None  # tables that are in the object store already
 
@@ -134,7 +136,6 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         if address.startswith("ray://"):
             raise UserError("--address", f"{address}: the Ray client cannot drive training", "give HOST:PORT")
         _knock(address)
-        _show_token()
     import ray
 
     if ray.is_initialized():
@@ -145,7 +146,17 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    if address:
+    started = _connected(ray, address, **options) if address else embedded_ray(ray, num_cpus=cpus, **options)
+    with started as folder:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+        yield RaySession(ray, embedded=address is None, folder=folder)
+
+
+@contextmanager
+def _connected(ray: Any, address: str, **options: Any) -> Iterator[None]:
+    """Be a driver of the cluster there, which may want the token that is here."""
+    with environment(_token_mode()):
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -157,22 +168,17 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
                 ) from None
             reason = str(error).strip().splitlines()[0]
             raise UserError("--address", f"{address}: no Ray cluster answers there ({reason})") from None
-    else:
-        # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-    try:
-        yield RaySession(ray, embedded=address is None)
-    finally:
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
-def _show_token() -> None:
-    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode."""
+def _token_mode() -> dict[str, str]:
+    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode. A user's own wins."""
     place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or place.exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    has_token = "RAY_AUTH_TOKEN" in os.environ or place.exists()
+    return {"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in os.environ else {}
 
 
 def _knock(address: str) -> None:

@@ -36,7 +36,7 @@ ABORT_TIMEOUT_S = 30
 
 @dataclass
 class LoopbackConfig(TorchConfig):
-    """A gloo process group of workers on one machine that listens on no network.
+    """A process group of workers on one machine that listens on no network.
 
     `meeting` is a directory of the caller's for the file through which the workers find each other; Ray's own
     TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
@@ -51,10 +51,13 @@ class LoopbackConfig(TorchConfig):
 
 
 class _LoopbackBackend(Backend):
+    share_cuda_visible_devices = True  # as with TorchConfig's: NCCL's peers must see each other's GPUs
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
         meeting = f"file://{Path(tempfile.mkdtemp(dir=backend_config.meeting)) / 'store'}"
-        shared = {"world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
+        timeout_s, backend = backend_config.timeout_s, backend_config.backend
+        shared = {"world_size": len(worker_group), "timeout_s": timeout_s, "backend": backend}
         ray.get(
             [
                 worker_group.execute_single_async(rank, join, meeting, rank, **shared)
@@ -78,10 +81,11 @@ def train_on_ray(
     for name in (STARTS, FAILURE):
         run.delete(name)
     # Ray Train keeps notes about its controller there; the run's own state is in the run's directory.
-    notes = tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
+    notes = tempfile.mkdtemp(prefix="manta-", dir=session.folder) if session.embedded else run.uri
     group = TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-    if session.embedded and not workers.use_gpu:
-        group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
+    if session.embedded:
+        backend = "nccl" if workers.use_gpu else "gloo"
+        group = LoopbackConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S, meeting=notes)
     trainer = _Trainer(
         _work,
         train_loop_config={

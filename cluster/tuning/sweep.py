@@ -238,6 +238,7 @@ class _Sweep:
             environment=self.environment,
             embedded=session.embedded,
             path=list(sys.path),
+            folder=session.folder,
         )
         # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
         nested = self.grouped and not self.workers.coordinated
@@ -276,6 +277,7 @@ class _Sweep:
                     reuse=not self.grouped,
                     max_failures=self.spec.max_failures,
                     listening=listening,
+                    folder=session.folder,
                 )
             status = "finished"
         finally:
