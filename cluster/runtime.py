@@ -3,7 +3,9 @@
 import logging
 import os
 import signal
+import site
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -143,6 +145,7 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         return
     on_terminate = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    options["job_config"] = _job_config()
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -151,6 +154,23 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
         yield RaySession(ray, embedded=address is None, folder=folder)
+
+
+def _job_config() -> Any:
+    """A job whose workers look for modules where this process does (see those who are given `sys.path`).
+
+    Ray would put the current directory first: there a user's file may have the name of a library, or of a package here.
+    """
+    from ray.job_config import JobConfig
+
+    class OwnPath(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # then Ray adds nothing
+
+    packages = str(Path(__file__).parents[1])  # they come before all that is sent: not installed, they must be found
+    installed = packages in (*site.getsitepackages(), site.getusersitepackages())
+    on_path = packages in map(os.path.abspath, sys.path)
+    return OwnPath(_py_driver_sys_path=[packages] if on_path and not installed else [])
 
 
 @contextmanager

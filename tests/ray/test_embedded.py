@@ -1,6 +1,7 @@
 """An embedded Ray: whoever is not this user on this machine does not reach it, and nothing of it stays."""
 
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from tests.ray.faults import steps_done, wait_for
 
@@ -22,6 +24,13 @@ RUNS = {
     "sweep": ["sweep", "digits-mlp", "--fuse=off", "--set=train.epochs=2", "--set=sweep.num_trials=2"],
     "gan": ["train", "digits-dcgan", "--workers=1", "--set=train.epochs=1"],
 }
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+"""
 
 
 @pytest.fixture
@@ -98,6 +107,19 @@ def test_nobody_else_enters_its_folder_and_a_killed_driver_leaves_nothing(world,
     driver.wait()
     wait_for(lambda: not any(process.is_running() for process in processes), seconds=15)
     wait_for(lambda: not folder.exists(), seconds=15)
+
+
+def test_files_beside_a_custom_model_take_no_librarys_place_in_workers(world, tmp_path):
+    for name in ("cluster", "nn_models", "numpy", "torch", "yaml", "ray", "nothing"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')")
+    (tmp_path / "nets.py").write_text(NET)
+    recipe = {"model": {"kind": "custom", "target": "nets:Net"}, "data": {"kind": "digits"}, "train": {"epochs": 1}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"name": "own", **recipe}))
+    packages = {**world, "PYTHONPATH": str(Path(__file__).parents[2])}
+    driver = start("train", "own.yaml", "--workers=1", "--run=run", world=packages, cwd=tmp_path)
+    _, errors = driver.communicate(timeout=200)
+    assert driver.returncode == 0, errors
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "finished"
 
 
 @pytest.fixture
