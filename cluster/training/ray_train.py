@@ -72,7 +72,7 @@ def _listen_at_node() -> None:
 
 @dataclass
 class LoopbackConfig(TorchConfig):
-    """A gloo process group of workers on one machine that listens on no network.
+    """A process group of workers on one machine that listens on no network.
 
     `meeting` is a directory of the caller's for the file through which the workers find each other; Ray's own
     TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
@@ -87,10 +87,13 @@ class LoopbackConfig(TorchConfig):
 
 
 class _LoopbackBackend(Backend):
+    share_cuda_visible_devices = True  # as with TorchConfig's: NCCL's peers must see each other's GPUs
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
         meeting = f"file://{Path(tempfile.mkdtemp(dir=backend_config.meeting)) / 'store'}"
-        shared = {"world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
+        timeout_s, backend = backend_config.timeout_s, backend_config.backend
+        shared = {"world_size": len(worker_group), "timeout_s": timeout_s, "backend": backend}
         ray.get(
             [
                 worker_group.execute_single_async(rank, join, meeting, rank, **shared)
@@ -140,10 +143,13 @@ class _Attempt:
         key = uuid.uuid4().hex
         self._notes = Notes(key)
         # Ray Train keeps an account of its controller there; the run's own state is in the run's directory.
-        self._run, self._account = run, tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
+        self._run, self._account = run, run.uri
+        if session.embedded:
+            self._account = tempfile.mkdtemp(prefix="manta-", dir=session.folder)
         group: TorchConfig = NodesConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-        if session.embedded and not workers.use_gpu:
-            group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
+        if session.embedded:
+            backend = "nccl" if workers.use_gpu else "gloo"
+            group = LoopbackConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
         self._trainer = _Trainer(
             _work,
             train_loop_config={

@@ -250,12 +250,16 @@ def run_trials(
     reuse: bool,
     max_failures: int,
     listening: Listening,
+    folder: Path | None = None,
 ) -> None:
-    """All trials, `concurrency` at once; each holds `bundles`. Returns once all have ended."""
+    """All trials, `concurrency` at once; each holds `bundles`. Returns once all have ended.
+
+    Tune's notes are in `folder`, or where temporary files are.
+    """
     placed = tune.with_resources(
         tune.with_parameters(trainable, world=world), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
-    with tempfile.TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as notes:
+    with tempfile.TemporaryDirectory(prefix="manta-", dir=folder, ignore_cleanup_errors=True) as notes:
         tuner = tune.Tuner(
             placed,
             tune_config=tune.TuneConfig(

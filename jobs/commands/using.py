@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import app
+from jobs.commands.app import app, import_from_here
 from jobs.commands.options import (
     GpuOption,
     JsonOption,
@@ -33,6 +33,7 @@ def evaluate(
     from jobs.commands.printing import print_outcome
     from nn_models.errors import did_you_mean
 
+    import_from_here()
     if split not in SPLITS:
         raise UserError("--split", f"{split!r} is no split", did_you_mean(split, SPLITS))
     source = None if data is None else parse_data(data).resolved(os.getcwd())
@@ -59,6 +60,7 @@ def generate(
     from cluster.runtime import local_device
     from jobs.commands.generating import write_samples
 
+    import_from_here()
     path = write_samples(run, num=num, out=out, label=label, seed=seed, device=local_device(gpu))
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
 
