@@ -143,3 +143,10 @@ def test_a_trials_value_is_that_of_the_weights_it_keeps(tmp_path):
         roster.on_epoch(0, {"epoch": epoch, **metrics})
     (record,) = roster.state.records
     assert (record.value, record.metrics["validation/accuracy"], record.epochs) == (0.5, 0.9, 4)
+    run = RunDirectory(directory.trial(0))
+    run.write_start(recipe.model_copy(update={"sweep": None}), {})
+    kept = {"validation/accuracy": 0.9, "validation/loss": 0.5, "test/accuracy": 0.8, "test/loss": None}
+    run.write_result({"status": "stopped", "metrics": kept, "checkpoint": None, "last": {"metrics": metrics}})
+    roster.on_end(0, "pruned", None)  # one that was concluded, and so tested
+    assert (record.status, record.value, record.metrics["test/accuracy"]) == ("pruned", 0.5, 0.8)
+    assert directory.records()[0].metrics == record.metrics == {k: v for k, v in kept.items() if v is not None}
