@@ -24,6 +24,7 @@ from cluster.data.sources.columns import (
     label_texts,
     number_column,
 )
+from cluster.data.sources.precision import check_precision
 from cluster.data.split import Traits
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
@@ -153,8 +154,13 @@ class ParquetSpec(DrawnTestSpec):
         pools = self._files.parts((*inputs, self.target, *([self.group] if self.group else [])))
         name, first = first_row(pools["train"], [*inputs, self.target])
         array = array_columns(first, name, inputs, image_shape=self.image_shape)
-        readers = {"input": array, "target": self._target(pools["train"], name, first)}
-        return ParquetColumns(readers, pools, self.group)
+        target = self._target(pools["train"], name, first)
+        numbers = [*array.names, *(target.names if isinstance(target, NumberColumn) else ())]
+        groups: dict[str, list[int]] = {}
+        for part in pools["train"]:
+            groups.setdefault(part.what[0], []).append(part.what[1])
+        check_precision(groups, numbers, opened=_open, read=_read)
+        return ParquetColumns({"input": array, "target": target}, pools, self.group)
 
     def _target(self, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
         kind = self.target_kind or ("number" if holds_fractions(first[self.target]) else "label")
