@@ -77,7 +77,10 @@ class NumberEvidence:
     def add(self, batch: Batch, outputs: Tensor) -> None:
         """See Evidence: outputs (B, K)."""
         outputs = batch.unscale("target", outputs.double())
-        targets = batch.unscale("target", batch["target"].double().reshape(outputs.shape))
+        targets = batch.stored.get("target")
+        if not isinstance(targets, Tensor):
+            targets = batch.unscale("target", batch["target"].double().reshape(outputs.shape))
+        targets = targets.double().reshape(outputs.shape)
         self._rows.add(batch, torch.cat((targets, outputs), 1))
         columns = {"inputs": batch.stored["input"], "targets": targets.float(), "predictions": outputs.float()}
         self._examples.keep(0, batch.place.ids, torch.zeros(len(outputs), device=outputs.device), columns)

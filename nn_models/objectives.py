@@ -359,7 +359,7 @@ class ClassificationSpec(SupervisedSpec):
     fuses = True
     kind: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
-    class_weights: ClassWeights | None = Field(
+    class_weights: ClassWeights = Field(
         None,
         description="how often a row of a class counts in the loss, 1 on average: balanced (each class as much), or "
         "class: weight, relative to 1 for the others",

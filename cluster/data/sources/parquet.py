@@ -24,6 +24,7 @@ from cluster.data.sources.columns import (
     label_texts,
     number_column,
 )
+from cluster.data.sources.precision import check_precision
 from cluster.data.split import Traits
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
@@ -157,6 +158,11 @@ class ParquetSpec(DrawnTestSpec):
         target = (
             self._target(self.target, pools["train"], name, first) if self.target else LabelColumn(None, UNLABELLED)
         )
+        numbers = [*array.names, *(target.names if isinstance(target, NumberColumn) else ())]
+        groups: dict[str, list[int]] = {}
+        for part in pools["train"]:
+            groups.setdefault(part.what[0], []).append(part.what[1])
+        check_precision(groups, numbers, opened=_open, read=_read)
         return ParquetColumns({"input": array, "target": target}, pools, self.group)
 
     def _target(self, target: str, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
