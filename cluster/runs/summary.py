@@ -96,6 +96,7 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
     """The model, its layers, and the bytes of a row that each puts out, as two imaginary rows go through it."""
     layers: list[Layer] = []
     sizes: list[int] = []
+    named: set[str] = set()
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
@@ -103,7 +104,8 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
                 output = output[0]
             if isinstance(output, torch.Tensor):
                 sizes.append(output.numel() // 2 * output.element_size())
-                if all(layer.name != name for layer in layers):  # not again where it is called at each time
+                if name not in named:  # not again where it is called at each time
+                    named.add(name)
                     count = sum(p.numel() for p in module.parameters(recurse=False))
                     layers.append(Layer(name, type(module).__name__, tuple(output.shape[1:]), count))
 
