@@ -146,7 +146,7 @@ def _place(data: DataSet, recipe: Recipe) -> Folder:
     try:
         beside.write_text(f"model/{RECIPE}", dump_recipe(recipe))
         return beside
-    except (OSError, ArrowInvalid) as error:
+    except (OSError, ArrowInvalid, UserError) as error:
         identity = f"{FORMAT} {data.manifest.model_dump_json(exclude_none=True)}"
         elsewhere = Folder(cache_root() / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:16])
         logger.debug("%s cannot be written (%s); the classifier is kept in %s", beside, error, elsewhere)
