@@ -11,7 +11,7 @@ from nn_models.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-MOST_MODULES = 20_000  # the deepest nets that were ever trained have some thousands
+MOST_MODULES = 10_000  # the deepest nets that were ever trained have some thousands
 MOST_WEIGHT_BYTES = 1 << 50
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -49,16 +49,21 @@ def refusing_impossible_models() -> Iterator[None]:
         register_module_parameter_registration_hook,
     )
 
-    modules, weights = 0, 0
+    modules, tensors, weights = 0, 0, 0
+
+    def refuse_too_many(layers: int) -> None:
+        if layers > MOST_MODULES:
+            raise ImpossibleError("model", f"has more than {MOST_MODULES:,} layers", "ask for fewer")
 
     def another(module: "nn.Module", name: str, submodule: "nn.Module | None") -> None:
         nonlocal modules
         modules += 1
-        if modules > MOST_MODULES:
-            raise ImpossibleError("model", f"has more than {MOST_MODULES:,} layers", "ask for fewer")
+        refuse_too_many(modules)
 
     def more(module: "nn.Module", name: str, parameter: "nn.Parameter | None") -> None:
-        nonlocal weights
+        nonlocal tensors, weights  # of modules, too, that become part of another only once all are there
+        tensors += parameter is not None
+        refuse_too_many(tensors // 2)  # most have a bias
         weights += parameter.numel() * parameter.element_size() if parameter is not None else 0
         if weights > MOST_WEIGHT_BYTES:
             raise ImpossibleError("model", f"has weights of more than {size(MOST_WEIGHT_BYTES)}", "ask for fewer")

@@ -48,6 +48,9 @@ def _run_app() -> Any:
         return complain(str(error), USER_ERROR)
     except (typer.Abort, KeyboardInterrupt):
         return complain("interrupted", INTERRUPTED)
+    except MemoryError as error:
+        words = f"memory: there is not enough of it ({error or 'none is left'})"
+        return complain(f"{words}; make the model, rows or batches smaller", FAILED)
     except Exception as error:
         return _other(error)
 

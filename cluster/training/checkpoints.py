@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from cluster.errors import RunFailed
 from cluster.limits import refusing_impossible_models
 from cluster.storage import Folder
 from cluster.training.identity import other_data
-from cluster.training.progress import lifted
+from cluster.training.progress import Best, lifted
 from nn_models.errors import UserError
 from nn_models.spec import validate
 
@@ -241,19 +240,10 @@ def read_model(run: Folder) -> SavedModel:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         manifest: Manifest = validate(Manifest, json.loads(header["data"]))
         best: dict[str, Any] = json.loads(header["best"])
-        validate(_Best, best)
+        validate(Best, best)
         return SavedModel(load(content), lifted(best), manifest)
     except (SafetensorError, UserError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(path, f"damaged ({one_line(error)})", "train again or restore the file") from None
-
-
-class _Best(BaseModel):
-    """What others read of what is said of the weights that were kept."""
-
-    metric: str
-    value: float
-    epoch: int
-    step: int
 
 
 def _refuse_misfits(recipe: "Recipe", saved: SavedModel) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Self, cast
 
-from pydantic import Field
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from cluster.errors import Diverged
 from nn_models.metrics import Better
@@ -13,6 +13,23 @@ from nn_models.spec import validate
 # What fields were called in checkpoints of earlier versions.
 EARLIER_NAMES = {"rows": "weight", "epoch_sums": "sums"}
 OF_THE_GAME = ("watch", "untrained", "rollbacks")  # stood beside the others
+
+
+class Best(BaseModel):
+    """What others read of what is said of the weights that are kept; there is more."""
+
+    metric: str
+    value: float
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+
+
+class _Game(BaseModel):
+    """What others read of a GAN's progress."""
+
+    watch: dict[str, float] = {}
+    rollbacks: list[dict[str, Any]] = []
+    untrained: dict[str, float | None] = {}
 
 
 @dataclass
@@ -44,7 +61,10 @@ class Progress:
             named["best"] = lifted(named["best"])
         known = {field.name for field in fields(cls)}
         content = {name: value for name, value in named.items() if name in known} | ({"game": game} if game else {})
-        return cast(Self, validate(cls, content))
+        found = cast(Self, validate(cls, content))
+        validate(Best | None, found.best)
+        validate(_Game, found.game)
+        return found
 
     def refuse_other_metrics(self, num_metrics: int) -> None:
         """Raise ValueError where not so many metrics have been added up."""

@@ -253,8 +253,19 @@ def test_an_impossible_size_is_refused_before_memory_is_taken(arguments, path, r
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [("digits-cnn", "model.convolutions_per_block=1000000000"), ("pix2pix", "model.levels=1000000000")],
+)
+def test_more_layers_than_there_can_be(recipe, change, refused, tmp_path):
+    pairs = "data={kind: pairs, edges_of: {kind: digits}}"
+    named = ["digits-cnn"] if recipe == "digits-cnn" else ["fashion-pix2pix", "--set", pairs]
+    message = refused("train", *named, "--set", change, "--run", tmp_path / "run")
+    assert message.startswith(("model: has more than 10,000 layers", "model.levels: must be less than or equal to 14"))
+
+
 def test_a_billion_layers(refused, tmp_path):
     nets = "tests.unit.nets:Layers"
     model = f"model={{kind: custom, target: '{nets}', arguments: {{number: 1000000000}}}}"
     message = refused("train", "digits-mlp", "--set", model, "--run", tmp_path / "run")
-    assert message == "model: has more than 20,000 layers; ask for fewer"
+    assert message == "model: has more than 10,000 layers; ask for fewer"
