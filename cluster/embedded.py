@@ -97,17 +97,19 @@ def _own_folder() -> Iterator[Path]:
     asked = os.environ.get("RAY_TMPDIR")
     room = LONGEST_SOCKET_PATH - LONGEST_NAME_IN_FOLDER
     with ExitStack() as stack:
-        base = Path(asked or tempfile.gettempdir())
-        if len(os.fsencode(base)) > room:
-            if asked:
-                raise UserError("RAY_TMPDIR", f"{asked} is too long for Ray's sockets", f"at most {room} characters")
-            base = Path("/tmp")
         try:
+            base = Path(asked or tempfile.gettempdir())
+            if len(os.fsencode(base)) > room:
+                if asked:
+                    problem = f"{asked} is too long for the paths of Ray's sockets"
+                    raise UserError("RAY_TMPDIR", problem, f"choose one of at most {room} characters")
+                base = Path("/tmp")
             base.mkdir(parents=True, exist_ok=True)
             clear_dead(base)
             folder = stack.enter_context(own_folder(base))
-        except OSError as error:
+        except OSError as error:  # also where no place for temporary files has room
+            place = error.filename or "the place for temporary files"
             raise UserError(
-                str(base), f"cannot be written ({error.strerror})", "set RAY_TMPDIR to a place that can"
+                place, f"cannot be written ({error.strerror})", "make room there, or set RAY_TMPDIR to another"
             ) from None
         yield folder

@@ -109,6 +109,22 @@ def test_nobody_else_enters_its_folder_and_a_killed_driver_leaves_nothing(world,
     wait_for(lambda: not folder.exists(), seconds=15)
 
 
+def test_one_process_has_one_after_another_each_with_its_own_token(world):
+    script = (
+        "import os; from cluster.runtime import ray_session\n"
+        "def token(): return os.environ['RAY_AUTH_TOKEN']\n"
+        "for _ in range(2):\n"
+        "    with ray_session(address=None, cpus=1, verbose=False) as session:\n"
+        "        print(session.ray.get(session.ray.remote(token).remote()))\n"
+        "assert 'RAY_AUTH_TOKEN' not in os.environ"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=world, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split()
+    assert len(first) == len(second) == 64
+    assert first != second
+
+
 def test_files_beside_a_custom_model_take_no_librarys_place_in_workers(world, tmp_path):
     for name in ("cluster", "nn_models", "numpy", "torch", "yaml", "ray", "nothing"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')")

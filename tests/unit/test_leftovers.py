@@ -1,5 +1,6 @@
 """What an embedded Ray leaves: it goes with its driver, however that ends; what lives, or is another's, stays."""
 
+import errno
 import os
 import shutil
 import signal
@@ -140,7 +141,15 @@ def test_a_place_without_room_for_the_paths_of_sockets_is_not_taken(monkeypatch)
 
 def test_a_place_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nope")
-    with pytest.raises(UserError, match=r"/proc/nope: cannot be written \(.*; set RAY_TMPDIR"):
+    with pytest.raises(UserError, match=r"/proc/nope: cannot be written \(.*, or set RAY_TMPDIR"):
+        _own_folder().__enter__()
+    monkeypatch.delenv("RAY_TMPDIR")
+
+    def full() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", full)
+    with pytest.raises(UserError, match=r"temporary files: cannot be written \(No usable temporary directory found\)"):
         _own_folder().__enter__()
 
 
