@@ -291,7 +291,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
     alone = ExitStack()
     try:
-        if context.rank == 0:  # workers whose controller has died may live a little longer, and write
+        if context.rank == 0 and context.run.local:  # workers whose controller has died may live on a little, and write
             alone.enter_context((context.run / "checkpoints").create().claimed(patience_s=DEATH_TIMEOUT_S))
         return {"result": fit(Recipe.model_validate(config["recipe"]), context=context)}
     except Diverged as error:  # all ranks are here
@@ -324,9 +324,10 @@ def _raise(failure: dict[str, Any]) -> NoReturn:
 
 def _death(error: Exception) -> str:
     """How the controller's death is told."""
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, ray.exceptions.ActorDiedError):
         return "the process of Ray Train's controller has died"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    lines = str(error).strip().splitlines()
+    return f"Ray Train's controller has failed ({type(error).__name__}{': ' * bool(lines)}{''.join(lines[:1])})"
 
 
 def _explain(error: TrainingFailedError) -> str:
