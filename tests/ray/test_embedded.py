@@ -71,7 +71,8 @@ def listening(driver: subprocess.Popen) -> tuple[set[tuple[str, str]], set[str]]
                 with suppress(psutil.Error):
                     opened = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
                     found |= {(title(process), connection.laddr.ip) for connection in opened}
-                    tokens |= {process.environ()["RAY_AUTH_TOKEN"]} if "gcs_server" in title(process) else set()
+                    told = process.environ() if "gcs_server" in title(process) else {}  # empty while it starts or ends
+                    tokens |= {told[name] for name in ("RAY_AUTH_TOKEN",) if name in told}
     return found, tokens
 
 

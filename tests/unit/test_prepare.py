@@ -345,4 +345,4 @@ class _Named:
     """A source whose parts have names."""
 
     def __init__(self, source: made.MadeSource, pools: dict[str, list[Part]]) -> None:
-        self.columns, self.load, self.pools = source.columns, source.load, pools
+        self.columns, self.load, self.traits, self.pools = source.columns, source.load, source.traits, pools
