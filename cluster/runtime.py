@@ -3,14 +3,17 @@
 import logging
 import os
 import signal
+import site
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.embedded import embedded_ray, environment
 from cluster.errors import RayLost
 from cluster.lifeline import Lifeline
 from nn_models.errors import UserError
@@ -18,6 +21,7 @@ from nn_models.errors import UserError
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5
+MOST_CPUS = 1024  # logical ones of an embedded Ray: each is a process
 
 # Ray reads these when it is imported or started. A user's own settings win.
 SETTINGS = {
@@ -94,6 +98,7 @@ class RaySession:
 
     ray: Any
     embedded: bool
+    folder: Path | None = None  # of an embedded one, for notes of its processes: it goes with them, whatever ends them
     placed: bool = False  # in a trial, whose placement group has room for a GAN's halves after its first bundle
     stored: Mapping[str, Any] | None = None  # tables that are in the object store already
     lifeline: Lifeline | None = None  # of the driver; other processes die with their raylet
@@ -164,63 +169,90 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
     A Ray that the caller has started already is used, and left running. Raises UserError where none answers.
     """
     configure_ray()
+    if not address and cpus > MOST_CPUS:
+        raise UserError(
+            "--workers",
+            f"{cpus:,} CPUs in all, on a Ray of this machine alone, which has {os.cpu_count()}",
+            f"ask for {MOST_CPUS:,} at most, counting train.cpus_per_worker, or give a cluster's --address",
+        )
     if address:
         if address.startswith("ray://"):
             raise UserError("--address", f"{address}: the Ray client cannot drive training", "give HOST:PORT")
         _knock(address)
-        _show_token()
     import ray
 
     if ray.is_initialized():
         yield RaySession(ray, embedded=False, lifeline=Lifeline(ray, embedded=False))
         return
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    options["job_config"] = _job_config()
     if not verbose:  # Ray Train's and Ray's own notes stay in Ray's files
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
         ray._private.worker.print_to_stdstream = lambda *_, **__: None  # a dead raylet's last log, on standard output
+    session = RaySession(ray, embedded=address is None)
+    with ExitStack() as current:
 
-    def start() -> Lifeline:
-        ray.shutdown()  # what is left of one that has died
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        if address:
-            _connect(ray, address, options)
-        else:
-            # "local": never join a cluster that happens to run here; loopback: no other machine needs to reach this one
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-        return Lifeline(ray, embedded=address is None)
+        def start() -> Lifeline:
+            current.close()  # what is left of one that has died
+            on_terminate = signal.getsignal(signal.SIGTERM)
+            started = _connected(ray, address, **options) if address else embedded_ray(ray, num_cpus=cpus, **options)
+            session.folder = current.enter_context(started)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_terminate)  # Ray's own, which it has put in place, ends the process
+            return Lifeline(ray, embedded=session.embedded)
 
-    try:
-        lifeline, embedded = start(), address is None
-        yield RaySession(ray, embedded=embedded, lifeline=lifeline, start=start if embedded else None)
-    finally:
-        ray.shutdown()
+        session.lifeline = start()
+        session.start = start if session.embedded else None
+        yield session
 
 
-def _connect(ray: Any, address: str, options: Mapping[str, Any]) -> None:
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
-            raise UserError(
-                "--address",
-                f"{address}: this cluster wants a token that is not the one here",
-                "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
-            ) from None
-        raise UserError("--address", f"{address}: no Ray cluster answers there ({_first_line(error)})") from None
+def _job_config() -> Any:
+    """A job whose workers look for modules where this process does (see those who are given `sys.path`).
+
+    Ray would put the current directory first: there a user's file may have the name of a library, or of a package here.
+    """
+    from ray.job_config import JobConfig
+
+    class OwnPath(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True  # then Ray adds nothing
+
+    packages = str(Path(__file__).parents[1])  # they come before all that is sent: not installed, they must be found
+    installed = packages in (*site.getsitepackages(), site.getusersitepackages())
+    on_path = packages in map(os.path.abspath, sys.path)
+    return OwnPath(_py_driver_sys_path=[packages] if on_path and not installed else [])
+
+
+@contextmanager
+def _connected(ray: Any, address: str, **options: Any) -> Iterator[None]:
+    """Be a driver of the cluster there, which may want the token that is here."""
+    with environment(_token_mode()):
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
+                raise UserError(
+                    "--address",
+                    f"{address}: this cluster wants a token that is not the one here",
+                    "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
+                ) from None
+            raise UserError("--address", f"{address}: no Ray cluster answers there ({_first_line(error)})") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _show_token() -> None:
-    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode."""
+def _token_mode() -> dict[str, str]:
+    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode. A user's own wins."""
     place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or place.exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    has_token = "RAY_AUTH_TOKEN" in os.environ or place.exists()
+    return {"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in os.environ else {}
 
 
 def _knock(address: str) -> None:

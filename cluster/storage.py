@@ -16,6 +16,7 @@ from pyarrow import ArrowInvalid, Buffer, NativeFile, fs
 
 from cluster.errors import StorageFailed
 from nn_models.errors import UserError
+from nn_models.spec import validate
 
 Content = TypeVar("Content", bytes, Buffer)
 
@@ -31,6 +32,8 @@ class Folder:
         self.uri = str(where)
         if not self.uri:
             raise UserError("''", "not a place that can be read or written", "give a directory or a URI")
+        if self.uri != legible(self.uri):
+            raise UserError(legible(self.uri), "a name that is not UTF-8", "choose another one, or rename it")
         try:
             if "://" not in self.uri:
                 self.uri = str(Path(self.uri).expanduser().absolute())
@@ -210,8 +213,22 @@ class Folder:
         """The file's content. Raises FileNotFoundError, and UserError where it is not JSON."""
         try:
             return json.loads(self.read_bytes(name))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.uri}/{name}", f"not valid JSON ({error})", "restore it, or delete it") from None
+
+    def read_as(self, name: str, kind: Any, *, fix: str = "restore it, or delete it") -> Any:
+        """The JSON file's content as a `kind`, any type that pydantic knows.
+
+        Raises FileNotFoundError, and UserError with this fix where it is no JSON or of other types.
+        """
+        content = self.read_bytes(name)
+        try:
+            return validate(kind, json.loads(content))
+        except (ValueError, RecursionError) as error:
+            what = f"it is not valid JSON: {error}"
+        except UserError as error:
+            what = f"{error.path}: {error.message}"
+        raise UserError(f"{self.uri}/{name}", f"damaged ({what})", fix)
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:
         """Write the file so that a reader, or a kill, never sees half of it.
@@ -226,13 +243,16 @@ class Folder:
                     stream.write(content)
 
     def _write_local(self, target: Path, content: bytes | memoryview) -> None:
-        self._make(target.parent)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
-            part.write_bytes(content)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+            self._make(target.parent)
+            try:
+                part.write_bytes(content)
+                part.replace(target)
+            finally:
+                part.unlink(missing_ok=True)
+        except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise UserError(str(target), f"cannot be written ({error.strerror})", "move away what is there") from None
 
     def write_text(self, name: str, content: str) -> None:
         """`write_bytes` for text."""

@@ -40,7 +40,7 @@ def main() -> NoReturn:
 def _run_app() -> Any:
     """The exit code, or what the command returned."""
     try:
-        _import_from_here()
+        _refuse_a_directory_that_is_gone()
         return app(standalone_mode=False)
     except SystemExit as ended:  # how typer takes a broken pipe
         return _no_more_output() if isinstance(ended.__context__, BrokenPipeError) else ended.code
@@ -48,6 +48,9 @@ def _run_app() -> Any:
         return complain(str(error), USER_ERROR)
     except (typer.Abort, KeyboardInterrupt):
         return complain("interrupted", INTERRUPTED)
+    except MemoryError as error:
+        words = f"memory: there is not enough of it ({error or 'none is left'})"
+        return complain(f"{words}; make the model, rows or batches smaller", FAILED)
     except Exception as error:
         return _other(error)
 
@@ -78,14 +81,12 @@ def _messages_shown() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _import_from_here() -> None:
-    """Custom models stand where the user is."""
+def _refuse_a_directory_that_is_gone() -> None:
+    """Paths are relative to it."""
     try:
-        here = os.getcwd()
+        os.getcwd()
     except FileNotFoundError:
         raise UserError("", "the current directory is gone", "cd to one that exists") from None
-    if here not in sys.path:
-        sys.path.insert(0, here)
 
 
 def _no_more_output() -> int:

@@ -1,5 +1,6 @@
 """Class weights: how much a row of each class counts in the loss."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,18 +10,26 @@ from torch import Tensor
 
 from nn_models.columns import Label
 from nn_models.errors import UserError, did_you_mean
+from nn_models.spec import invalid
 
 FIELD = "objective.class_weights"
 
 
-def _name(key: Any) -> Any:
-    """A class's name as text: YAML takes 3 and true for other things."""
-    if isinstance(key, bool):
-        return str(key).lower()
-    return str(key) if isinstance(key, int) else key
+def _weights(wanted: Any) -> Any:
+    """As it is kept: names of classes are text, though YAML takes 3 and true for other things."""
+    if wanted is None or wanted == "balanced":
+        return wanted
+    if not isinstance(wanted, Mapping):
+        raise invalid(f"must be balanced, or a weight by the name of a class, not {wanted!r}", "write {rare: 10}")
+    found = {str(name).lower() if isinstance(name, bool) else str(name): weight for name, weight in wanted.items()}
+    for name, weight in found.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and 0 <= weight < math.inf):
+            raise invalid(f"must be a number from 0, not {weight!r}", field=name)
+    return found
 
 
-ClassWeights = Literal["balanced"] | dict[Annotated[str, BeforeValidator(_name)], NonNegativeFloat]
+ClassWeights = Annotated[Literal["balanced"] | dict[str, NonNegativeFloat] | None, BeforeValidator(_weights)]
 
 
 def weights_of(wanted: Literal["balanced"] | Mapping[str, float], label: Label) -> Tensor:

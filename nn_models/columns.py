@@ -32,7 +32,7 @@ class Column(Spec):
     """Base of the kinds of columns: a named, typed part of every row."""
 
     noun: ClassVar[str]  # as errors call one value of it
-    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale
+    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale; predicted ones are standardised
     predicted: ClassVar[bool] = False  # one for a row, only ever to be predicted
     kind: str
 
@@ -55,6 +55,11 @@ class Column(Spec):
     def num_outputs(self) -> int:
         """Outputs of a model that predicts one of it. Raises UserError where nothing predicts such a column."""
         raise UserError("data", f"{self.noun} is nothing to predict", "choose a label or numbers as the target")
+
+    @property
+    def labels_of(self) -> str | None:
+        """The column whose elements it labels, one by one; None where it stands alone."""
+        return None
 
     def ragged_fields(self) -> Mapping[str, RaggedField]:
         """The arrays that a ragged column is stored as, by name."""
@@ -116,6 +121,7 @@ class Numbers(Column):
     """Numbers to predict, float32 (size,)."""
 
     noun = "a number"
+    scaled = True
     predicted = True
     kind: Literal["numbers"] = "numbers"
     size: PositiveInt
@@ -268,6 +274,11 @@ class Labels(_Elements, _Named):
     def extent(self) -> str:
         """See Column."""
         return f"of {self.size:,} classes, one an element of {self.of}"
+
+    @property
+    def labels_of(self) -> str:
+        """See Column."""
+        return self.of
 
     @property
     def num_outputs(self) -> int:

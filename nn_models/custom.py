@@ -13,12 +13,12 @@ from torch import nn
 from nn_models.errors import UserError, did_you_mean
 from nn_models.model import ModelSpec, reading
 from nn_models.signature import Signature
-from nn_models.spec import invalid
+from nn_models.spec import invalid, short
 
 
 def _module_and_name(target: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", target):
-        raise invalid(f"must name a module and a class in it, like my_package.nets:MyNet, not {target!r}")
+        raise invalid(f"must name a module and a class in it, like my_package.nets:MyNet, not {short(target)}")
     return target
 
 

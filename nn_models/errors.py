@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+LONGEST_WORD = 100  # that others are looked for that are like it
+LONGEST_MESSAGE = 2000  # as text: some name a value of the user's
 ProblemKind = Literal["unknown field", "unknown kind", "not a section"]
 
 
@@ -20,7 +22,8 @@ class Problem(NamedTuple):
     names: tuple[str, ...] = ()  # paths in a recipe that the fix may name
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.message}" if self.path else self.message
+        message = self.message if len(self.message) <= LONGEST_MESSAGE else f"{self.message[:LONGEST_MESSAGE]} …"
+        text = f"{self.path}: {message}" if self.path else message
         return f"{text}; {self.fix}" if self.fix else text
 
     def moved(self, paths: Mapping[str, str]) -> "Problem":
@@ -92,6 +95,7 @@ class UserError(Exception):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"did you mean X?"` when a known word is close, else the list of the known words."""
     words = sorted(known)
+    word = word[:LONGEST_WORD]  # comparing takes time
     found = closest(word, words)
     return f"did you mean {found}?" if found else f"known: {', '.join(words)}"
 

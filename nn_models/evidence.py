@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nn_models.batch import Batch
 from nn_models.examples import Examples, Gather, gather_here
+from nn_models.figures import Gathered
 
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
 
@@ -65,23 +66,32 @@ class ClassEvidence:
 
 
 class NumberEvidence:
-    """Examples of predicted numbers beside the true ones: the first rows."""
+    """Predicted numbers beside the true ones, of all rows in their units; the inputs of the first ones, as examples."""
 
     section = "numbers"
 
     def __init__(self) -> None:
         self._examples = Examples(1)
+        self._rows = Gathered()
 
     def add(self, batch: Batch, outputs: Tensor) -> None:
         """See Evidence: outputs (B, K)."""
-        columns = {"inputs": batch.stored["input"], "targets": batch["target"], "predictions": outputs}
+        outputs = batch.unscale("target", outputs.double())
+        targets = batch.stored.get("target")
+        if not isinstance(targets, Tensor):
+            targets = batch.unscale("target", batch["target"].double().reshape(outputs.shape))
+        targets = targets.double().reshape(outputs.shape)
+        self._rows.add(batch, torch.cat((targets, outputs), 1))
+        columns = {"inputs": batch.stored["input"], "targets": targets.float(), "predictions": outputs.float()}
         self._examples.keep(0, batch.place.ids, torch.zeros(len(outputs), device=outputs.device), columns)
 
     def tensors(
         self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here
     ) -> dict[str, Tensor]:
         """See Evidence."""
-        return self._examples.tensors(gather, device)
+        targets, predictions = self._rows.whole(across, device).cpu().chunk(2, 1)
+        whole = {"targets": targets.contiguous(), "predictions": predictions.contiguous()}
+        return {**whole, **self._examples.tensors(gather, device)}
 
 
 def confusion(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:

@@ -3,12 +3,12 @@
 Losses and metrics are sums over what a batch counts (its rows, or the elements of a column), never means: sums over
 batches and ranks add up, and the training loop divides once.
 
-Shapes: B rows of the batch, C classes, K predicted numbers, M metrics, R models of fused trials.
+Shapes: B rows of the batch, C classes, M metrics, R models of fused trials.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from pydantic import Field
@@ -18,18 +18,16 @@ from torch.nn import functional as F
 
 from nn_models.batch import Batch
 from nn_models.class_weights import ClassWeights, weights_of
-from nn_models.columns import Label, Numbers, Scale
+from nn_models.columns import Label, Scale
 from nn_models.errors import UserError
-from nn_models.evidence import ClassEvidence, Evidence, NumberEvidence
+from nn_models.evidence import ClassEvidence, Evidence
 from nn_models.figures import (
     CLASS_FIGURES,
     MAX_SCORES,
-    NUMBER_FIGURES,
     TOP,
     TOP_FROM_CLASSES,
     ClassFigures,
     Figures,
-    NumberFigures,
 )
 from nn_models.metrics import LOSS, Metric, Reported
 from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
@@ -58,6 +56,16 @@ class Measured(NamedTuple):
     counts: Tensor | None = None
     outputs: Any = None
     carry: Any = None
+
+
+class Baseline(Protocol):
+    """Models that come from one look at the training rows, for the test's figures to be compared with."""
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch of training rows; not of rows that stand in."""
+
+    def models(self, across: Across, device: torch.device) -> Mapping[str, Any]:
+        """Modules by name, on the device. Called by all ranks; `across` sums a tensor on the device over them."""
 
 
 class Objective(ABC):
@@ -91,7 +99,8 @@ class Objective(ABC):
         assert not each  # such fields are batched by the objective that has them
 
         def one(outputs: Tensor, columns: Any) -> tuple[Tensor, Tensor]:
-            measured = self.measure(lambda *_: outputs, Batch(columns, batch.place, batch.draw_keys))
+            rows = Batch(columns, batch.place, batch.draw_keys, unscale=batch.unscale)
+            measured = self.measure(lambda *_: outputs, rows)
             return measured.loss, measured.sums
 
         in_dims = (0, None if shared else 1)
@@ -108,6 +117,10 @@ class Objective(ABC):
 
     def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
         """Metrics of a whole split: those that were asked for; of a test of so many rows all that there are."""
+        return None
+
+    def baseline(self, signature: Signature) -> Baseline | None:
+        """What the test's figures are compared with; None for nothing."""
         return None
 
     def evidence(self, signature: Signature) -> Evidence | None:
@@ -196,42 +209,6 @@ class Classification(Objective):
         return ClassEvidence(signature["target"].num_outputs)
 
 
-class Regression(Objective):
-    """Mean squared error over a row's K numbers; the metrics are `mse`, which is the loss, and `mae`.
-
-    loss = (1/K) sum_k (output_k - target_k)^2
-    """
-
-    metrics = (Metric("mse", "less"), Metric("mae", "less"))
-    whole = NUMBER_FIGURES
-
-    def __init__(self, num_outputs: int, *, gathered: tuple[str, ...] = ()) -> None:
-        """`gathered` are metrics of the whole split in validation too."""
-        self.num_outputs, self.gathered = num_outputs, gathered
-
-    def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
-        """Outputs (B, K) against targets (B, K), or (B,) where K is 1."""
-        outputs = model(batch["input"])
-        predictions = at_least_float32(outputs)
-        targets = _like(batch["target"], predictions)
-        loss = F.mse_loss(predictions, targets, reduction="sum") / self.num_outputs
-        absolute = F.l1_loss(predictions.detach(), targets, reduction="sum") / self.num_outputs
-        return Measured(loss, torch.stack((loss.detach(), absolute)).double(), outputs=outputs.detach())
-
-    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
-        """See Objective."""
-        return NumberFigures() if self.gathered or num_rows is not None else None
-
-    def evidence(self, signature: Signature) -> Evidence:
-        """See Objective."""
-        return NumberEvidence()
-
-
-def _like(targets: Tensor, predictions: Tensor) -> Tensor:
-    """Targets in the predictions' shape and precision: (B,) against (B, 1) would broadcast to (B, B)."""
-    return targets.reshape(predictions.shape).to(predictions.dtype)
-
-
 def at_least_float32(values: Tensor) -> Tensor:
     """The values in float32, or in float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
@@ -254,6 +231,11 @@ class ObjectiveSpec(Spec):
     @property
     def gathered(self) -> tuple[str, ...]:
         """The metrics of a whole split that each validation measures as well."""
+        return ()
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """Those that it could measure as well."""
         return ()
 
     def check(self, model: ModelSpec) -> None:
@@ -334,11 +316,17 @@ class SupervisedSpec(ObjectiveSpec):
     """Base of the objectives that train one net by one loss."""
 
     objective: ClassVar[type[Objective]]
+    baselines: ClassVar[tuple[Metric, ...]] = ()  # named as the baseline's model and a metric of the objective
 
     @classmethod
     def known_metrics(cls) -> tuple[Metric, ...]:
         """See ObjectiveSpec."""
-        return (LOSS, *cls.objective.metrics, *cls.objective.whole)
+        return (LOSS, *cls.objective.metrics, *cls.objective.whole, *cls.baselines)
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """See ObjectiveSpec."""
+        return tuple(metric.name for metric in self.objective.whole)
 
     def outputs(self, signature: Signature) -> tuple[int, ...] | None:
         """The shape of what a model must give for a row; None where the objective itself finds out."""
@@ -376,7 +364,7 @@ class ClassificationSpec(SupervisedSpec):
     fuses = True
     kind: Literal["classification"] = "classification"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
-    class_weights: ClassWeights | None = Field(
+    class_weights: ClassWeights = Field(
         None,
         description="how often a row of a class counts in the loss, 1 on average: balanced (each class as much), or "
         "class: weight, relative to 1 for the others",
@@ -407,29 +395,3 @@ class ClassificationSpec(SupervisedSpec):
         if "top5_accuracy" in self.metrics and label.num_outputs <= TOP:
             raise UserError("objective.metrics", f"top5_accuracy of {label.num_outputs} classes is always 1", "drop it")
         return Classification(label_smoothing=self.label_smoothing, weights=weights, gathered=self.metrics)
-
-
-class RegressionSpec(SupervisedSpec):
-    """Predict numbers: mean squared error, and mean absolute error."""
-
-    reads = reading(target=Numbers)
-    takes = frozenset({"row"})
-    objective = Regression
-    fuses = True
-    kind: Literal["regression"] = "regression"
-    metrics: tuple[Literal["r2"], ...] = Field(
-        (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
-    )
-
-    @property
-    def gathered(self) -> tuple[str, ...]:
-        """See ObjectiveSpec."""
-        return self.metrics
-
-    def outputs(self, signature: Signature) -> tuple[int, ...]:
-        """See SupervisedSpec."""
-        return (signature.num_outputs,)
-
-    def build(self, signature: Signature) -> Regression:
-        """The objective."""
-        return Regression(signature.num_outputs, gathered=self.metrics)

@@ -27,6 +27,7 @@ NORMS: dict[Norm, type[nn.BatchNorm2d] | type[nn.InstanceNorm2d]] = {
 }
 MAX_LEVELS = 8  # 256 x 256 down to one pixel; Isola et al. 2016, section 6.1
 MAX_PATCH_LEVELS = 3  # 70 x 70 pixels a logit
+MOST_HALVINGS = 14  # of a side of 16,384, the largest
 
 
 class DropoutNoise(nn.Module):
@@ -156,10 +157,11 @@ class Pix2PixSpec(AdversarialSpec):
     kind: Literal["pix2pix"] = "pix2pix"
     noise_size: Literal[0] = Field(0, description="0: pix2pix draws no noise but its dropout")
     levels: PositiveInt | None = Field(
-        None, description=f"halvings in the U-Net; by default down to one pixel, at most {MAX_LEVELS}"
+        None, le=MOST_HALVINGS, description=f"halvings in the U-Net; by default down to one pixel, at most {MAX_LEVELS}"
     )
     patch_levels: PositiveInt | None = Field(
         None,
+        le=MOST_HALVINGS,
         description="halvings in the discriminator, which judges patches of 16x16 pixels after 1, 34x34 after 2, 70x70 "
         "after 3; by default 3 for images of 128x128 or more, 2 from 64x64, else 1",
     )

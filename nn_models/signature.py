@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from nn_models.columns import AnyColumn, Column
 from nn_models.errors import UserError, did_you_mean
-from nn_models.spec import Spec, invalid
+from nn_models.spec import Spec, invalid, short
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
     from nn_models.batch import Batch
@@ -100,7 +100,7 @@ def _of_shape(shape: Any, field: str) -> dict[str, Any]:
         if len(shape) == 1 and field == "input_shape":
             return {"kind": "features", "size": int(shape[0])}
     features = " or (features,)" if field == "input_shape" else ""
-    raise invalid(f"must be (channels, height, width){features}, numbers above 0, not {shape!r}", field=field)
+    raise invalid(f"must be (channels, height, width){features}, numbers above 0, not {short(shape)}", field=field)
 
 
 def _positive(size: Any) -> bool:

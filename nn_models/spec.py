@@ -1,6 +1,7 @@
 """Spec: a frozen, validated description, and how what does not fit it is told."""
 
 import copy
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
@@ -99,6 +100,22 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="python", exclude_unset=True) if isinstance(value, Spec) else copy.deepcopy(value)
 
 
+def short(value: Any) -> str:
+    """The value as Python writes it, but of a long or deep one only the beginning."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 20
+        self.maxstring = self.maxother = self.maxlong = 200
+        self.maxlevel = 4
+
+
+_SHORT = _Short()
+
+
 def _explain(problem: Any, data: Any, prefix: str) -> Problem:
     """One of pydantic's problems in our words."""
     context = problem.get("ctx") or {}
@@ -113,7 +130,7 @@ def _explain(problem: Any, data: Any, prefix: str) -> Problem:
         return Problem(_dotted(prefix, [*path, "kind"]), "missing", "say which kind it is")
     if kind == "union_tag_invalid":
         known = [tag.strip().strip("'") for tag in context["expected_tags"].split(",")]
-        message = f"unknown kind {context['tag']!r}"
+        message = f"unknown kind {short(context['tag'])}"
         hint = did_you_mean(str(context["tag"]), known)
         return Problem(_dotted(prefix, [*path, "kind"]), message, hint, "unknown kind")
     if kind == "value_error":
@@ -123,7 +140,7 @@ def _explain(problem: Any, data: Any, prefix: str) -> Problem:
     if kind in ("list_type", "tuple_type"):
         message = "must be a list"
     message = message.replace("Input should be", "must be")
-    return Problem(_dotted(prefix, path), f"{message[0].lower()}{message[1:]}, not {value!r}")
+    return Problem(_dotted(prefix, path), f"{message[0].lower()}{message[1:]}, not {short(value)}")
 
 
 def _without_tags(location: tuple[int | str, ...], data: Any) -> list[str]:

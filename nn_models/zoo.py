@@ -13,9 +13,10 @@ from nn_models.custom import CustomSpec
 from nn_models.feedforward import MLPSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
-from nn_models.objectives import ClassificationSpec, ObjectiveSpec, RegressionSpec
+from nn_models.objectives import ClassificationSpec, ObjectiveSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.regression import RegressionSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate

@@ -297,9 +297,8 @@ class ActorPlayers:
             seat = Seat(index % pairs, pairs, cpus)
             self._actors.append(ray.remote(kind).options(**options).remote(*common, seat, sys.path))
         self._generators, self._discriminators = self._actors[:pairs], self._actors[pairs:]
-        if session.embedded and "GPU" not in bundle:
-            # a file is where they meet: nothing listens but on loopback
-            self._notes = Path(tempfile.mkdtemp(prefix="manta-"))
+        if session.embedded:  # a file is where they meet: nothing listens but on loopback
+            self._notes = Path(tempfile.mkdtemp(prefix="manta-", dir=session.folder))
             meeting = f"file://{self._notes / uuid.uuid4().hex}"
         else:
             meeting = self._all([self._actors[0].meeting_point.remote()])[0]

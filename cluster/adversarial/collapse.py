@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from cluster.recipe.adversarial import CollapseSpec
+from nn_models.spec import validate
 
 Action = Literal["fine", "rollback", "stop"]
 
@@ -93,7 +94,7 @@ class CollapseWatch:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._seen = _Seen(**state)
+        self._seen = validate(_Seen, dict(state))
 
 
 def _looks(number: int) -> str:

@@ -38,7 +38,7 @@ from cluster.data.shards import DataSet
 from cluster.errors import RunFailed
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.checkpoints import Background, Checkpoints, read_model, save_model
+from cluster.training.checkpoints import Background, Checkpoints, name_at, read_model, save_model
 from cluster.training.identity import data_facts, described_rows
 from cluster.training.journal import Journal, prefixed
 from cluster.training.progress import Progress, means
@@ -281,7 +281,9 @@ class Coordinator:
             logger.warning("step %d: %s; training ends here", progress.step, verdict.reason)
             return
         self.background.wait()  # the best may still be on its way
-        players.load(self.checkpoints.read(BEST.format(progress.best["step"]))["halves"])
+        name = BEST.format(progress.best["step"])
+        with self.checkpoints.restoring(name):
+            players.load(self.checkpoints.read(name)["halves"])
         entry = {"step": progress.step, "to_step": progress.best["step"], "reason": verdict.reason}
         rollbacks = progress.game.setdefault("rollbacks", [])
         rollbacks.append({**entry, "learning_rate_factor": self.watch.learning_rate_factor})
@@ -320,21 +322,28 @@ class Coordinator:
 
     def _resume(self, players: Players) -> bool:
         """Go on from the newest checkpoint; whether there is one."""
-        state = self.checkpoints.newest()
+        step = self.checkpoints.newest_step()
         self.watch = CollapseWatch(self.section.collapse)
         first_step_at, self.journal = self.journal.first_step_at, self._new_journal()
         self.journal.first_step_at = first_step_at
-        if state is None:
+        if step is None:
             return False
+        state = self.checkpoints.at(step)
+        with self.checkpoints.restoring(name_at(step)):
+            self._take_up(state, players)
+        self._restore_best()
+        return True
+
+    def _take_up(self, state: State, players: Players) -> None:
+        """Go on from a checkpoint's state."""
         self.checkpoints.refuse_other(state, recipe=self.recipe, manifest=self.data.manifest)
         players.load(state["halves"])
         self.journal.progress = progress = Progress.restored(state["progress"])
         if len(progress.sums) == len(SUMS) != len(self.journal.names):  # as an earlier version has added them up
             progress.sums, progress.counts = self._sums(progress.sums)
+        progress.refuse_other_metrics(len(self.journal.names))
         if watch := self.progress.game.get("watch"):
             self.watch.load(watch)
-        self._restore_best()
-        return True
 
     def _restore_best(self) -> None:
         """Make RUN/model what the checkpoint knows as the best.
@@ -348,7 +357,9 @@ class Coordinator:
             return
         name = BEST.format(best["step"])
         if self.checkpoints.folder.exists(name):
-            save_model(run, self.checkpoints.read(name)["kept"], best=best, manifest=self.data.manifest)
+            with self.checkpoints.restoring(name):
+                kept = self.checkpoints.read(name)["kept"]
+                save_model(run, kept, best=best, manifest=self.data.manifest)
         elif saved:  # of a newer checkpoint, which was damaged and has been deleted: its best halves are what is left
             self.progress.best = saved
 

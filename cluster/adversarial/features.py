@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from pyarrow import ArrowInvalid
 from torch import Tensor, nn
 
 from cluster.data.cache import cache_root
 from cluster.data.manifest import MANIFEST, Manifest
 from cluster.data.shards import DataSet, some_rows, write_shard
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.errors import StorageFailed
 from cluster.recipe.loading import dump_recipe
 from cluster.recipe.optimizers import AdamWSpec, CosineSpec
 from cluster.recipe.recipe import Recipe, TrainSpec
@@ -35,8 +35,8 @@ FORMAT = 2  # of the folder's name and the cache's key: raise it when another cl
 FOLDER = f"features-{FORMAT}"  # in the data set's, with a `model` in it as in a run's
 WEIGHTS = "model/model.safetensors"
 
-# Training sees so many pixels: 3 epochs of Fashion-MNIST, 40 s on one core. Rows of which not all could be seen twice
-# are left out, and small sets are seen often.
+# Training sees so many pixels: 3 epochs of Fashion-MNIST, a minute and a half on one core. Rows of which not all could
+# be seen twice are left out, and small sets are seen often.
 PIXELS = 130_000_000
 EPOCHS = (2, 30)  # fewest and most
 
@@ -148,7 +148,7 @@ def _place(data: DataSet, recipe: Recipe) -> Folder:
     try:
         beside.write_text(f"model/{RECIPE}", dump_recipe(recipe))
         return beside
-    except (OSError, ArrowInvalid) as error:
+    except (UserError, StorageFailed) as error:
         identity = f"{FORMAT} {data.manifest.model_dump_json(exclude_none=True)}"
         elsewhere = Folder(cache_root() / FOLDER / hashlib.sha256(identity.encode()).hexdigest()[:16])
         logger.debug("%s cannot be written (%s); the classifier is kept in %s", beside, error, elsewhere)

@@ -21,11 +21,13 @@ from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
+from cluster.limits import machine_bytes, size
 from cluster.storage import Folder, failure
 from nn_models.columns import Label
 from nn_models.errors import Problem, UserError
 
 FORMAT = 2  # part of the cache's key: raise it when prepared data changes its meaning
+STORED_SMALLER = 50  # times that compressed rows may take less than in memory: more is refused before it is tried
 BLOCK_NUMBERS = 1 << 20  # that are in memory as float64 at once
 
 
@@ -110,6 +112,7 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
     out.create()
     if out.names():
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
+    _refuse_more_than_there_is(source, out)
     slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
     converted = list(mapper(partial(convert, source, out), slots))
     if problems := [problem for part in converted for problem in part.problems]:
@@ -127,6 +130,19 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
     )
     out.write_text(MANIFEST, json.dumps(manifest.content(), indent=1, ensure_ascii=False))
     return manifest
+
+
+def _refuse_more_than_there_is(source: Source, out: Folder) -> None:
+    """Raise UserError where rows of such a size cannot be converted here, or not be stored."""
+    row_bytes = sum(stored.row_bytes for stored in source.columns.values())
+    parts = [part.rows for parts in source.pools.values() for part in parts]
+    part, rows, memory = max(parts, default=0), sum(parts), machine_bytes()
+    each = f"rows of {size(row_bytes)} each"
+    fix = "make rows smaller, such as by data.image_size"
+    if part * row_bytes > memory:
+        raise UserError("data", f"{part:,} {each} are converted at once, and there are {size(memory)} of memory", fix)
+    if out.local and rows * row_bytes > STORED_SMALLER * (free := shutil.disk_usage(out.local).free):
+        raise UserError("data", f"{rows:,} {each} do not fit into {out}, which has {size(free)} left", fix)
 
 
 def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
@@ -203,6 +219,7 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
     columns = source.columns
     try:
         loaded = source.load(slot.part)
+        _check_lengths(loaded, columns, slot.part.name or f"data, part {slot.index}")
     except BadRows as error:
         return Converted({}, {}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
@@ -228,6 +245,31 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
 def _counts(labels: Layout, num_classes: int) -> NDArray[np.int64]:
     """Rows of each class."""
     return np.bincount(_numbers(labels), minlength=num_classes)
+
+
+def _check_lengths(loaded: Mapping[str, Layout], columns: Mapping[str, StoredColumn], where: str) -> None:
+    """Raise BadRows for rows without an element, and for labels of elements that are not as many as the elements."""
+    problems = []
+    for name, stored in columns.items():
+        lengths = _lengths(loaded[name])
+        for row in np.flatnonzero(lengths == 0):
+            problems.append(Problem(f"{where}, row {row}", f"its {name} has no element", "drop the row, or mend it"))
+        if (of := stored.column.labels_of) is None:
+            continue
+        labelled = _lengths(loaded[of])
+        for row in np.flatnonzero(lengths != labelled):
+            message = f"{lengths[row]} labels in {name} for {labelled[row]} elements of {of}"
+            problems.append(Problem(f"{where}, row {row}", message, "label each element once, or drop the row"))
+    if problems:
+        raise BadRows.of(problems)
+
+
+def _lengths(layout: Layout) -> NDArray[np.int32]:
+    """(rows,): elements of each row; where all rows are of one shape, their first dimension."""
+    if layout.lengths is not None:
+        return layout.lengths
+    assert isinstance(layout, Dense)
+    return np.full(len(layout), layout.values.shape[1] if layout.values.ndim > 1 else 1, np.int32)
 
 
 def _numbers(layout: Layout) -> Array:

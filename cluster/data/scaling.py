@@ -81,6 +81,8 @@ class _Symmetric:
 def _scaling(stored: StoredColumn, scale: Scale, device: torch.device, *, name: str) -> _Affine | _Symmetric | None:
     image = len(stored.column.row_shape) == 3
     dims = 2 if image else 0
+    if stored.column.predicted:  # whatever the model reads; not by the manifests of earlier versions
+        return _Affine(stored.mean, stored.std, stored.unit, dims, device) if stored.mean else None
     if scale == "unit":
         return _Affine((0.0,), (1.0,), stored.unit, dims, device) if stored.unit != 1 else None
     if scale == "symmetric" and image:

@@ -31,9 +31,14 @@ class ParquetFile:
             raise UnreadableError(str(error)) from None
 
     @property
+    def metadata(self) -> pq.FileMetaData:
+        """What the file's end says of its row groups and columns; no values are read for it."""
+        return self._file.metadata
+
+    @property
     def row_groups(self) -> list[int]:
         """Rows in each row group."""
-        metadata = self._file.metadata
+        metadata = self.metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def read(self, names: Sequence[str], group: int | None = None, *, use_threads: bool = True) -> pa.Table:

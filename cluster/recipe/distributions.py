@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nn_models.errors import did_you_mean
+from nn_models.spec import short
 
 Number = int | float
 Tree = Any  # a plain value, a Distribution, or a list or mapping of Trees
@@ -184,7 +185,7 @@ def parse(raw: Any) -> Distribution:
     if not isinstance(raw, Mapping) or len(raw) != 1:
         raise BadDistribution(
             "",
-            f"must be one distribution, such as {{choice: [1, 2]}} or {{loguniform: [1e-4, 1e-1]}}, not {raw!r}",
+            f"must be one distribution, such as {{choice: [1, 2]}} or {{loguniform: [1e-4, 1e-1]}}, not {short(raw)}",
             "what is the same in all trials belongs in the recipe, outside sweep",
         )
     (word,) = raw
@@ -192,7 +193,7 @@ def parse(raw: Any) -> Distribution:
         hint = did_you_mean(str(word), PARSERS)
         if isinstance(raw[word], Mapping):
             hint = "paths are written with dots, such as optimizer.lr"
-        raise BadDistribution("", f"unknown distribution {word!r}", hint)
+        raise BadDistribution("", f"unknown distribution {short(word)}", hint)
     return PARSERS[word](raw[word], word)
 
 
@@ -247,7 +248,7 @@ def _tree(raw: Any, where: str) -> Tree:
 
 def _choice(raw: Any, where: str) -> Choice:
     if not isinstance(raw, (list, tuple)):
-        raise BadDistribution(where, f"must be a list of what to choose from, not {raw!r}")
+        raise BadDistribution(where, f"must be a list of what to choose from, not {short(raw)}")
     if not raw:
         raise BadDistribution(where, "there is nothing to choose from", "list the values to try")
     options = tuple(_tree(option, f"{where}.{index}") for index, option in enumerate(raw))
@@ -289,9 +290,11 @@ def _quniform(raw: Any, where: str) -> Multiples:
 def _randint(raw: Any, where: str) -> Integers:
     low, high = _numbers(raw, where, "two integers, as in [1, 5]", 2)
     if low != int(low) or high != int(high):
-        raise BadDistribution(where, f"the bounds must be integers, not {list(raw)!r}", "use uniform for other numbers")
+        raise BadDistribution(
+            where, f"the bounds must be integers, not {short(list(raw))}", "use uniform for other numbers"
+        )
     if max(abs(low), abs(high)) > 2**53:
-        raise BadDistribution(where, f"the bounds must not be beyond {2**53}, not {list(raw)!r}")
+        raise BadDistribution(where, f"the bounds must not be beyond {2**53}, not {short(list(raw))}")
     if low >= high:
         raise BadDistribution(
             where,
@@ -321,11 +324,11 @@ PARSERS: dict[str, Callable[[Any, str], Distribution]] = {
 
 def _numbers(raw: Any, where: str, what: str, count: int) -> list[Number]:
     if not isinstance(raw, (list, tuple)) or len(raw) != count:
-        raise BadDistribution(where, f"must be {what}, not {raw!r}")
+        raise BadDistribution(where, f"must be {what}, not {short(raw)}")
     numbers = [_number(item) for item in raw]
     for item, number in zip(raw, numbers, strict=True):
         if not _is_number(number):
-            raise BadDistribution(where, f"must be {what}, of finite numbers; {item!r} is not one")
+            raise BadDistribution(where, f"must be {what}, of finite numbers; {short(item)} is not one")
     return numbers
 
 

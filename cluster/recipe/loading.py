@@ -14,7 +14,7 @@ from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from nn_models.errors import UserError, did_you_mean
-from nn_models.spec import override, validate
+from nn_models.spec import override, short, validate
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"  # of a run's directory
 
@@ -107,7 +107,7 @@ def _from_file(source: str) -> Recipe:
     if path.name == RECIPE and (path.parent / ENVIRONMENT).is_file():  # a run's
         data = lifted(data)
     if not isinstance(data, Mapping):
-        raise UserError(source, f"a recipe is a mapping with the sections model and data, not {data!r}")
+        raise UserError(source, f"a recipe is a mapping with the sections model and data, not {short(data)}")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-")
     return validate(Recipe, {"name": name, **data} if name else data)
 

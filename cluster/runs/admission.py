@@ -6,8 +6,9 @@ from typing import Any
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import training_order
+from cluster.limits import machine_bytes, size
 from cluster.recipe.recipe import Recipe
-from cluster.runs.summary import summarise
+from cluster.runs.summary import Summary, summarise
 from cluster.runtime import Workers, local_device
 from cluster.storage import Folder
 from cluster.training.checkpoints import WEIGHTS, changed_data, read_model
@@ -18,11 +19,15 @@ from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+ACTIVATIONS_MARGIN = 4  # times the memory of the machine: what layers put out is not always kept
+
 
 def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -> None:
     """Send imaginary rows through the model, and see that GPU and ranks have what they need."""
     train, ranks = recipe.train, max(1, workers.replicas)
-    summary = summarise(recipe, splits.manifest)
+    summary = summarise(recipe, splits.manifest, num_workers=ranks)
+    if not workers.use_gpu:
+        _refuse_more_than_memory(summary)
     if workers.use_gpu and not workers.most:
         local_device(True)
     if ranks > train.global_batch_size:
@@ -47,6 +52,27 @@ def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -
             f"{train.global_batch_size} leaves some of {ranks} workers a single row at once, which batch "
             "normalisation cannot learn from",
             "raise it, or lower train.accumulation or the workers",
+        )
+
+
+def _refuse_more_than_memory(summary: Summary) -> None:
+    """Raise UserError for what this machine cannot hold: nodes of a cluster are taken to be like it.
+
+    What layers put out is an estimate, and so has a margin.
+    """
+    have = machine_bytes()
+    if summary.parameter_bytes > have:
+        raise UserError(
+            "model",
+            f"its {summary.num_parameters:,} weights and their optimizer take {size(summary.parameter_bytes)}, and "
+            f"there are {size(have)} of memory",
+            "ask for fewer or smaller layers",
+        )
+    if summary.activation_bytes > ACTIVATIONS_MARGIN * have:
+        raise UserError(
+            "train.global_batch_size",
+            f"a worker's share takes about {size(summary.activation_bytes)}, and there are {size(have)} of memory",
+            "lower it, raise train.accumulation, or make rows or layers smaller",
         )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import held, training_order
+from cluster.limits import ImpossibleError, refusing_impossible_models
 from cluster.recipe.recipe import Recipe
 from nn_models.columns import IMAGINED_LENGTH
 from nn_models.errors import UserError
@@ -45,10 +46,14 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
     Raises UserError where the rows do not go through, or come out with the wrong shape.
     """
     try:
-        model, layers, sizes = _rehearse(recipe, manifest, "meta")
+        with refusing_impossible_models():
+            model, layers, sizes = _rehearse(recipe, manifest, "meta")
+    except ImpossibleError:
+        raise
     except (Exception, SystemExit):  # tensors without memory have no values, which a custom model may look at
         try:
-            model, layers, sizes = _rehearse(recipe, manifest, "cpu")
+            with refusing_impossible_models():
+                model, layers, sizes = _rehearse(recipe, manifest, "cpu")
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # a custom model may raise anything
@@ -70,7 +75,8 @@ def summarise(recipe: Recipe, manifest: Manifest, *, num_workers: int = 1) -> Su
         seed=recipe.train.seed,
         window=recipe.data.shuffle_window,
     )
-    share = -(-recipe.train.global_batch_size // max(1, num_workers) // recipe.train.accumulation)
+    batch = min(recipe.train.global_batch_size, order.num_rows)
+    share = -(-batch // max(1, num_workers) // recipe.train.accumulation)
     narrow = 2 if recipe.train.precision == "bf16" else 1
     rows = {split: manifest.rows(split) for split in manifest.splits}
     in_memory = sum(n for split, n in rows.items() if held(manifest, split, recipe.data.shuffle_window))

@@ -5,8 +5,9 @@ import json
 import pickle
 import zipfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,10 +16,13 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cluster.data.manifest import Manifest
+from cluster.errors import RunFailed
+from cluster.limits import refusing_impossible_models
 from cluster.storage import Folder
 from cluster.training.identity import other_data
-from cluster.training.progress import lifted
+from cluster.training.progress import Best, lifted
 from nn_models.errors import UserError
+from nn_models.spec import validate
 
 if TYPE_CHECKING:
     from cluster.recipe.recipe import Recipe
@@ -94,12 +98,43 @@ class Checkpoints:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"{self.folder}/{name}", f"damaged checkpoint ({reason})", fix) from None
 
+    @contextmanager
+    def restoring(self, name: str) -> Iterator[None]:
+        """Tell what goes wrong in the block, which takes up the state of a file, as a problem of that file.
+
+        It may be of another version of manta, whose fields are others. Raises UserError.
+        """
+        try:
+            yield
+        except UserError as error:
+            if error.path.startswith(str(self.folder)):
+                raise
+            raise self._unfit(name, f"{error.path}: {error.message}") from None
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, RunFailed) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
+            raise self._unfit(name, what) from None
+
+    def _unfit(self, name: str, what: str) -> UserError:
+        return UserError(
+            f"{self.folder}/{name}",
+            f"not a checkpoint that this version of manta can go on from ({what})",
+            "use the version that has written it, or delete it",
+        )
+
     def refuse_other(self, state: State, *, recipe: "Recipe", manifest: Manifest) -> None:
         """Raise UserError for a state of another model, or of other data than the manifest's."""
-        if json.loads(state["recipe"])["model"] != json.loads(recipe.model_dump_json())["model"]:
+        # a model's section as this version reads it: fields that are newer than the checkpoint are at their defaults
+        model: Any = validate(type(recipe.model), json.loads(state["recipe"])["model"])
+        if model != recipe.model:
             raise UserError(str(self.folder), "checkpoints of another model", "choose another --run")
         if differs := other_data(state.get("data") or {"rows": state["rows"]}, manifest):
             raise changed_data(str(self.folder), differs)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:300]} …" if len(text) > 300 else text
 
 
 def changed_data(path: str, differs: str) -> UserError:
@@ -203,10 +238,27 @@ def read_model(run: Folder) -> SavedModel:
         raise UserError(path, "no model here", "give the directory of a run that has finished an epoch") from None
     try:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        manifest = Manifest.model_validate_json(header["data"])
-        return SavedModel(load(content), lifted(json.loads(header["best"])), manifest)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(path, f"damaged ({error})", "train again or restore the file") from None
+        manifest: Manifest = validate(Manifest, json.loads(header["data"]))
+        best: dict[str, Any] = json.loads(header["best"])
+        validate(Best, best)
+        return SavedModel(load(content), lifted(best), manifest)
+    except (SafetensorError, UserError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(path, f"damaged ({one_line(error)})", "train again or restore the file") from None
+
+
+def _refuse_misfits(recipe: "Recipe", saved: SavedModel) -> None:
+    """Raise ValueError where the recipe's model has other weights, before it takes memory."""
+    try:
+        with torch.device("meta"):
+            wanted = recipe.model.build(saved.manifest.signature).state_dict()
+    except UserError:
+        raise
+    except Exception:  # a custom model need not be able to do without memory
+        return
+    for name in {**wanted, **saved.weights}:
+        here, there = (tuple(found[name].shape) if name in found else None for found in (saved.weights, wanted))
+        if here != there:
+            raise ValueError(f"{name} is {here or 'missing'} there, and {there or 'missing'} in the recipe's model")
 
 
 def read_best(run: Folder) -> dict[str, Any] | None:
@@ -223,11 +275,15 @@ def read_best(run: Folder) -> dict[str, Any] | None:
 def restore_model(run: Folder, recipe: "Recipe") -> tuple[nn.Module, SavedModel]:
     """The run's best model in evaluation mode, on the CPU. Raises UserError where the weights do not fit."""
     saved = read_model(run)
-    model = recipe.model.build(saved.manifest.signature)
     try:
+        with refusing_impossible_models():
+            _refuse_misfits(recipe, saved)
+            model = recipe.model.build(saved.manifest.signature)
         model.load_state_dict(saved.weights)
-    except RuntimeError as error:
+    except (UserError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{run}/model/model.safetensors", f"not the weights of {run}/model/recipe.yaml ({error})"
+            f"{run}/model/{WEIGHTS}",
+            f"not the weights of {run}/model/recipe.yaml ({one_line(error)})",
+            "restore both from one run",
         ) from None
     return model.eval(), saved

@@ -94,6 +94,7 @@ def evaluate_best(
     precision = recipe.train.precision
     figures = objective.figures(manifest.signature, num_rows=rows.order.num_rows)
     tested = evaluate(model, rows, objective, context=context, precision=precision, figures=figures, evidence=evidence)
+    tested |= _baselines(objective, rows, recipe=recipe, context=context)
     if evidence is not None:
         tensors = evidence.tensors(context.sum, context.device, context.gather)
         if context.rank == 0:
@@ -101,6 +102,23 @@ def evaluate_best(
             about["signature"] = manifest.signature.model_dump_json()
             write_evidence(context, tensors, about)
     return tested
+
+
+def _baselines(objective: Objective, rows: RowsOfRank, *, recipe: Recipe, context: Context) -> dict[str, float]:
+    """The metrics, on these rows, of what needs no training to speak of: `mean_mse`, `linear_mae`."""
+    baseline = objective.baseline(context.splits.manifest.signature)
+    if baseline is None:
+        return {}
+    place = {"rank": context.rank, "world_size": context.world_size}
+    train = context.splits.training(recipe, device=context.device, **place)
+    for (batch,) in train.batches(0):
+        if batch.place.num_rows:
+            baseline.add(batch)
+    found: dict[str, float] = {}
+    for name, model in baseline.models(context.sum, context.device).items():
+        metrics = evaluate(model, rows, objective, context=context, precision="fp32")
+        found |= {f"{name}_{metric.name}": metrics[metric.name] for metric in objective.metrics}
+    return found
 
 
 def write_evidence(context: Context, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:

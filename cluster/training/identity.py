@@ -17,7 +17,7 @@ def described_rows(manifest: Manifest) -> str:
     signature = manifest.signature
     row = signature["input"].extent
     if "target" in signature and signature["target"].predicted:
-        row += f" with {signature.num_outputs} outputs"
+        row += f" with {signature.num_outputs}{' standardised' * bool(manifest.columns['target'].mean)} outputs"
     return f"{manifest.rows('train')} rows of {row}"
 
 

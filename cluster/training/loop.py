@@ -12,7 +12,7 @@ from torch import nn
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import MovingAverage
 from cluster.training.carry import gathered, of_rows, on_device
-from cluster.training.checkpoints import Background, Checkpoints, State, read_model, save_model, to_cpu
+from cluster.training.checkpoints import Background, Checkpoints, State, name_at, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import evaluate, evaluate_best, names_of
 from cluster.training.identity import data_facts, described_rows
@@ -278,12 +278,20 @@ class Loop:
         if step is None:
             return
         state = self.checkpoints.at(step)
+        with self.checkpoints.restoring(name_at(step)):
+            self._take_up(state)
+        self._take_saved_best()
+
+    def _take_up(self, state: State) -> None:
+        """Go on from a checkpoint's state."""
+        context = self.context
         self.checkpoints.refuse_other(state, recipe=self.recipe, manifest=self.manifest)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average and state["average"]:
             self.average.load_state_dict(state["average"])
         self.journal.progress = progress = Progress.restored(state["progress"])
+        progress.refuse_other_metrics(len(self.journal.names))
         if progress.epoch_step:
             place = self.rows.order.place(progress.epoch, progress.epoch_step, context.rank, context.world_size)
             first = place.start - self.rows.order.place(progress.epoch, progress.epoch_step, 0, 1).start
@@ -292,7 +300,6 @@ class Loop:
             set_generator_state(state["generators"][context.rank], context.device)
         else:
             seed_rank(self.train.seed, context.rank, progress.step)
-        self._take_saved_best()
 
     def _take_saved_best(self) -> None:
         """Know of the weights in RUN/model what the checkpoint, which may be older, does not.

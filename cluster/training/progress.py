@@ -2,14 +2,34 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Annotated, Any, Self, cast
+
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from cluster.errors import Diverged
 from nn_models.metrics import Better
+from nn_models.spec import validate
 
 # What fields were called in checkpoints of earlier versions.
 EARLIER_NAMES = {"rows": "weight", "epoch_sums": "sums"}
 OF_THE_GAME = ("watch", "untrained", "rollbacks")  # stood beside the others
+
+
+class Best(BaseModel):
+    """What others read of what is said of the weights that are kept; there is more."""
+
+    metric: str
+    value: float
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+
+
+class _Game(BaseModel):
+    """What others read of a GAN's progress."""
+
+    watch: dict[str, float] = {}
+    rollbacks: list[dict[str, Any]] = []
+    untrained: dict[str, float | None] = {}
 
 
 @dataclass
@@ -22,7 +42,7 @@ class Progress:
     weight: float = 0  # what the loss counts of this epoch so far: rows, or elements of them
     sums: list[float] = field(default_factory=list)  # of each metric over this epoch
     counts: list[float] = field(default_factory=list)  # what each metric is divided by; empty: all by the weight
-    digest: list[int] = field(default_factory=lambda: [0, 0])
+    digest: Annotated[list[int], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0, 0])
     train: dict[str, float] = field(default_factory=dict)  # metrics of the last whole epoch
     validation: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None  # what is known of the weights that are kept: see `lifted`
@@ -34,13 +54,23 @@ class Progress:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Self:
-        """From a checkpoint, of an earlier version too."""
+        """From a checkpoint, of an earlier version too. Raises UserError where a value is of another type."""
         named = {EARLIER_NAMES.get(name, name): value for name, value in state.items()}
         game = {name: named.pop(name) for name in OF_THE_GAME if name in named}
         if named.get("best"):
             named["best"] = lifted(named["best"])
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in named.items() if name in known} | ({"game": game} if game else {}))
+        content = {name: value for name, value in named.items() if name in known} | ({"game": game} if game else {})
+        found = cast(Self, validate(cls, content))
+        validate(Best | None, found.best)
+        validate(_Game, found.game)
+        return found
+
+    def refuse_other_metrics(self, num_metrics: int) -> None:
+        """Raise ValueError where not so many metrics have been added up."""
+        for name, values in (("sums", self.sums), ("counts", self.counts)):
+            if values and len(values) != num_metrics:
+                raise ValueError(f"progress.{name} are of {len(values)} metrics, not of {num_metrics}")
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for a checkpoint."""

@@ -72,7 +72,7 @@ def _listen_at_node() -> None:
 
 @dataclass
 class LoopbackConfig(TorchConfig):
-    """A gloo process group of workers on one machine that listens on no network.
+    """A process group of workers on one machine that listens on no network.
 
     `meeting` is a directory of the caller's for the file through which the workers find each other; Ray's own
     TorchConfig meets through a TCP store on all interfaces, which anyone who reaches it may write to.
@@ -87,10 +87,13 @@ class LoopbackConfig(TorchConfig):
 
 
 class _LoopbackBackend(Backend):
+    share_cuda_visible_devices = True  # as with TorchConfig's: NCCL's peers must see each other's GPUs
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
         meeting = f"file://{Path(tempfile.mkdtemp(dir=backend_config.meeting)) / 'store'}"
-        shared = {"world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
+        timeout_s, backend = backend_config.timeout_s, backend_config.backend
+        shared = {"world_size": len(worker_group), "timeout_s": timeout_s, "backend": backend}
         ray.get(
             [
                 worker_group.execute_single_async(rank, join, meeting, rank, **shared)
@@ -140,10 +143,13 @@ class _Attempt:
         key = uuid.uuid4().hex
         self._notes = Notes(key)
         # Ray Train keeps an account of its controller there; the run's own state is in the run's directory.
-        self._run, self._account = run, tempfile.mkdtemp(prefix="manta-") if session.embedded else run.uri
+        self._run, self._account = run, run.uri
+        if session.embedded:
+            self._account = tempfile.mkdtemp(prefix="manta-", dir=session.folder)
         group: TorchConfig = NodesConfig(timeout_s=COLLECTIVE_TIMEOUT_S)
-        if session.embedded and not workers.use_gpu:
-            group = LoopbackConfig(timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
+        if session.embedded:
+            backend = "nccl" if workers.use_gpu else "gloo"
+            group = LoopbackConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S, meeting=self._account)
         self._trainer = _Trainer(
             _work,
             train_loop_config={
@@ -285,7 +291,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
     alone = ExitStack()
     try:
-        if context.rank == 0:  # workers whose controller has died may live a little longer, and write
+        if context.rank == 0 and context.run.local:  # workers whose controller has died may live on a little, and write
             alone.enter_context((context.run / "checkpoints").create().claimed(patience_s=DEATH_TIMEOUT_S))
         return {"result": fit(Recipe.model_validate(config["recipe"]), context=context)}
     except Diverged as error:  # all ranks are here
@@ -318,9 +324,10 @@ def _raise(failure: dict[str, Any]) -> NoReturn:
 
 def _death(error: Exception) -> str:
     """How the controller's death is told."""
-    if isinstance(error, ray.exceptions.RayActorError):
+    if isinstance(error, ray.exceptions.ActorDiedError):
         return "the process of Ray Train's controller has died"
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    lines = str(error).strip().splitlines()
+    return f"Ray Train's controller has failed ({type(error).__name__}{': ' * bool(lines)}{''.join(lines[:1])})"
 
 
 def _explain(error: TrainingFailedError) -> str:

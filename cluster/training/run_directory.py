@@ -15,7 +15,9 @@ from datetime import datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, NonNegativeInt
 
 from cluster.recipe.loading import ENVIRONMENT, RECIPE, dump_recipe, lifted, parse_yaml
 from cluster.recipe.recipe import Recipe
@@ -74,7 +76,7 @@ class RunDirectory:
             raise UserError(
                 str(self), f"not a run's directory ({name} is missing)", "give the one of `manta train`"
             ) from None
-        return validate(Recipe, lifted(parse_yaml(text, name=f"{self}/{name}")))
+        return recipe_of(text, f"{self}/{name}")
 
     def result(self) -> dict[str, Any] | None:
         """result.json; None while the run has not ended."""
@@ -85,13 +87,54 @@ class RunDirectory:
         self.folder.write_json(RESULT, jsonable(result))
 
 
+def recipe_of(text: str, path: str) -> Recipe:
+    """The recipe that a run or sweep has written into this file. Raises UserError where it is damaged."""
+    content = lifted(parse_yaml(text, name=path))
+    try:
+        return validate(Recipe, content)
+    except UserError as error:
+        problem = error.problems[0]
+        raise UserError(
+            path,
+            f"no recipe that this version of manta can read ({problem.path}: {problem.message})",
+            "restore it, or use the version that has written it",
+        ) from None
+
+
+class _Rollback(BaseModel):
+    """What others read of one."""
+
+    step: int
+
+
+class _Result(BaseModel):
+    """What others read of result.json, of a run or a sweep; whatever else is in it stays as it is."""
+
+    status: Literal["finished", "failed", "stopped"]
+    metrics: dict[str, float | None]
+    epochs: NonNegativeInt | None = None
+    steps: NonNegativeInt | None = None
+    error: str | None = None
+    ended: str | None = None
+    best: dict[str, Any] | None = None
+    rollbacks: list[_Rollback] | None = None
+    metric: str | None = None
+    trials: dict[str, int] | None = None
+    trials_per_hour: float | None = None
+
+
+class _Environment(BaseModel):
+    """What others read of environment.json."""
+
+    data: dict[str, str] | None = None
+
+
 def read_result(folder: Folder) -> dict[str, Any] | None:
     """What result.json says; None where there is none. Raises UserError for a damaged one."""
     if not folder.exists(RESULT):
         return None
-    result = folder.read_json(RESULT)
-    if not isinstance(result, dict) or not {"status", "metrics"} <= result.keys():
-        raise UserError(f"{folder}/{RESULT}", "damaged (it lacks status and metrics)", "restore it, or delete it")
+    folder.read_as(RESULT, _Result)
+    result: dict[str, Any] = folder.read_json(RESULT)
     return result
 
 
@@ -99,9 +142,8 @@ def read_environment(folder: Folder) -> dict[str, Any]:
     """What environment.json says; nothing where there is none. Raises UserError for a damaged one."""
     if not folder.exists(ENVIRONMENT):
         return {}
-    found = folder.read_json(ENVIRONMENT)
-    if not isinstance(found, dict) or not isinstance(found.get("data", {}), dict):
-        raise UserError(f"{folder}/{ENVIRONMENT}", "damaged (it is no mapping of facts)", "restore it, or delete it")
+    folder.read_as(ENVIRONMENT, _Environment)
+    found: dict[str, Any] = folder.read_json(ENVIRONMENT)
     return found
 
 
@@ -179,9 +221,19 @@ def _entry(line: str) -> dict[str, Any] | None:
     """A line's content; None where it is no line of metrics."""
     try:
         entry = json.loads(line)
-    except ValueError:
+        _Line.model_validate(entry)
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and {"step", "epoch", "split", "time_s"} <= entry.keys() else None
+    return cast(dict[str, Any], entry)
+
+
+class _Line(BaseModel):
+    """What every line of metrics has."""
+
+    step: NonNegativeInt
+    epoch: NonNegativeInt
+    split: str
+    time_s: float
 
 
 def _kept(run: RunDirectory, last_step: int) -> list[dict[str, Any]]:

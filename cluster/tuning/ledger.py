@@ -19,15 +19,15 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, NonNegativeInt
 
-from cluster.recipe.loading import dump_recipe, parse_yaml
+from cluster.recipe.loading import dump_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
-from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable, read_result
+from cluster.training.run_directory import ENVIRONMENT, RECIPE, RESULT, jsonable, read_result, recipe_of
 from cluster.tuning.space import columns
 from cluster.tuning.target import Target
 from nn_models.errors import UserError
-from nn_models.spec import validate
 
 RECORD = "trial.json"
 LINEAGE = "lineage.json"  # written by the trial, where it is one of a population
@@ -46,7 +46,7 @@ class TrialRecord:
     status: Status = "waiting"
     value: float | None = None  # the sweep's metric, of the best weights so far, which the trial keeps
     epochs: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)  # of these weights
+    metrics: dict[str, float | None] = field(default_factory=dict)  # of these weights
     attempts: int = 0  # how often it was started
     time_s: float = 0.0
     error: str | None = None
@@ -97,7 +97,7 @@ class SweepDirectory:
             text = self.folder.read_text(RECIPE)
         except FileNotFoundError:
             raise UserError(str(self), f"no sweep is here ({RECIPE} is missing)", "give the directory of one") from None
-        recipe: Recipe = validate(Recipe, parse_yaml(text, name=f"{self}/{RECIPE}"))
+        recipe = recipe_of(text, f"{self}/{RECIPE}")
         if recipe.sweep is None:
             raise UserError(str(self), "a run, not a sweep", "give the directory of `manta sweep`")
         return recipe
@@ -121,12 +121,11 @@ class SweepDirectory:
         for name in sorted(trials.names()) if self.folder.exists("trials") else []:
             place = trials / name
             if place.exists(RECORD):
-                try:
-                    found.append(TrialRecord(**json.loads(place.read_bytes(RECORD))))
-                except (TypeError, ValueError) as error:
-                    raise UserError(
-                        f"{place}/{RECORD}", f"damaged ({error})", f"delete {place} to run it again"
-                    ) from None
+                fix = f"delete {place} to run it again"
+                record: TrialRecord = place.read_as(RECORD, TrialRecord, fix=fix)
+                if record.name != name:
+                    raise UserError(f"{place}/{RECORD}", f"damaged (it is that of trial {record.index})", fix)
+                found.append(record)
         return found
 
     def result(self) -> dict[str, Any] | None:
@@ -154,8 +153,18 @@ class SweepDirectory:
 
 def read_lineage(run: Folder) -> list[dict[str, Any]]:
     """Whose weights and values a trial took over and when; empty where it takes none."""
-    found: list[dict[str, Any]] = run.read_json(LINEAGE) if run.exists(LINEAGE) else []
-    return found
+    if not run.exists(LINEAGE):
+        return []
+    taken: list[TakenOver] = run.read_as(LINEAGE, list[TakenOver], fix=f"delete {run} to run it again")
+    return [entry.model_dump() for entry in taken]
+
+
+class TakenOver(BaseModel):
+    """An entry of a lineage: from which epoch on a trial had whose state, with which values."""
+
+    epoch: NonNegativeInt
+    trial: NonNegativeInt
+    set: dict[str, Any]
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:

@@ -126,11 +126,12 @@ class Roster:
         if self._kept_by is None or self._rank(metrics) < self._rank(record.metrics):
             self._take(record, metrics)
 
-    def _rank(self, metrics: Mapping[str, float]) -> tuple[float, float, float]:
+    def _rank(self, metrics: Mapping[str, float | None]) -> tuple[float, float, float]:
         """Less is better: as Progress.take_best chooses the weights to keep; of others by the sweep's own metric."""
         for place, by in enumerate((self._kept_by, self._target)):
-            if by is not None and math.isfinite(value := metrics.get(by.metric, math.nan)):
-                loss = metrics.get(f"{by.metric.partition('/')[0]}/loss", 0.0)
+            value = metrics.get(by.metric) if by is not None else None
+            if by is not None and value is not None and math.isfinite(value):
+                loss = metrics.get(f"{by.metric.partition('/')[0]}/loss") or 0.0
                 return place, -value if by.mode == "max" else value, loss
         return math.inf, math.inf, math.inf
 

@@ -264,6 +264,7 @@ class _Sweep:
             environment=self.environment,
             embedded=session.embedded,
             path=list(sys.path),
+            folder=session.folder,
         )
         # the placement groups of Ray Train's that trials leave when they are killed would keep others from starting
         nested = self.grouped and not self.workers.coordinated
@@ -303,6 +304,7 @@ class _Sweep:
                     reuse=not self.grouped,
                     max_failures=self.spec.max_failures,
                     listening=listening,
+                    folder=session.folder,
                 )
         except BaseException as error:
             with suppress(Lost):  # told already

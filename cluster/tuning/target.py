@@ -60,7 +60,7 @@ def target(recipe: Recipe, manifest: Manifest | None = None) -> Target:
         why = "; trials are compared while they train, before they are tested" if metric.startswith("test/") else ""
         hint = did_you_mean(metric, known)
         split, _, name = metric.partition("/")
-        if split == "validation" and name in {found.name for found in recipe.objective.known_metrics()}:
+        if split == "validation" and name in recipe.objective.optional_metrics:
             hint = "add it to objective.metrics"
         listed = f" It reports {', '.join(known)}" if closest(metric, known) else ""
         raise UserError("sweep.metric", f"this recipe reports no {metric}{why}", f"{hint}{listed}")

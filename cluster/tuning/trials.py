@@ -46,6 +46,7 @@ class World:
     environment: Mapping[str, Any]  # environment.json, but for the device
     embedded: bool  # whether Ray is one of our own, on this machine alone
     path: list[str]  # sys.path of the driver
+    folder: Path | None = None  # see RaySession
 
     def enter(self) -> None:
         """Make this process a place for trials."""
@@ -135,7 +136,8 @@ class Trial(tune.Trainable):
     def session(self) -> RaySession:
         """Ray, for a run that has processes of its own."""
         _, stored = self.world.data.get(self.trial.where, (None, None))
-        return RaySession(ray, embedded=self.world.embedded, placed=self.world.workers.coordinated, stored=stored)
+        world, placed = self.world, self.world.workers.coordinated
+        return RaySession(ray, embedded=world.embedded, folder=world.folder, placed=placed, stored=stored)
 
     # -- what population-based training exchanges --------------------------------------------------------------------
 

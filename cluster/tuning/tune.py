@@ -105,27 +105,33 @@ class Listening(_Unsaved, tune.Callback):
         tidy: Callable[[], object] | None = None,
     ) -> None:
         """`look` is called again and again, and raises what ends the sweep; `tidy` every few seconds."""
-        self.lost: Lost | None = None  # what ended the sweep; Tune tells of what its callbacks raise in its own way
+        self.lost: Lost | None = None  # what ended the sweep
         self._look = self._noting(look)
         self._on_start, self._on_epoch = self._noting(on_start), self._noting(on_epoch)
         self._on_end = self._noting(on_end)
         self._tidy, self._tidy_at = tidy, 0.0
 
-    def _noting(self, told: Callable[..., None]) -> Callable[..., None]:
-        def noting(*what: Any) -> None:
-            if self.lost:
-                raise self.lost
+    def _noting(self, told: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep for the end of Tune's step what is raised as Lost: in between Tune logs it and goes on."""
+
+        def noting(*what: Any) -> Any:
             try:
-                told(*what)
+                return told(*what)
             except Lost as lost:
-                self.lost = lost
-                raise
+                self.lost = self.lost or lost
+                return None
 
         return noting
+
+    def asked(self, next_trial: Next) -> Next:
+        """The same, of who says which trial is the next: there is none any more."""
+        return self._noting(next_trial)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """See Callback."""
         self._look()
+        if self.lost:
+            raise self.lost
         if self._tidy and time.monotonic() >= self._tidy_at:
             self._tidy()
             self._tidy_at = time.monotonic() + TIDY_S
@@ -250,16 +256,20 @@ def run_trials(
     reuse: bool,
     max_failures: int,
     listening: Listening,
+    folder: Path | None = None,
 ) -> None:
-    """All trials, `concurrency` at once; each holds `bundles`. Returns once all have ended."""
+    """All trials, `concurrency` at once; each holds `bundles`. Returns once all have ended.
+
+    Tune's notes are in `folder`, or where temporary files are.
+    """
     placed = tune.with_resources(
         tune.with_parameters(trainable, world=world), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
-    with tempfile.TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as notes:
+    with tempfile.TemporaryDirectory(prefix="manta-", dir=folder, ignore_cleanup_errors=True) as notes:
         tuner = tune.Tuner(
             placed,
             tune_config=tune.TuneConfig(
-                search_alg=Suggestions(next_trial),
+                search_alg=Suggestions(listening.asked(next_trial)),
                 scheduler=scheduler,
                 num_samples=num_trials,
                 # a population takes turns: all of it must be there, and what fits at once follows from what each holds

@@ -1,5 +1,6 @@
 """The typer application that the commands are added to, the exit codes, and how an error is told."""
 
+import os
 import sys
 
 import typer
@@ -19,6 +20,16 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 def complain(message: str, code: int) -> int:
     """Tell it on standard error, and return the exit code."""
-    for line in message.splitlines() or [""]:
+    for line in message.split("\n"):  # other ends of lines may stand in a name
         print(f"error: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def import_from_here() -> None:
+    """Let custom models stand where the user is; last, so that no file there takes a library's place.
+
+    For the commands that build models: no other needs to import what is there.
+    """
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)

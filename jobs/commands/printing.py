@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.data.manifest import Manifest
+from cluster.limits import size
 from cluster.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import Summary
@@ -48,9 +49,9 @@ def print_summary(
     console.print(f"parameters       {summary.num_parameters:,}")
     console.print(f"steps            {summary.steps_per_epoch:,} an epoch, {summary.num_steps:,} in all")
     parts = {"weights and optimizer": summary.parameter_bytes, "activations": summary.activation_bytes}
-    text = ", ".join(f"{name} {_size(count)}" for name, count in parts.items())
+    text = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
     each = "both halves" if "halves" in recipe.model.gives else "a worker"
-    console.print(f"memory, about    {text} {each}; data {_size(summary.data_bytes)}")
+    console.print(f"memory, about    {text} {each}; data {size(summary.data_bytes)}")
     if plan:
         plan.print_on(console)
 
@@ -99,9 +100,9 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool, verified: b
     console.print(f"data set         {where}", markup=False)
     console.print(f"source           {manifest.source}; {_shape(manifest)}", markup=False)
     for split, shards in manifest.splits.items():
-        size = _size(sum(shard.bytes for shard in shards))
+        total = size(sum(shard.bytes for shard in shards))
         groups = len(manifest.row_groups(split))
-        console.print(f"{split:16} {manifest.rows(split):,} rows in {len(shards)} shards, {groups} row groups, {size}")
+        console.print(f"{split:16} {manifest.rows(split):,} rows in {len(shards)} shards, {groups} row groups, {total}")
     if manifest.class_names:
         more = ", …" if len(manifest.class_names) > 20 else ""
         console.print(f"classes          {', '.join(manifest.class_names[:20])}{more}", markup=False)
@@ -147,11 +148,3 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count //= 1024
-    return f"{count} GiB" if count < 10240 else f"{count / 1024:.1f} TiB"

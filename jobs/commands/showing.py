@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import app
+from jobs.commands.app import app, import_from_here
 from jobs.commands.options import JsonOption, RecipeArgument, SetOption, overrides
 
 
@@ -24,6 +24,7 @@ def show(
     from jobs.commands.printing import print_summary
     from jobs.commands.showing_sweep import plan_of
 
+    import_from_here()
     _, most = parse_workers(workers)
     resolved = load_recipe(recipe, overrides(set_))
     manifest = prepared(resolved.data).manifest

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import FAILED, INTERRUPTED, app, complain
+from jobs.commands.app import FAILED, INTERRUPTED, app, complain, import_from_here
 from jobs.commands.options import GpuOption, JsonOption, RecipeArgument, SetOption, VerboseOption, overrides
 from nn_models.errors import UserError
 
@@ -34,6 +34,7 @@ def sweep(
     """Run the trials that a recipe's section sweep describes, and find the best."""
     from jobs.commands.sweep_outcome import Interrupted, print_sweep, run_sweep
 
+    import_from_here()
     if resume and run is None:
         raise UserError("--resume", "say which sweep to continue with --run DIR")
     if retry_failed and not resume:

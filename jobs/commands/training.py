@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import INTERRUPTED, app, complain
+from jobs.commands.app import INTERRUPTED, app, complain, import_from_here
 from jobs.commands.options import (
     GpuOption,
     JsonOption,
@@ -35,6 +35,7 @@ def train(
     from cluster.runtime import configure_ray, parse_workers
     from jobs.commands.printing import print_outcome
 
+    import_from_here()
     least, most = parse_workers(workers)
     num_workers = least if least == most else (least, most)
     configure_ray()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.app import app
+from jobs.commands.app import app, import_from_here
 from jobs.commands.options import (
     GpuOption,
     JsonOption,
@@ -33,6 +33,7 @@ def evaluate(
     from jobs.commands.printing import print_outcome
     from nn_models.errors import did_you_mean
 
+    import_from_here()
     if split not in SPLITS:
         raise UserError("--split", f"{split!r} is no split", did_you_mean(split, SPLITS))
     source = None if data is None else parse_data(data).resolved(os.getcwd())
@@ -71,6 +72,7 @@ def generate(
     from cluster.runtime import local_device
     from jobs.commands.generating import write_samples, write_text, writes
 
+    import_from_here()
     device = local_device(gpu)
     if writes(run):
         if label is not None:

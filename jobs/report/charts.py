@@ -18,7 +18,7 @@ Array = NDArray[Any]
 MAX_CHARTS = 24
 MAX_CURVE_POINTS = 400  # longer curves are averaged in pieces: the page stays small and the line readable
 MAX_DOTS = 60  # points with a tooltip of their own
-MAX_SCATTER_POINTS = 800
+MAX_SCATTER_POINTS = 800  # with a tooltip each; of more rows every one is drawn, those at one place once
 SPLITS = ("train", "validation", "test")
 SHOWN_LAST = ("learning_rate", "grad_norm", "rows_per_s")
 NOT_METRICS = ("step", "epoch", "time_s")
@@ -80,6 +80,7 @@ class Chart(NamedTuple):
     remark: str
     levels: Sequence[tuple[str, str, str]] = ()  # path, label, value of lines across: what can be reached
     marks: Sequence[tuple[str, str]] = ()  # path, tooltip of lines down: the rollbacks
+    y_label: str = ""  # of a scatter chart
 
 
 WIDTH, HEIGHT = 400, 230
@@ -308,26 +309,61 @@ def _path(x_axis: Axis, y_axis: Axis, x: Array, y: Array) -> str:
 
 
 def scatter_chart(title: str, targets: Array, predictions: Array) -> Chart:
-    """Predicted against true numbers."""
-    keep = np.isfinite(targets) & np.isfinite(predictions)
-    if not keep.any():
-        raise AbsentError("the predictions hold no finite value")
-    targets, predictions = targets[keep].astype(float), predictions[keep].astype(float)
-    chosen = np.linspace(0, len(targets) - 1, min(len(targets), MAX_SCATTER_POINTS)).astype(int)
+    """Predicted against true numbers, of all rows."""
+    targets, predictions = _finite(targets, predictions)
     both = np.concatenate([targets, predictions])
     x_axis, y_axis = Axis(both, X_PIXELS), Axis(both, Y_PIXELS)
-    dots = [
-        (float(x_axis.place(x)), float(y_axis.place(y)), f"true {number(x)}, predicted {number(y)}")
-        for x, y in zip(targets[chosen].tolist(), predictions[chosen].tolist(), strict=True)
-    ]
     error = str(number(float(np.abs(targets - predictions).mean())))
     return Chart(
         title=title,
-        alt=f"{title}: predicted against true for {len(dots)} rows; mean absolute error {error}",
-        curves=[Curve("test", "test", "", "", dots, "")],
+        alt=f"{title}: predicted against true for {len(targets)} rows; mean absolute error {error}",
+        curves=[_points(x_axis, targets, y_axis, predictions, "true {}, predicted {}")],
         x_label="true",
         x_ticks=x_axis.ticks,
         y_ticks=y_axis.ticks,
         guide=f"M{X_PIXELS[0]} {Y_PIXELS[0]}L{X_PIXELS[1]} {Y_PIXELS[1]}",
         remark=f"mean absolute error {error}",
+        y_label="predicted",
     )
+
+
+def residual_chart(title: str, targets: Array, predictions: Array) -> Chart:
+    """How far off predictions are, against what was predicted, of all rows: around 0 everywhere where all is well."""
+    targets, predictions = _finite(targets, predictions)
+    residuals = predictions - targets
+    x_axis = Axis(predictions, X_PIXELS)
+    y_axis = Axis(np.append(residuals, 0.0), Y_PIXELS)
+    bias, spread = number(float(residuals.mean())), number(float(residuals.std()))
+    zero = float(y_axis.place(0.0))
+    return Chart(
+        title=title,
+        alt=f"{title}: predicted minus true against predicted for {len(targets)} rows; mean {bias}, deviation {spread}",
+        curves=[_points(x_axis, predictions, y_axis, residuals, "predicted {}, off by {}")],
+        x_label="predicted",
+        x_ticks=x_axis.ticks,
+        y_ticks=y_axis.ticks,
+        guide=f"M{X_PIXELS[0]} {zero}L{X_PIXELS[1]} {zero}",
+        remark=f"mean {bias}, deviation {spread}",
+        y_label="predicted - true",
+    )
+
+
+def _finite(targets: Array, predictions: Array) -> tuple[Array, Array]:
+    """Both in float64, of the rows where both are finite."""
+    keep = np.isfinite(targets) & np.isfinite(predictions)
+    if not keep.any():
+        raise AbsentError("the predictions hold no finite value")
+    return targets[keep].astype(float), predictions[keep].astype(float)
+
+
+def _points(x_axis: Axis, x: Array, y_axis: Axis, y: Array, tooltip: str) -> Curve:
+    """One dot a row with a tooltip; of many rows a path of dots, those within half a pixel of each other as one."""
+    if len(x) <= MAX_SCATTER_POINTS:
+        dots = [
+            (float(x_axis.place(across)), float(y_axis.place(up)), tooltip.format(number(across), number(up)))
+            for across, up in zip(x.tolist(), y.tolist(), strict=True)
+        ]
+        return Curve("test", "test", "", "", dots, "")
+    places = np.stack([x_axis.place(x), y_axis.place(y)], 1)
+    halves = np.unique(np.round(2 * places).astype(int), axis=0) / 2
+    return Curve("test", "test", "".join(f"M{across:g} {up:g}h0" for across, up in halves.tolist()), "", [], "")

@@ -93,7 +93,10 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_training_tells_what_matters(manta, tmp_path):
     pairs = [f"--set={name}={value}" for name, value in SMALL.items()]
-    pairs += ["--set=adversarial.quality.every_epochs=1", "--set=adversarial.collapse={patience: 1, max_accuracy: 0}"]
+    pairs += [
+        "--set=adversarial.quality.every_epochs=1",
+        "--set=adversarial.collapse={patience: 1, max_accuracy: 0, min_diversity: 0}",
+    ]
     code, out, err = manta("train", "digits-dcgan", "--run", tmp_path / "run", *pairs, "--set=train.epochs=12")
     assert code == 0
     lines = err.splitlines()

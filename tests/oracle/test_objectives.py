@@ -11,7 +11,8 @@ from nn_models.batch import Batch, Place
 from nn_models.columns import Label, Numbers
 from nn_models.errors import UserError
 from nn_models.evidence import confidence, confusion
-from nn_models.objectives import ClassificationSpec, RegressionSpec
+from nn_models.objectives import ClassificationSpec
+from nn_models.regression import RegressionSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
 from nn_models.zoo import AnyObjectiveSpec

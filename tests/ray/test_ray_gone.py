@@ -65,7 +65,8 @@ def test_a_run_goes_on_with_an_embedded_ray_started_anew(undisturbed, tmp_path, 
     (tmp_path / "recipe.yaml").write_text(json.dumps(chosen))
     command = [sys.executable, "-m", "jobs", "train", str(tmp_path / "recipe.yaml"), f"--workers={workers}"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
-    driver = psutil.Popen([*command, f"--run={run}", "--no-report"], stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    driver = psutil.Popen([*command, f"--run={run}", "--no-report"], **pipes)
     wait_for(lambda: steps_done(run) >= 20)
     next(p for p in driver.children(recursive=True) if p.name() == name).kill()
     _, errors = driver.communicate(timeout=200)

@@ -122,9 +122,9 @@ def trees(sizes: np.ndarray, generator: np.random.Generator) -> dict[str, np.nda
 
 
 def ragged(rows: int, *, seed: int = 0, **fields) -> MadeSpec:
-    """Rows of every kind whose rows differ in length; some are empty where they may be."""
+    """Rows of every kind whose rows differ in length."""
     generator = np.random.default_rng(seed)
-    lengths = generator.integers(0, 7, rows)
+    lengths = generator.integers(1, 7, rows)
     leaves = generator.integers(1, 6, rows)
     of_row = np.repeat(np.arange(rows), lengths)
     found: dict[str, Layout] = {

@@ -166,3 +166,13 @@ class Cell(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first((x * self.gate.sigmoid()) @ self.uncalled.weight.t()))
+
+
+class Layers(nn.Module):
+    """So many layers one after the other."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(number):
+            self.layers.append(nn.Linear(1, 1))

@@ -210,8 +210,12 @@ def test_weights_that_do_not_fit():
         weights_of({"common": 0.0}, label(9, 0, names=names))
     with pytest.raises(UserError, match="prepare it again"):
         weights_of("balanced", Label(size=2))
-    with pytest.raises(UserError, match=r"objective\.class_weights.*greater than or equal to 0"):
-        load_recipe("digits-mlp", {"objective.class_weights": {"3": -1}})
+    for weight in (-1, "b", True, None):
+        with pytest.raises(UserError, match=rf"^objective\.class_weights\.3: must be a number from 0, not {weight!r}$"):
+            load_recipe("digits-mlp", {"objective.class_weights": {"3": weight}})
+    for wanted in ("balance", 3, ["3"], True):
+        with pytest.raises(UserError, match=r"^objective\.class_weights: must .*not "):
+            load_recipe("digits-mlp", {"objective.class_weights": wanted})
 
 
 def test_names_as_yaml_has_them():

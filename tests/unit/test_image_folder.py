@@ -86,6 +86,16 @@ def test_test_images_without_labels_are_not_used_and_said(tmp_path, caplog):
     assert 200 not in numbers(spec)["test"]
 
 
+def test_a_test_folder_without_images_is_not_used_and_said(tmp_path, caplog):
+    draw_classes(tmp_path / "train", 10)
+    (tmp_path / "test").mkdir()
+    spec = ImageFolderSpec(path=str(tmp_path))
+    assert unused(spec, caplog) == f"{tmp_path}: not used: the folder test, which holds no images"
+    assert len(numbers(spec)["test"]) == 2
+    (tmp_path / "test").rename(tmp_path / "train" / "cow")
+    assert refusal(spec) == f"{tmp_path}/train/cow: no images in this class folder; add some or remove it"
+
+
 def test_two_folders_for_one_split(tmp_path):
     for name in ("train", "val", "Validation"):
         draw_classes(tmp_path / name, 3)
@@ -195,6 +205,11 @@ def test_a_folders_names_are_listed_whatever_they_are(tmp_path):
         (Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))).write_text("")
     assert Folder(tmp_path).names() == ["a", "caf\udce9"]
     assert [name for name, _ in Folder(tmp_path).walk()] == ["a", "caf\udce9"]
+
+
+def test_a_folder_whose_own_name_is_not_utf_8():
+    with pytest.raises(UserError, match=r"^/tmp/caf\\xe9: a name that is not UTF-8; choose another one, or rename it$"):
+        Folder("/tmp/caf\udce9")
 
 
 # -- broken files ----------------------------------------------------------------------------------------------------

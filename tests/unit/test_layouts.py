@@ -374,11 +374,3 @@ def test_row_groups_of_long_rows_hold_few(tmp_path):
     rows = Rows(np.arange(200), {"input": Ragged.of({"values": np.zeros((100_000, 64), np.float32)}, lengths)})
     shard = write_shard(Folder(tmp_path), "a.parquet", rows, {"input": StoredColumn(column=column)})
     assert max(shard.row_groups) == (2 << 20) // (500 * 64 * 4 + 8)  # two MiB, and eight bytes of a row's offset
-
-
-def test_empty_rows_only(tmp_path):
-    columns = {"input": StoredColumn(column=Tokens(size=9))}
-    rows = {"input": Ragged.of({"values": np.empty(0, np.int32)}, [0] * 20)}
-    data = made.written(made.columns(columns, rows), tmp_path)
-    assert (data.manifest.columns["input"].elements, data.manifest.row_bytes) == (0, 0)
-    assert rows_of(made.split_rows(data, "train").columns["input"]) == [{"values": []}] * 16

@@ -235,7 +235,10 @@ def test_what_are_no_labels(column, message, table):
 
 def test_numbers_to_predict(table):
     manifest, rows = train_rows(table(y=X.astype(np.float64)))
-    assert manifest.columns["target"] == StoredColumn(column=Numbers(size=1), dtype="float32")
+    target, trained = manifest.columns["target"], rows.columns["target"].values
+    moments = {"mean": target.mean, "std": target.std}
+    assert target == StoredColumn(column=Numbers(size=1), dtype="float32", **moments)
+    assert (target.mean[0], target.std[0]) == pytest.approx((trained.mean(), trained.std()), rel=1e-5)
     assert manifest.class_names == ()
     np.testing.assert_array_equal(rows.columns["target"].values[:, 0], X)
     manifest, rows = train_rows(table(y=np.column_stack([X, 2 * X]).tolist()))
@@ -265,7 +268,7 @@ def test_what_are_no_numbers_to_predict(column, message, table):
     ("column", "message"),
     [
         ([float("nan"), *[1.0] * (ROWS - 1)], "row group 0: x hold NaN or infinity; fill or drop those rows"),
-        ([1e300] * ROWS, "row group 0: x hold NaN or infinity"),
+        ([1e300] * ROWS, "column x: numbers up to 1e+300 are past float32's range"),
         ([1.0, None, *[1.0] * (ROWS - 2)], "row group 0: column x has 1 empty values; fill or drop them"),
         ([None, *[1.0] * (ROWS - 1)], "row 0: column x has an empty value; fill or drop such rows"),
         ([[1.0, 2.0], [None, 1.0], *[[1.0, 1.0]] * (ROWS - 2)], "row group 0: x hold NaN or infinity"),

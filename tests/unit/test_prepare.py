@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.data import prepare as preparing
-from cluster.data.layouts import Dense
+from cluster.data.layouts import Dense, Layout, Ragged
 from cluster.data.manifest import SPLITS, Manifest, StoredColumn
 from cluster.data.prepare import cache_key, prepare, prepared
 from cluster.data.shards import DataSet
@@ -27,7 +27,7 @@ from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.data.split import Traits
 from cluster.storage import Folder
-from nn_models.columns import Numbers, Tokens
+from nn_models.columns import Labels, Numbers, Tokens, Tree
 from nn_models.errors import UserError
 from tests.unit import made
 
@@ -285,3 +285,64 @@ def test_a_hundred_thousand_classes(tmp_path):
     assert isinstance(manifest, Manifest)
     assert manifest.signature.num_outputs == 100_000
     assert manifest.class_names[99_999] == "99999"  # in the order of numbers, not of letters
+
+
+# -- rows of elements ------------------------------------------------------------------------------------------------
+
+TOKENS, MARKS = StoredColumn(column=Tokens(size=9)), StoredColumn(column=Labels(size=3, of="text"))
+
+
+def elements(*lengths: int) -> Ragged:
+    return Ragged.of({"values": np.ones(sum(lengths), np.int32)}, lengths)
+
+
+def refused(columns: dict[str, StoredColumn], rows: dict[str, Layout], folder) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        made.written(made.columns(columns, rows, part_rows=4), folder)
+    return str(caught.value).splitlines()
+
+
+def test_rows_without_an_element_are_named(tmp_path):
+    said = refused({"text": TOKENS}, {"text": elements(1, 0, 2, 3, 3, 3, 0, 1)}, tmp_path)
+    assert said == [
+        f"data, part {part}, row {row}: its text has no element; drop the row, or mend it"
+        for part, row in ((0, 1), (1, 2))
+    ]
+
+
+def test_an_empty_tree_is_named_and_takes_no_other_trees_root(tmp_path):
+    trees = Ragged.of(made.trees(np.array([2, 3]), np.random.default_rng(0)), [3, 0, 5])
+    said = refused({"tree": StoredColumn(column=Tree(size=made.NUM_WORDS))}, {"tree": trees}, tmp_path)
+    assert said == ["data, part 0, row 1: its tree has no element; drop the row, or mend it"]
+
+
+def test_labels_are_as_many_as_the_elements_that_they_label(tmp_path):
+    columns = {"text": TOKENS, "marks": MARKS}
+    made.written(made.columns(columns, {name: elements(*[2] * 30) for name in columns}), tmp_path / "right")
+    said = refused(columns, {"text": elements(1, 2, 3), "marks": elements(1, 3, 2)}, tmp_path / "wrong")
+    assert said == [
+        f"data, part 0, row {row}: {marks} labels in marks for {words} elements of text; label each element once, or "
+        "drop the row"
+        for row, marks, words in ((1, 3, 2), (2, 2, 3))
+    ]
+
+
+def test_labels_of_elements_of_one_length_are_as_many_too(tmp_path):
+    columns = {"text": StoredColumn(column=Tokens(size=9, length=3), dtype="int32"), "marks": MARKS}
+    text = Dense(np.ones((2, 3), np.int32))
+    said = refused(columns, {"text": text, "marks": elements(3, 4)}, tmp_path)
+    assert said[0].startswith("data, part 0, row 1: 4 labels in marks for 3 elements of text; ")
+
+
+def test_the_file_of_a_bad_row_is_named(tmp_path):
+    source = made.MadeSource({"text": TOKENS}, {"text": elements(1, 0)}, 2)
+    parts = {"train": [Part(2, (0, 2), "notes.txt")]}
+    with pytest.raises(UserError, match=r"^notes.txt, row 1: its text has no element"):
+        made.written(made.MadeSpec(source=_Named(source, parts)), tmp_path)
+
+
+class _Named:
+    """A source whose parts have names."""
+
+    def __init__(self, source: made.MadeSource, pools: dict[str, list[Part]]) -> None:
+        self.columns, self.load, self.traits, self.pools = source.columns, source.load, source.traits, pools

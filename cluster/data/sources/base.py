@@ -32,6 +32,7 @@ class Part:
 
     rows: int
     what: Any
+    name: str = ""  # as errors call it: the file, and where in it
 
 
 class Source(Protocol):

@@ -43,9 +43,14 @@ def image_tree(path: str) -> ImageTree:
     places = _places(path, folders)
     pools = {pool: _classes(path, place, folders, images) for pool, place in places.items()}
     unused = [f"the folder {names[0]}" for names in folders if len(names) == 1 and not _inside(names, places.values())]
-    for pool in [pool for pool in pools if list(pools[pool]) == [*UNLABELLED] != list(pools["train"])]:
-        unused.append(f"the folder {places.pop(pool)[0]}, whose images are in no class folders")
-        del pools[pool]
+    if not pools["train"]:
+        where = "/".join([path, *places["train"]])
+        raise UserError("data.path", f"{where} holds no images", "give a folder that has some")
+    for pool, classes in list(pools.items()):
+        if not classes or list(classes) == [*UNLABELLED] != list(pools["train"]):
+            why = "whose images are in no class folders" if classes else "which holds no images"
+            unused.append(f"the folder {places.pop(pool)[0]}, {why}")
+            del pools[pool]
     used = {name for classes in pools.values() for found in classes.values() for name, _ in found}
     for name in sorted(used):
         folder.check_name(name)
@@ -93,9 +98,7 @@ def _classes(
     own = [(names, info) for names, info in images if names[:depth] == place]
     classes: dict[str, Images] = {names[-1]: [] for names in folders if names[:-1] == place}
     if not classes:
-        if not own:
-            raise UserError("data.path", f"{where} holds no images", "give a folder that has some")
-        return {UNLABELLED[0]: [("/".join(names), info) for names, info in own]}
+        return {UNLABELLED[0]: [("/".join(names), info) for names, info in own]} if own else {}
     for names, info in own:
         if len(names) > depth + 1:
             classes[names[depth]].append(("/".join(names), info))

@@ -24,6 +24,7 @@ from cluster.data.sources.columns import (
     label_texts,
     number_column,
 )
+from cluster.data.sources.precision import check_precision
 from cluster.data.split import Traits
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
@@ -55,7 +56,7 @@ class ParquetColumns:
         """See Source."""
         file, group = part.what
         table = _read(file, group, [name for reader in self.readers.values() for name in reader.names])
-        where = f"{file}, row group {group}"
+        where = _where(file, group)
         for name in table.column_names:
             if table[name].null_count:
                 raise UserError(where, f"column {name} has {table[name].null_count} empty values", "fill or drop them")
@@ -102,7 +103,8 @@ class ParquetFiles:
                 file = _open(name)
                 for column in columns:
                     _check_column(name, file, column)
-                pools[pool] += [Part(rows, (name, group)) for group, rows in enumerate(file.row_groups)]
+                groups = enumerate(file.row_groups)
+                pools[pool] += [Part(rows, (name, group), _where(name, group)) for group, rows in groups]
             pools[pool] = [part for part in pools[pool] if part.rows]
             if not pools[pool]:
                 base = self.path if pool == "train" else self.test_path
@@ -156,6 +158,11 @@ class ParquetSpec(DrawnTestSpec):
         target = (
             self._target(self.target, pools["train"], name, first) if self.target else LabelColumn(None, UNLABELLED)
         )
+        numbers = [*array.names, *(target.names if isinstance(target, NumberColumn) else ())]
+        groups: dict[str, list[int]] = {}
+        for part in pools["train"]:
+            groups.setdefault(part.what[0], []).append(part.what[1])
+        check_precision(groups, numbers, opened=_open, read=_read)
         return ParquetColumns({"input": array, "target": target}, pools, self.group)
 
     def _target(self, target: str, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
@@ -216,6 +223,10 @@ def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     for name, _ in files:
         folder.check_name(name)
     return [((folder / name).uri, info) for name, info in files]
+
+
+def _where(file: str, group: int) -> str:
+    return f"{file}, row group {group}"
 
 
 def _check_column(name: str, file: ParquetFile, column: str) -> None:

@@ -360,12 +360,18 @@ class FusedLoop:
             return
         for place, member in enumerate(self._live):
             state = member.checkpoints.read(common[-1])
-            member.checkpoints.refuse_other(state, recipe=member.recipe, manifest=self._splits.manifest)
-            self._model.load(place, state["model"], state["average"])
-            self._optimizers.load_state_dict(place, state["optimizer"])
-            member.journal.progress = Progress.restored(state["progress"])
-            if place == 0:  # all have saved the same
-                set_generator_state(state["generators"][0], self._device)
+            with member.checkpoints.restoring(common[-1]):
+                self._take_up(place, member, state)
+
+    def _take_up(self, place: int, member: Member, state: State) -> None:
+        """Have one trial go on from its checkpoint's state."""
+        member.checkpoints.refuse_other(state, recipe=member.recipe, manifest=self._splits.manifest)
+        self._model.load(place, state["model"], state["average"])
+        self._optimizers.load_state_dict(place, state["optimizer"])
+        member.journal.progress = Progress.restored(state["progress"])
+        member.journal.progress.refuse_other_metrics(len(member.journal.names))
+        if place == 0:  # all have saved the same
+            set_generator_state(state["generators"][0], self._device)
 
 
 def _refuse(recipes: Sequence[Recipe], splits: Splits) -> None:

@@ -30,18 +30,20 @@ class FusedBatch:
     place: Place  # of one of the trials: of the others only the ids are different
     ids: Mapping[int, RowIds]  # by seed
     draw_keys: Callable[[], Tensor]  # (B,) where shared, else (B, T)
+    unscale: Callable[[str, Tensor], Tensor]  # see Batch
 
     def pieces(self, wanted: int) -> list[Batch]:
         """The same rows in so many pieces, or fewer where there are fewer rows."""
         number = min(wanted, self.place.num_rows)
         if number == 1:
-            return [Batch(self.columns, self.place, self.draw_keys)]
+            return [Batch(self.columns, self.place, self.draw_keys, unscale=self.unscale)]
         split = {name: values.tensor_split(number) for name, values in self.columns.items()}
         pieces, start = [], self.place.start
         for piece, ids in enumerate(np.array_split(self.place.ids, number)):
             place = self.place._replace(ids=ids, start=start, num_rows=len(ids), weight=len(ids))
             keys = partial(self._keys_of, piece, number)
-            pieces.append(Batch({name: parts[piece] for name, parts in split.items()}, place, keys))
+            columns = {name: parts[piece] for name, parts in split.items()}
+            pieces.append(Batch(columns, place, keys, unscale=self.unscale))
             start += len(ids)
         return pieces
 
@@ -85,7 +87,7 @@ class FusedRows:
             (seed,) = self._orders
             for (batch,) in self._streamed.batches(epoch, first_step):
                 columns = cast(Mapping[str, Tensor], batch.columns)
-                yield FusedBatch(columns, True, batch.place, {seed: batch.place.ids}, batch.draw_keys)
+                yield FusedBatch(columns, True, batch.place, {seed: batch.place.ids}, batch.draw_keys, batch.unscale)
             return
         for step in range(first_step, self.order.num_steps):
             yield self._batch(epoch, step, seeds())
@@ -103,13 +105,13 @@ class FusedRows:
         stored = self._held.gather(rows.ravel())
         if self._augmentation:
             stored = self._augmentation.of_columns(stored, keys().flatten())
-        columns = cast(dict[str, Tensor], self._reading.scaling(stored))
+        columns, unscale = cast(dict[str, Tensor], self._reading.scaling(stored)), self._reading.scaling.inverse
         if not others:
-            return FusedBatch(columns, True, place, ids, lambda: keys().flatten())
+            return FusedBatch(columns, True, place, ids, lambda: keys().flatten(), unscale)
         columns = {name: values.unflatten(0, rows.shape) for name, values in columns.items()}
         if len(ids) == len(seeds):
-            return FusedBatch(columns, False, place, ids, keys)
+            return FusedBatch(columns, False, place, ids, keys, unscale)
         numbers = {seed: number for number, seed in enumerate(ids)}  # some trials share theirs
         index = torch.tensor([numbers[seed] for seed in seeds], device=self._reading.device)
         columns = {name: values.index_select(1, index) for name, values in columns.items()}
-        return FusedBatch(columns, False, place, ids, lambda: keys().index_select(1, index))
+        return FusedBatch(columns, False, place, ids, lambda: keys().index_select(1, index), unscale)

@@ -69,9 +69,9 @@ class FusedTrial(Trial):
             else:  # one that ran out of patience was not judged by its last epoch
                 last = result["epochs"] - 1 if result["status"] == "finished" else self.done
             self.pruning.remember(member.index, [(epoch, value) for epoch, value in past.items() if epoch <= last])
-            noted = run.folder.read_json(VERDICTS) if run.folder.exists(VERDICTS) else {}
+            noted = run.folder.read_as(VERDICTS, dict[int, list[int]]) if run.folder.exists(VERDICTS) else {}
             for epoch, leaving in noted.items():
-                self.verdicts.setdefault(int(epoch), set()).update(leaving)
+                self.verdicts.setdefault(epoch, set()).update(leaving)
 
     def advance(self) -> dict[str, Any]:
         """See Trial."""

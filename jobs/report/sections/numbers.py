@@ -1,22 +1,48 @@
-"""Numbers: what was predicted against what is true, a chart for each output."""
+"""Numbers: what was predicted against what is true, how far off it is, and what needs no training beside it."""
 
 from typing import Any
 
-from jobs.report.charts import scatter_chart
-from jobs.report.files import left_out
+from jobs.report.charts import number, residual_chart, scatter_chart
+from jobs.report.files import is_number, left_out, mapping
 from jobs.report.sections.section import EVALUATION, Run, Section, predicted
 
 MAX_OUTPUTS = 6
+COMPARED = {"the model": "", "linear regression": "linear_", "always the mean": "mean_"}
 
 
 def _read(run: Run) -> dict[str, Any]:
     assert run.evaluation is not None  # it was chosen by what that holds
     tensors = run.evaluation
     with left_out(run.notes, "The examples", file=tensors.name):
-        columns = [values.reshape(len(values), -1).T[:MAX_OUTPUTS] for values in predicted(tensors)]
-        scatter = [scatter_chart(f"output {place}", *pair) for place, pair in enumerate(zip(*columns, strict=True), 1)]
-        return {"split": tensors.metadata.get("split", "test"), "scatter": scatter}
+        whole = "predictions" in tensors  # earlier versions kept the examples only
+        found = (tensors["targets"], tensors["predictions"]) if whole else predicted(tensors)
+        columns = [values.reshape(len(values), -1).T[:MAX_OUTPUTS] for values in found]
+        pairs = list(enumerate(zip(*columns, strict=True), 1))
+        return {
+            "split": tensors.metadata.get("split", "test"),
+            "rows": len(found[0]),
+            "scatter": [scatter_chart(f"output {place}", *pair) for place, pair in pairs],
+            "residuals": [residual_chart(f"residuals of output {place}", *pair) for place, pair in pairs],
+            "compared": _compared(mapping(run.result.get("metrics"))),
+        }
     return {}
 
 
-SECTION = Section(name="numbers", template="numbers.html", read=_read, title="The predictions", file=EVALUATION)
+def _compared(metrics: dict[str, Any]) -> list[tuple[str, str | None, str | None]]:
+    """Who predicts, and its errors on the test split; nothing where there is no baseline."""
+    rows = []
+    for name, prefix in COMPARED.items():
+        errors = [metrics.get(f"test/{prefix}{metric}") for metric in ("mse", "mae")]
+        if all(map(is_number, errors)):
+            rows.append((name, number(errors[0]), number(errors[1])))
+    return rows if len(rows) > 1 else []
+
+
+SECTION = Section(
+    name="numbers",
+    template="numbers.html",
+    read=_read,
+    title="The predictions",
+    file=EVALUATION,
+    figures=("mse", "mae", "r2", "mean_mse", "linear_mse", "loss"),
+)

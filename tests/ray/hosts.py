@@ -1,0 +1,24 @@
+"""Three nodes and a head that trains nothing, on this machine: `python -m tests.ray.hosts`, until standard input ends.
+
+Prints {"address", "raylets": their process ids}.
+"""
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(3)]
+    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    os.environ.pop("RAY_ADDRESS", None)
+    main()
