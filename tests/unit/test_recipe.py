@@ -363,7 +363,7 @@ def test_what_does_not_fit_is_refused(content, data, message):
     assert message in str(caught.value)
 
 
-# of the data sets that might have to be downloaded
+# of the data sets that might have to be downloaded, or are the user's own
 SHAPES = {
     "fashion_mnist": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000),
     "cifar10": manifest((3, 32, 32), num_outputs=10, dtype="uint8", rows=45_000),
