@@ -14,6 +14,8 @@ from jobs.commands.options import (
 )
 from nn_models.errors import UserError
 
+MOST_IMAGES = 10_000  # of one picture
+
 
 @app.command()
 def evaluate(
@@ -88,7 +90,10 @@ def generate(
         if value is not None:
             raise UserError(option, "this run's model writes no text", "leave it out, or give a language model's run")
     num = 64 if num is None else num
-    path = write_samples(run, num=num, out=out or "samples.png", label=label, seed=seed, device=device)
+    if num > MOST_IMAGES:
+        raise UserError("--num", f"{num} images; at most {MOST_IMAGES:,} make one picture", "ask for fewer")
+    out = "samples.png" if out is None else out
+    path = write_samples(run, num=num, out=out, label=label, seed=seed, device=device)
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
 
 

@@ -261,7 +261,7 @@ def test_pairs_of_different_channels_are_shown_beside_each_other():
     [
         (["--num", "0"], "'--num': "),
         (["--num", "-3"], "'--num': "),
-        (["--num", "1000000"], "'--num': "),
+        (["--num", "1000000"], "--num: 1000000 images; at most 10,000 make one picture"),
         (["--num", "many"], "'--num': "),
         (["--seed", "-1"], "'--seed': "),
         (["--seed", str(2**70)], "'--seed': "),

@@ -251,5 +251,5 @@ def test_an_interrupted_sweep_says_how_to_go_on(manta, monkeypatch, tmp_path):
     run = tmp_path / "my sweep"
     code, out, err = manta("sweep", "digits-mlp", "--run", run, "--workers", "2", "--concurrency", "3")
     assert (code, out) == (130, "")
-    expected = f"manta sweep '{run}'/recipe.yaml --run '{run}' --resume --workers 2 --concurrency 3"
+    expected = f"manta sweep '{run}/recipe.yaml' --run '{run}' --resume --workers 2 --concurrency 3"
     assert err == f"error: interrupted; to go on: {expected}\n"

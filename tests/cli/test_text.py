@@ -1,0 +1,51 @@
+"""Language models on the command line: trained, and going on with a text."""
+
+import json
+
+import pytest
+
+import cluster
+
+FEW = {
+    "data": {"kind": "text", "window": 8},
+    "model": {"kind": "gru", "hidden": 8, "embedding": 4},
+    "train": {"epochs": 1, "global_batch_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("the cat sat on the mat.\n" * 100)
+    overrides = {**FEW, "data": {**FEW["data"], "path": str(folder / "a.txt")}}
+    return cluster.train("docs-lstm", overrides=overrides, run=str(folder / "run")).run
+
+
+def test_a_text_is_printed_as_it_is_made(manta, run):
+    code, out, _ = manta("generate", run, "--prompt", "the c", "--num", 20, "--seed", 3)
+    assert code == 0
+    assert out.startswith("the c")
+    assert len(out) == len("the c") + 20 + 1
+    again = manta("generate", run, "--prompt", "the c", "--num", 20, "--seed", 3, "--json")[1]
+    assert json.loads(again)["text"] == out[:-1]
+    likeliest = [manta("generate", run, "--num", 30, "--temperature", 0, "--seed", seed)[1] for seed in (1, 2)]
+    assert likeliest[0] == likeliest[1]
+
+
+def test_a_text_is_written_to_a_file(manta, run, tmp_path):
+    assert manta("generate", run, "--num", 5, "--out", tmp_path / "b.txt")[:2] == (0, "")
+    assert len((tmp_path / "b.txt").read_text()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "The Q"], "--prompt: 'T', 'Q' not in the text that the model has learned from; leave them out"),
+        (["--label", "3"], "--label: a text has no label; leave it out, or give the run of a conditional GAN"),
+        (["--temperature", "-1"], "'--temperature': "),
+    ],
+)
+def test_what_cannot_be_is_refused(manta, run, arguments, message):
+    code, _, err = manta("generate", run, *arguments)
+    assert code == 2
+    assert message in err
