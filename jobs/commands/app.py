@@ -20,7 +20,8 @@ DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 def complain(message: str, code: int) -> int:
     """Tell it on standard error, and return the exit code."""
-    for line in message.split("\n"):  # other ends of lines may stand in a name
+    printable = message.encode("utf-8", "backslashreplace").decode()  # half a character of UTF-16, from a file's YAML
+    for line in printable.split("\n"):  # other ends of lines may stand in a name
         print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 

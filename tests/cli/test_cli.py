@@ -331,3 +331,9 @@ def test_ray_data_prepares_the_same_shards(manta, tmp_path):
     command = [sys.executable, "-m", "jobs", "data", "prepare", "digits", "--out", str(tmp_path / "b")]
     subprocess.run([*command, "--workers", "2"], check=True, capture_output=True, timeout=300)
     assert (tmp_path / "a" / "manifest.json").read_text() == (tmp_path / "b" / "manifest.json").read_text()
+
+
+def test_a_value_that_cannot_be_printed_is_told_all_the_same(refused, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b'model: {kind: mlp}\ndata: {kind: digits}\noptimizer: {kind: adam, lr: "\\ud800"}\n')
+    assert r"optimizer.lr: must be" in refused("show", file)
