@@ -131,15 +131,17 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """Bytes of the file; None where there is no such file."""
-        with self._reached(name, "read"):
-            info = self.filesystem.get_file_info(self.full(name))
+        info = self.info(name)
         return info.size if info.type == fs.FileType.File else None
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or directory is there (the folder itself without a name)."""
+        return bool(self.info(name).type != fs.FileType.NotFound)
+
+    def info(self, name: str = "") -> fs.FileInfo:
+        """What is there. Raises UserError where that cannot be found out: a name too long, no permission."""
         with self._reached(name, "read"):
-            info = self.filesystem.get_file_info(self.full(name) if name else self.path)
-        return bool(info.type != fs.FileType.NotFound)
+            return self.filesystem.get_file_info(self.full(name) if name else self.path)
 
     def names(self) -> list[str]:
         """Names of the files and directories directly inside, sorted; hidden ones left out.

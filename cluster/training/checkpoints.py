@@ -266,7 +266,8 @@ def read_best(run: Folder) -> dict[str, Any] | None:
     folder = run / "model"
     try:
         with folder.filesystem.open_input_file(folder.full("model.safetensors")) as file:
-            head = file.read(int.from_bytes(file.read(8), "little"))
+            length = int.from_bytes(file.read(8), "little")
+            head = file.read(min(length, file.size()))  # a damaged file may say any length
         return lifted(json.loads(json.loads(head)["__metadata__"]["best"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

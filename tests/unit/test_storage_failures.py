@@ -19,9 +19,12 @@ from cluster.data.prepare import prepare, prepared
 from cluster.data.shards import DataSet
 from cluster.data.sources.images import DigitsSpec
 from cluster.errors import StorageFailed
+from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
+from cluster.training.checkpoints import read_best
 from cluster.training.journal import Journal
 from cluster.training.run_directory import RunDirectory
+from nn_models.errors import UserError
 
 RECIPE = {
     "name": "small",
@@ -190,3 +193,17 @@ def test_only_an_anchored_folder_stays_gone(tmp_path):
     assert not (tmp_path / "run").exists()
     Folder(tmp_path / "run" / "checkpoints").write_text("a", "made")
     assert (tmp_path / "run" / "checkpoints" / "a").exists()
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "parquet", "text"])
+def test_a_path_that_can_be_no_path_is_told_in_one_line(kind):
+    path = "/tmp/" + "a" * 10_000
+    fields = {"input": "a", "target": "b"} if kind == "parquet" else {}
+    recipe = load_recipe({"model": {"kind": "mlp"}, "data": {"kind": kind, "path": path, **fields}})
+    with pytest.raises(UserError, match="aaaa"):
+        prepared(recipe.data)
+
+
+def test_a_head_of_weights_that_says_any_length_is_no_head(tmp_path):
+    Folder(tmp_path / "model").create().write_bytes("model.safetensors", b"\xff" * 16)
+    assert read_best(Folder(tmp_path)) is None

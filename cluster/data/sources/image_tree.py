@@ -34,7 +34,7 @@ class ImageTree:
 def image_tree(path: str) -> ImageTree:
     """What is there now. Raises UserError where there is no folder, or images cannot be told apart."""
     folder = Folder(path)
-    if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+    if folder.info().type != fs.FileType.Directory:
         raise UserError("data.path", f"{path}: no such folder", "give the one with a folder for each class")
     entries = [(tuple(name.split("/")), info) for name, info in folder.walk()]
     folders = [names for names, info in entries if info.type == fs.FileType.Directory]

@@ -212,7 +212,7 @@ def check_target(target: str | None, inputs: Sequence[str]) -> None:
 def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
     """The name, as a user would write it, of each file, sorted."""
     folder = Folder(path)
-    info = folder.filesystem.get_file_info(folder.path)
+    info = folder.info()
     if info.type == fs.FileType.File:
         return [(folder.uri, info)]
     if info.type == fs.FileType.NotFound:

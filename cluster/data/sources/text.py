@@ -1,6 +1,7 @@
 """Text: a user's files, or the standard library's own, as windows of one long stream of tokens."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,7 +69,7 @@ class TextSpec(_StreamSpec):
     def text(self) -> str | bytes:
         """See _StreamSpec."""
         place = Path(self.path)
-        if not place.exists():
+        if not os.path.exists(place):  # which says no where a name is too long
             raise UserError("data.path", f"{self.path}: no such file or folder", "check the path")
         hidden = (path for path in place.rglob("*") if path.is_file())
         files = sorted(path for path in hidden if not path.name.startswith(".")) if place.is_dir() else [place]
