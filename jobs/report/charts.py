@@ -168,7 +168,10 @@ def metric_charts(records: Sequence[Mapping[str, Any]], best_step: Any, marks: S
     """One chart for each metric, against epochs where the lines tell how long an epoch is, else against steps."""
     length = steps_per_epoch(records)
     across = _Across("epoch" if length else "step", length or 1, best_step if is_number(best_step) else None, marks)
-    names = {name for record in records for name, value in record.items() if is_number(value)} - set(NOT_METRICS)
+    course = [record for record in records if record.get("split") != "test"]  # one point is no curve, but a figure
+    names = {name for record in course or records for name, value in record.items() if is_number(value)} - set(
+        NOT_METRICS
+    )
     floors = {name: metric for name, metric in FLOORS.items() if {name, metric} <= names}
     together: dict[str, dict[str, str]] = {}
     for metric in TOGETHER:

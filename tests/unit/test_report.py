@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jobs.report import charts, sections, write_report
+from jobs.report.charts import metric_charts
 from jobs.report.sections import SECTIONS
 from nn_models.batch import Batch, Place
 from nn_models.errors import UserError
@@ -460,3 +461,11 @@ def test_neither_ray_nor_matplotlib_is_imported(tmp_path: Path):
     )
     finished = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "set()"
+
+
+def test_what_only_the_test_measures_has_no_curve():
+    lines = [
+        {"step": 1, "epoch": 0, "split": "train", "loss": 1.0, "end_of_epoch": True},
+        {"step": 1, "epoch": 0, "split": "test", "loss": 1.0, "macro_f1": 0.5},
+    ]
+    assert [chart.title for chart in metric_charts(lines, None)] == ["loss"]
