@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.inference.evaluate import evaluate_run as evaluate
-    from cluster.inference.opened import open_model
     from cluster.recipe.loading import load_recipe
+    from cluster.runs.opened import open_model
     from cluster.runs.train import Outcome, train
     from cluster.tuning.sweep import SweepOutcome, replayed, sweep
 
@@ -15,7 +15,7 @@ _HOMES = {
     "train": ("cluster.runs.train", "train"),
     "Outcome": ("cluster.runs.train", "Outcome"),
     "load_recipe": ("cluster.recipe.loading", "load_recipe"),
-    "open_model": ("cluster.inference.opened", "open_model"),
+    "open_model": ("cluster.runs.opened", "open_model"),
     "evaluate": ("cluster.inference.evaluate", "evaluate_run"),
     "sweep": ("cluster.tuning.sweep", "sweep"),
     "SweepOutcome": ("cluster.tuning.sweep", "SweepOutcome"),

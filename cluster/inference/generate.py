@@ -8,7 +8,7 @@ from torch import Tensor
 from cluster.adversarial.halves import described
 from cluster.adversarial.quality import read_rows
 from cluster.data.prepare import prepared
-from cluster.inference.opened import Generator, open_model
+from cluster.runs.opened import Generator, open_model
 from nn_models.errors import UserError
 
 

@@ -36,7 +36,7 @@ from nn_models.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.adversarial.coordinator import Coordinator
-    from cluster.inference.opened import OpenedModel
+    from cluster.runs.opened import OpenedModel
     from cluster.training.checkpoints import Background
     from cluster.training.progress import Progress
 
@@ -58,7 +58,7 @@ class Outcome:
 
     def load_model(self) -> "OpenedModel":
         """The best model, on the CPU, as `cluster.open_model` opens it: it takes what the data's files hold."""
-        from cluster.inference.opened import open_model
+        from cluster.runs.opened import open_model
 
         return open_model(self.run)
 

@@ -6,8 +6,8 @@ import os
 import torch
 
 from cluster.inference.generate import Generated, generate
-from cluster.inference.opened import Writer, open_model
 from cluster.pictures import beside, png
+from cluster.runs.opened import Writer, open_model
 from cluster.storage import Folder
 from cluster.training.run_directory import RECIPE, RunDirectory
 from nn_models.errors import UserError

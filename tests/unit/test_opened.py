@@ -7,9 +7,9 @@ import torch
 
 import cluster
 from cluster.data.prepare import prepared
-from cluster.inference.given import as_stored
-from cluster.inference.opened import Generator, Predictor
 from cluster.recipe.loading import load_recipe
+from cluster.runs.given import as_stored
+from cluster.runs.opened import Generator, Predictor
 from nn_models.batch import Forest
 from nn_models.errors import UserError
 from tests.unit import made

@@ -14,8 +14,8 @@ from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
 from cluster.data.vocabulary import Vocabulary
-from cluster.inference.given import MOST_OF_A_BYTE, as_stored, dense, wanted
 from cluster.recipe.recipe import Recipe
+from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
 from cluster.storage import Folder
 from cluster.training.carry import joined
 from cluster.training.checkpoints import SavedModel, restore_model
@@ -107,7 +107,7 @@ class OpenedModel(nn.Module):
 class Predictor(OpenedModel):
     """Called with rows it gives the net's outputs: scores of the classes (logits), or numbers in the target's units.
 
-    `predict` gives names of classes, or these numbers. Rows are as `cluster.inference.given.as_stored` takes them;
+    `predict` gives names of classes, or these numbers. Rows are as `cluster.runs.given.as_stored` takes them;
     columns beside the input, where the model reads any, are given by their names.
     """
 
