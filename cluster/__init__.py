@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from cluster.recipe.loading import load_recipe
     from cluster.runs.opened import open_model
     from cluster.runs.train import Outcome, train
-    from cluster.tuning.sweep import SweepOutcome, replayed, sweep
+    from cluster.tuning.outcome import SweepOutcome, replayed
+    from cluster.tuning.sweep import sweep
 
 __all__ = ["Outcome", "SweepOutcome", "evaluate", "load_recipe", "open_model", "replayed", "sweep", "train"]
 
@@ -18,8 +19,8 @@ _HOMES = {
     "open_model": ("cluster.runs.opened", "open_model"),
     "evaluate": ("cluster.inference.evaluate", "evaluate_run"),
     "sweep": ("cluster.tuning.sweep", "sweep"),
-    "SweepOutcome": ("cluster.tuning.sweep", "SweepOutcome"),
-    "replayed": ("cluster.tuning.sweep", "replayed"),
+    "SweepOutcome": ("cluster.tuning.outcome", "SweepOutcome"),
+    "replayed": ("cluster.tuning.outcome", "replayed"),
 }
 
 

@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,8 +29,9 @@ from cluster.tuning.fused.groups import groups, pays, why_not
 from cluster.tuning.fused.pruning import PruningRule
 from cluster.tuning.ledger import ENDED, Status, SweepDirectory, SweepListener, TrialRecord
 from cluster.tuning.messages import FusedConfig
+from cluster.tuning.outcome import SweepOutcome, copy_model, trial_recipe
 from cluster.tuning.roster import OpenData, Roster
-from cluster.tuning.space import Space, followed
+from cluster.tuning.space import Space
 from cluster.tuning.target import target
 from nn_models.errors import Problem, UserError
 
@@ -40,18 +40,6 @@ logger = logging.getLogger(__name__)
 MOST_FUSED = 32  # more gain little, and end later
 TIDY_UP_S = 5
 SMALLEST_GROUP = 4  # on average, below which training together gains next to nothing
-
-
-@dataclass(frozen=True)
-class SweepOutcome:
-    """How a sweep ended. `best` is the best trial's recipe; `run` the sweep's directory."""
-
-    status: str
-    best: Recipe | None
-    best_trial: TrialRecord | None
-    trials: list[TrialRecord]
-    run: str
-    result: dict[str, Any]
 
 
 def sweep(
@@ -356,7 +344,7 @@ class _Sweep:
 
     def _best_recipe(self, best: TrialRecord) -> Recipe:
         """What `manta train` runs to get the best trial again; of a population, with the changes it went through."""
-        return _trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
+        return trial_recipe(self.recipe, best, name=f"{self.recipe.name}-best")
 
     def conclude(self, status: str) -> dict[str, Any]:
         """Write what the sweep came to. Returns what result.json says."""
@@ -384,7 +372,7 @@ class _Sweep:
         if best:
             result["best"] = {"trial": best.index, "value": best.value, "overrides": best.overrides}
             self.directory.folder.write_text("best.yaml", dump_recipe(self._best_recipe(best)))
-            _copy_model(self.directory, best.index)
+            copy_model(self.directory, best.index)
         self.directory.write_result(result)
         return result
 
@@ -402,32 +390,3 @@ def _side_by_side(runs: Sequence[str]) -> list[list[int]]:
     for place, run in enumerate(runs):
         found[Checkpoints(Folder(run) / "checkpoints", keep=1).newest_step()].append(place)
     return list(found.values())
-
-
-def _copy_model(directory: SweepDirectory, index: int) -> None:
-    """The best trial's weights, beside its recipe as in a run."""
-    source, out = directory.trial(index) / "model", directory.folder / "model"
-    if not directory.trial(index).exists("model"):
-        return
-    for name in source.names():
-        out.write_bytes(name, source.read_bytes(name))
-
-
-def replayed(run: str, trial: int) -> Recipe:
-    """The recipe that trains one trial of a sweep again, as one run: of a population, with what it took over.
-
-    Raises UserError where there is no such trial.
-    """
-    directory = SweepDirectory(run)
-    recipe = directory.recipe()
-    found = [record for record in directory.records() if record.index == trial]
-    if not found:
-        raise UserError(str(directory), f"no trial {trial}", "give the number of one in trials.csv")
-    found[0].lineage = directory.lineage(trial)  # the record of one that is still running has none
-    return _trial_recipe(recipe, found[0], name=f"{recipe.name}-{found[0].name}")
-
-
-def _trial_recipe(recipe: Recipe, record: TrialRecord, *, name: str) -> Recipe:
-    assert recipe.sweep is not None
-    base = recipe.model_copy(update={"sweep": None, "name": name})
-    return followed(Space(recipe.sweep).trial(base, record.overrides), record.lineage)

@@ -13,7 +13,8 @@ from cluster.runs.admission import workers_of
 from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
-from cluster.tuning.sweep import SweepOutcome, again
+from cluster.tuning.outcome import SweepOutcome
+from cluster.tuning.sweep import again
 from cluster.tuning.sweep import sweep as run_sweep_of
 from jobs.commands.printing import print_outcome
 from jobs.commands.sweep_progress import SweepProgress, counts, first_line

@@ -21,7 +21,7 @@ from cluster.data.prepare import prepare
 from cluster.storage import Folder
 from cluster.training.run_directory import RunDirectory
 from cluster.tuning.ledger import SweepDirectory
-from cluster.tuning.sweep import SweepOutcome, replayed
+from cluster.tuning.outcome import SweepOutcome, replayed
 from cluster.tuning.sweep import sweep as sweep_at_will
 from nn_models import UserError
 from tests.ray.faults import MARK, killing, left_over, wait_for
