@@ -121,6 +121,8 @@ def test_pythons_own_help_is_english():
             "data.window: 2 words and the one that follows, but the text has 2",
         ),
         (None, {}, "data.path: {path}: no such file or folder; check the path"),
+        (None, {"path": "/dev/zero"}, "data.path: /dev/zero: neither a file nor a folder; give a text file"),
+        (None, {"path": ""}, "data.path: "),
         ("text", {"window": 0}, "data.window: must be greater than 0, not 0"),
         ("text", {"unit": "letters"}, "data.unit: must be 'characters', 'bytes' or 'words', not 'letters'"),
         ("a" * 30, {"window": 10}, ""),

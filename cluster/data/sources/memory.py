@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -24,6 +24,22 @@ class _GeneratedSpec(DrawnTestSpec):
     seed: NonNegativeInt = Field(0, description="what they are drawn from")
 
 
+@dataclass(frozen=True)
+class _Generated:
+    """Base of their sources."""
+
+    spec: Any
+
+    @property
+    def pools(self) -> Mapping[str, list[Part]]:
+        """See Source."""
+        return {"train": even_parts(self.spec.rows, PART_ROWS)}
+
+    def traits(self, part: Part) -> Traits:
+        """See Source."""
+        return Traits()
+
+
 class AddingSpec(_GeneratedSpec):
     """The sum of the two numbers that are marked in a sequence of uniform ones.
 
@@ -40,7 +56,7 @@ class AddingSpec(_GeneratedSpec):
 
 
 @dataclass(frozen=True)
-class _Adding:
+class _Adding(_Generated):
     spec: AddingSpec
 
     @property
@@ -50,15 +66,6 @@ class _Adding:
             "input": StoredColumn(column=Sequence(width=2, length=self.spec.length), dtype="float32"),
             "target": StoredColumn(column=Numbers(size=1), dtype="float32"),
         }
-
-    @property
-    def pools(self) -> Mapping[str, list[Part]]:
-        """See Source."""
-        return {"train": even_parts(self.spec.rows, PART_ROWS)}
-
-    def traits(self, part: Part) -> Traits:
-        """See Source."""
-        return Traits()
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""
@@ -91,7 +98,7 @@ class CopySpec(_GeneratedSpec):
 
 
 @dataclass(frozen=True)
-class _Copy:
+class _Copy(_Generated):
     spec: CopySpec
 
     @property
@@ -103,15 +110,6 @@ class _Copy:
             "input": StoredColumn(column=Tokens(names=names, size=size, length=length), dtype="int32"),
             "target": StoredColumn(column=Labels(names=names, size=size, length=length), dtype="int32"),
         }
-
-    @property
-    def pools(self) -> Mapping[str, list[Part]]:
-        """See Source."""
-        return {"train": even_parts(self.spec.rows, PART_ROWS)}
-
-    def traits(self, part: Part) -> Traits:
-        """See Source."""
-        return Traits()
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""

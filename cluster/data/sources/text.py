@@ -60,7 +60,7 @@ class TextSpec(_StreamSpec):
     """Your own text: a file, or all files of a folder, one after the other by their names."""
 
     kind: Literal["text"] = "text"
-    path: str = Field(description="a text file in UTF-8, or a folder of such files")
+    path: str = Field(min_length=1, description="a text file in UTF-8, or a folder of such files")
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
@@ -71,8 +71,10 @@ class TextSpec(_StreamSpec):
         place = Path(self.path)
         if not os.path.exists(place):  # which says no where a name is too long
             raise UserError("data.path", f"{self.path}: no such file or folder", "check the path")
-        hidden = (path for path in place.rglob("*") if path.is_file())
-        files = sorted(path for path in hidden if not path.name.startswith(".")) if place.is_dir() else [place]
+        if not place.is_dir() and not place.is_file():  # a device or a pipe need not end
+            raise UserError("data.path", f"{self.path}: neither a file nor a folder", "give a text file")
+        inside = sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith("."))
+        files = inside if place.is_dir() else [place]
         parts = [_read(path, self.unit) for path in files]
         text: str | bytes = b"".join(parts) if self.unit == "bytes" else "".join(parts)  # type: ignore[arg-type]
         if not text:
