@@ -62,9 +62,6 @@ def last_word(session: RaySession | None, say: Callable[[str], str]) -> Iterator
             lost_at = (lost_at or time.monotonic()) if reason else None
             if reason and lost_at and time.monotonic() - lost_at > LAST_WORD_S:
                 print(f"error: {say(reason)}", file=sys.stderr, flush=True)
-                import faulthandler
-
-                faulthandler.dump_traceback()
                 os._exit(EXIT_CODE)
 
     thread = None
