@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from ray.util import placement_group_table
 from safetensors.torch import load_file
 
 MARK = "MANTA_TEST"  # in the environment of a driver and all that it starts
@@ -51,6 +52,12 @@ def processes(*titles: str) -> list[psutil.Process]:
             if any(title in line for title in titles):
                 found.append(process)
     return found
+
+
+def all_is_free(ray) -> bool:
+    """Whether no placement group is left and every CPU is free; Ray says so a little later than it is so."""
+    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray.util import placement_group_table
 
 import cluster
 from cluster.adversarial.actors import ActorPlayers
@@ -19,7 +18,7 @@ from cluster.runtime import RaySession
 from cluster.training.splits import open_splits
 from nn_models import UserError
 from tests.oracle.test_halves import DCGAN, STEPS, monolithic
-from tests.ray.faults import digests, killing, processes, steps_done, wait_for, weights
+from tests.ray.faults import all_is_free, digests, killing, processes, steps_done, wait_for, weights
 
 TRAINED = {**DCGAN, "train": {"global_batch_size": 64, "epochs": 12, "ema_decay": 0.9, "checkpoint_every_steps": 8}}
 # no batch normalisation: each row by itself, so that two replicas see what one would
@@ -41,8 +40,7 @@ ACTORS = ("GeneratorActor", "DiscriminatorActor")
 
 
 def nothing_left(ray) -> bool:
-    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    return not processes(*ACTORS) and not groups and ray.available_resources().get("CPU") == 8
+    return not processes(*ACTORS) and all_is_free(ray)
 
 
 def played(ray, recipe, *, pairs=None, steps=STEPS, kept="plain"):

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ray.util import placement_group_table
 
 import cluster
 from cluster.data.prepare import prepare
@@ -24,7 +23,7 @@ from cluster.tuning.ledger import SweepDirectory
 from cluster.tuning.outcome import SweepOutcome, replayed
 from cluster.tuning.sweep import sweep as sweep_at_will
 from nn_models import UserError
-from tests.ray.faults import MARK, killing, left_over, wait_for
+from tests.ray.faults import MARK, all_is_free, killing, left_over, wait_for
 
 # Ray believes in more CPUs than there are; as many processes would only wait for each other
 sweep = partial(sweep_at_will, concurrency=2)
@@ -69,11 +68,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def all_is_free(ray) -> bool:
-    groups = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    return not groups and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
 
 
 def values(outcome: SweepOutcome) -> dict[int, float | None]:
