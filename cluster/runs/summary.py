@@ -109,7 +109,7 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
                 output = output[0]
             if isinstance(output, torch.Tensor):
                 sizes.append(output.numel() // 2 * output.element_size())
-                if name not in layers:  # not again where it is called at each time
+                if name not in layers and not isinstance(module, nn.Identity):  # once, if it is called at each time
                     add(name, module, tuple(output.shape[1:]))
 
         return hook
@@ -128,7 +128,16 @@ def _rehearse(recipe: Recipe, manifest: Manifest, device: str) -> tuple[nn.Modul
     for name, module in parts:  # a cell that takes its layers' weights and does not call them
         if name not in layers and any(weight not in counted for weight in module.parameters(recurse=False)):
             add(name, module, ())
-    return model, list(layers.values()), sizes
+    return model, _in_place(layers, [name for name, _ in parts]), sizes
+
+
+def _in_place(layers: dict[str, Layer], names: list[str]) -> list[Layer]:
+    """The layers in the order of their first use; those that are not called before what follows in the model."""
+    listed = [name for name, layer in layers.items() if layer.output_shape]
+    for name in (name for name in layers if name not in listed):
+        later = set(names[names.index(name) :])
+        listed.insert(next((place for place, other in enumerate(listed) if other in later), len(listed)), name)
+    return [layers[name] for name in listed]
 
 
 def _longer(manifest: Manifest) -> float:
