@@ -20,6 +20,8 @@ from nn_models.figures import Figures
 from nn_models.metrics import LOSS
 from nn_models.objectives import Objective
 
+INSPECTED_ROWS = 16  # of the test, whose way through the model is looked at
+
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The recipe's precision; entering it costs nothing for fp32."""
@@ -95,12 +97,16 @@ def evaluate_best(
     figures = objective.figures(manifest.signature, num_rows=rows.order.num_rows)
     tested = evaluate(model, rows, objective, context=context, precision=precision, figures=figures, evidence=evidence)
     tested |= _baselines(objective, rows, recipe=recipe, context=context)
-    if evidence is not None:
-        tensors = evidence.tensors(context.sum, context.device, context.gather)
-        if context.rank == 0:
-            about = {"section": evidence.section, "split": "test", "class_names": json.dumps(manifest.class_names)}
-            about["signature"] = manifest.signature.model_dump_json()
-            write_evidence(context, tensors, about)
+    tensors = evidence.tensors(context.sum, context.device, context.gather) if evidence is not None else {}
+    if context.rank == 0:
+        seen = context.splits.first("test", recipe, INSPECTED_ROWS, device=context.device)
+        for inspected in (recipe.model, objective):
+            tensors |= inspected.inspect(model.eval(), manifest.signature, seen)
+        inside = [*objective.sections, *recipe.model.sections]
+        about = {"split": "test", "class_names": json.dumps(manifest.class_names), "inside": json.dumps(inside)}
+        about |= {"section": evidence.section} if evidence is not None else {}
+        about["signature"] = manifest.signature.model_dump_json()
+        write_evidence(context, tensors, about)
     return tested
 
 
