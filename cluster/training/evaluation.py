@@ -99,15 +99,23 @@ def evaluate_best(
     tested |= _baselines(objective, rows, recipe=recipe, context=context)
     tensors = evidence.tensors(context.sum, context.device, context.gather) if evidence is not None else {}
     if context.rank == 0:
-        seen = context.splits.first("test", recipe, INSPECTED_ROWS, device=context.device)
-        for inspected in (recipe.model, objective):
-            tensors |= inspected.inspect(model.eval(), manifest.signature, seen)
+        tensors |= _inspected(model, objective, recipe=recipe, context=context)
         inside = [*objective.sections, *recipe.model.sections]
         about = {"split": "test", "class_names": json.dumps(manifest.class_names), "inside": json.dumps(inside)}
         about |= {"section": evidence.section} if evidence is not None else {}
         about["signature"] = manifest.signature.model_dump_json()
         write_evidence(context, tensors, about)
     return tested
+
+
+def _inspected(model: nn.Module, objective: Objective, *, recipe: Recipe, context: Context) -> dict[str, Tensor]:
+    """What model and objective show of the first rows of the test."""
+    batch = context.splits.first("test", recipe, INSPECTED_ROWS, device=context.device)
+    signature = context.splits.manifest.signature
+    model.eval()
+    # a few rows of other shapes are not worth compiling the model anew
+    with torch.compiler.set_stance("force_eager"):
+        return {**recipe.model.inspect(model, signature, batch), **objective.inspect(model, signature, batch)}
 
 
 def _baselines(objective: Objective, rows: RowsOfRank, *, recipe: Recipe, context: Context) -> dict[str, float]:

@@ -29,6 +29,7 @@ from nn_models.sequence_evidence import StepEvidence, first_token, written
 from nn_models.sequence_objectives import TEMPERATURES, WRITTEN, NextTokenSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
+from tests.toy.chapter import TOY, ToyRecipe
 from tests.unit.ranks import forked
 
 CPU = torch.device("cpu")
@@ -117,6 +118,20 @@ def test_long_rows_and_wide_nets_keep_little():
     assert tuple(found["gates/0.0.reset"].shape) == (MOST_STEPS, MOST_UNITS)
     assert tuple(found["gates/steps"].shape) == (MOST_STEPS, 2)
     assert len(found["gradients/trained/0.0.h"]) == MOST_STEPS + 41  # these are numbers of a step only
+
+
+def test_the_first_rows_of_a_split_are_those_whatever_its_order():
+    recipe = ToyRecipe.model_validate(TOY)  # ragged rows, in streams
+    splits = open_splits(prepared(recipe.data), window=None)
+    batch = splits.first("validation", recipe, 5, device=CPU)
+    lengths = batch["input"].lengths
+    values = splits.held("validation", CPU, names=frozenset({"input"})).gather(np.arange(5))["input"]
+    assert isinstance(values, Ragged)
+    assert torch.equal(batch["input"].values, values.values)
+    assert torch.equal(lengths, values.lengths)
+    assert len(splits.first("validation", recipe, 10**6, device=CPU)["input"].lengths) == splits.manifest.rows(
+        "validation"
+    )
 
 
 def test_other_models_show_their_filters():

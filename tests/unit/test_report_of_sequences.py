@@ -203,6 +203,19 @@ def test_labels_stand_under_their_steps(words: bool, tmp_path: Path):
     assert LOST not in page.headings
 
 
+def test_a_long_row_is_shown_from_where_it_is_wrong(tmp_path: Path):
+    labels = torch.zeros(2, 150, dtype=torch.int32)
+    outputs = torch.eye(2)[labels.flatten().long()]
+    outputs[[145, 149]] = outputs[[145, 149]].flip(1)
+    signature = Signature(columns={"input": Sequence(length=150, width=1), "target": Labels(size=2, length=150)})
+    evidence, columns = StepEvidence(2), {"input": torch.zeros(2, 150, 1), "target": labels}
+    evidence.add(Batch(columns, Place.of(2), lambda: torch.arange(2), columns), outputs)
+    page = page_of(tmp_path / "run", evidence.tensors(only_here, CPU), signature, section="steps", inside=[])
+    assert "\u2026 51 0 52 0" in page.words  # the last hundred
+    assert "146 1 0" in page.words
+    assert "100 0 \u2026 all 150 right" in page.words
+
+
 # -- language models -------------------------------------------------------------------------------------------------
 
 

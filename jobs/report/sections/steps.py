@@ -7,8 +7,8 @@ from jobs.report.files import AbsentError, left_out
 from jobs.report.sections.section import EVALUATION, Run, Section
 from jobs.report.texts import Words, example_rows
 
-MAX_ROWS = 8  # with wrong steps, and half as many without
-MAX_STEPS = 100  # of a row
+MAX_ROWS = 6  # with wrong steps, and half as many without
+MAX_STEPS, BEFORE = 100, 20  # of a row; of longer ones from so many before the first wrong step on
 
 
 class Step(NamedTuple):
@@ -21,9 +21,10 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The first steps of a row, and how many of all are wrong."""
+    """Some steps of a row from the `first` on, and how many of all are wrong."""
 
     steps: list[Step]
+    first: int
     num_wrong: int
     num_steps: int
 
@@ -50,8 +51,11 @@ def _read(run: Run) -> dict[str, Any]:
         for place, (true, predicted) in enumerate(zip(targets, predictions, strict=True)):
             read = [words.cell(number) for number in inputs[place]] if inputs else map(str, range(1, len(true) + 1))
             labels = list(zip(read, true, predicted, strict=True))
-            steps = [Step(word, class_name(a), class_name(b), a != b) for word, a, b in labels[:MAX_STEPS]]
-            rows.append(Row(steps, sum(a != b for _, a, b in labels), len(labels)))
+            wrong = [number for number, (_, a, b) in enumerate(labels) if a != b]
+            first = max(0, min(wrong[0] - BEFORE if wrong else 0, len(labels) - MAX_STEPS))
+            some = labels[first : first + MAX_STEPS]
+            steps = [Step(word, class_name(a), class_name(b), a != b) for word, a, b in some]
+            rows.append(Row(steps, first, len(wrong), len(labels)))
         page["rows"] = [row for row in rows if row.num_wrong][:MAX_ROWS]
         page["right"] = [row for row in rows if not row.num_wrong][: MAX_ROWS // 2]
     return page

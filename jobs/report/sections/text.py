@@ -11,7 +11,7 @@ from jobs.report.texts import Words
 
 BITS = "bits_per_token"
 MOST_BITS = 500  # of a token: 2 to the power of more would not be told apart
-STRONG = 8  # bits from which on a token is of the full colour: one of 256
+STRONG = 8.0  # bits from which on a token is of the full colour, where nobody knows how many tokens there are
 
 
 class Written(NamedTuple):
@@ -39,6 +39,7 @@ def _read(run: Run) -> dict[str, Any]:
         "size": len(words.names) or None,
         "figures": _figures(metrics, words.tokens),
         "charts": metric_charts([_perplexed(record) for record in run.records], best.get("step")),
+        "full": math.log2(len(words.names)) if len(words.names) > 1 else STRONG,
         "written": [],
         "passage": [],
     }
@@ -52,7 +53,7 @@ def _read(run: Run) -> dict[str, Any]:
             rows = zip(tensors["text/following"].tolist(), tensors["text/bits"].tolist(), strict=True)
             page["passage"] = [
                 [
-                    Token(text.replace("\n", "\u23ce"), f"{bits:.2f}", min(1.0, max(bits, 0.0) / STRONG))
+                    Token(text.replace("\n", "\u23ce"), f"{bits:.2f}", min(1.0, max(bits, 0.0) / page["full"]))
                     for text, bits in zip(words.pieces(row), costs, strict=True)
                 ]
                 for row, costs in rows
