@@ -11,7 +11,9 @@ from nn_models.signature import Signature
 from nn_models.spec import Spec
 
 if TYPE_CHECKING:  # descriptions need no torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from nn_models.batch import Batch
 
 # What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
 # One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
@@ -33,6 +35,8 @@ class ModelSpec(Spec):
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
     # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
+    # the parts of the report that show what is inside of it, beside those of what its objective's test has found
+    sections: ClassVar[tuple[str, ...]] = ("filters",)
     kind: str
 
     @property
@@ -55,6 +59,13 @@ class ModelSpec(Spec):
     @abstractmethod
     def build(self, signature: Signature) -> "nn.Module":
         """The module, freshly initialised from torch's global generator."""
+
+    def inspect(self, model: "nn.Module", signature: Signature, batch: "Batch") -> Mapping[str, "Tensor"]:
+        """What its `sections` of the report show, by `SECTION/NAME`, on the CPU: of the trained module, on a few rows.
+
+        It changes nothing of the module, draws nothing from the global generators, and takes a few seconds at most.
+        """
+        return {}
 
     def feature_map_size(self, signature: Signature) -> int | None:
         """Numbers that the first convolution makes of one row, 0 without convolutions.

@@ -77,6 +77,7 @@ class Objective(ABC):
     metrics: tuple[Metric, ...] = ()
     whole: ClassVar[tuple[Metric, ...]] = ()  # of whole splits, which `figures` can measure
     best: str = "loss"
+    sections: ClassVar[tuple[str, ...]] = ()  # the parts of the report that show what `inspect` finds
 
     @abstractmethod
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
@@ -126,6 +127,10 @@ class Objective(ABC):
     def evidence(self, signature: Signature) -> Evidence | None:
         """What there is to see of a test beside its figures; None for nothing."""
         return None
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """What its `sections` of the report show of the trained model and the first rows of a test: see ModelSpec."""
+        return {}
 
     @property
     def better(self) -> Literal["less", "more"]:

@@ -4,8 +4,8 @@ Shapes: B rows of the batch, T steps of the longest, D inputs of a step, H units
 States are batch first, (B, L * S, H), layer after layer and in each the forward direction first.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Cell(nn.Module):
 
     gates: ClassVar[int] = 1
     num_states: ClassVar[int] = 1
+    gate_names: ClassVar[tuple[str, ...]] = ()  # of those that lie between 0 and 1, as `step_and_gates` gives them
 
     def __init__(self, num_inputs: int, num_units: int, *, layer_norm: bool = False) -> None:
         super().__init__()
@@ -52,9 +53,13 @@ class Cell(nn.Module):
         """What the state before gives to the gates: (B, H) -> (B, G * H)."""
         return self.norm_hh(h @ self.weight_hh.t()) + self.bias_hh
 
-    def step(self, projected: Tensor, state: State) -> State:
-        """The state after a step, of the projected input (B, G * H) and the state before."""
+    def step_and_gates(self, projected: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
+        """The state after a step, of the projected input (B, G * H) and the state before; and the gates (B, H)."""
         raise NotImplementedError
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """The state after a step: see `step_and_gates`."""
+        return self.step_and_gates(projected, state)[0]
 
     def scan(self, x: Tensor, state: State) -> State:
         """The states after each step: (T, B, D) -> (T, B, H) each."""
@@ -74,9 +79,9 @@ class ElmanCell(Cell):
         super().__init__(num_inputs, num_units, layer_norm=layer_norm)
         self.activation = activation
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step_and_gates(self, projected: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
         """See Cell."""
-        return (STEP_ACTIVATIONS[self.activation](projected + self.recur(state[0])),)
+        return (STEP_ACTIVATIONS[self.activation](projected + self.recur(state[0])),), ()
 
 
 class LSTMCell(Cell):
@@ -87,17 +92,19 @@ class LSTMCell(Cell):
     """
 
     gates, num_states = 4, 2
+    gate_names = ("input", "forget", "output")
 
     def __init__(self, num_inputs: int, num_units: int, *, layer_norm: bool = False) -> None:
         super().__init__(num_inputs, num_units, layer_norm=layer_norm)
         self.norm_c = nn.LayerNorm(num_units) if layer_norm else nn.Identity()
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step_and_gates(self, projected: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
         """See Cell."""
         h, c = state
         i, f, g, o = (projected + self.recur(h)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(self.norm_c(c)), c
+        i, f, o = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o)
+        c = f * c + i * torch.tanh(g)
+        return (o * torch.tanh(self.norm_c(c)), c), (i, f, o)
 
 
 class PeepholeCell(LSTMCell):
@@ -113,13 +120,15 @@ class PeepholeCell(LSTMCell):
         nn.init.uniform_(self.peepholes, -(num_units**-0.5), num_units**-0.5)
         self.layer_norm = layer_norm
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step_and_gates(self, projected: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
         """See Cell."""
         h, c = state
         i, f, g, o = (projected + self.recur(h)).chunk(4, -1)
         of_i, of_f, of_o = self.peepholes
-        c = torch.sigmoid(f + of_f * c) * c + torch.sigmoid(i + of_i * c) * torch.tanh(g)
-        return torch.sigmoid(o + of_o * c) * torch.tanh(self.norm_c(c)), c
+        i, f = torch.sigmoid(i + of_i * c), torch.sigmoid(f + of_f * c)
+        c = f * c + i * torch.tanh(g)
+        o = torch.sigmoid(o + of_o * c)
+        return (o * torch.tanh(self.norm_c(c)), c), (i, f, o)
 
     def scan(self, x: Tensor, state: State) -> State:
         """See Cell. With its derivative written down, which takes a seventh of the time of one operation at a time."""
@@ -141,23 +150,24 @@ class GRUCell(Cell):
     """
 
     gates = 3
+    gate_names = ("reset", "update")
 
     def __init__(self, num_inputs: int, num_units: int, *, reset: Reset = "after", layer_norm: bool = False) -> None:
         super().__init__(num_inputs, num_units, layer_norm=layer_norm)
         self.reset = reset
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step_and_gates(self, projected: Tensor, state: State) -> tuple[State, tuple[Tensor, ...]]:
         """See Cell."""
         (h,), size = state, self.num_units
         if self.reset == "after":
             (of_r, of_z, of_n), (r, z, n) = projected.chunk(3, -1), self.recur(h).chunk(3, -1)
             r, z = torch.sigmoid(of_r + r), torch.sigmoid(of_z + z)
-            return (torch.lerp(torch.tanh(of_n + r * n), h, z),)
+            return (torch.lerp(torch.tanh(of_n + r * n), h, z),), (r, z)
         weights, biases = self.weight_hh.split([2 * size, size]), self.bias_hh.split([2 * size, size])
         both = torch.sigmoid(projected[..., : 2 * size] + h @ weights[0].t() + biases[0])
         r, z = both.chunk(2, -1)
         n = torch.tanh(projected[..., 2 * size :] + (r * h) @ weights[1].t() + biases[1])
-        return (torch.lerp(n, h, z),)
+        return (torch.lerp(n, h, z),), (r, z)
 
 
 class Layers(nn.Module):
@@ -182,6 +192,21 @@ class Layers(nn.Module):
         """
         raise NotImplementedError
 
+    def by_cells(self) -> "CellLayers":
+        """The same layers by cells that can be asked step by step."""
+        raise NotImplementedError
+
+
+class Scanned(NamedTuple):
+    """A layer in one direction over some rows: what it read (T, B, D), began with, and its states (T, B, H) each."""
+
+    layer: int
+    direction: int
+    cell: Cell
+    steps: Tensor
+    before: State
+    states: State
+
 
 class FusedLayers(Layers):
     """By torch's kernels; `core` is torch.nn's module, with its weights by its names."""
@@ -204,6 +229,29 @@ class FusedLayers(Layers):
         parts = after if self.num_states == 2 else (after,)
         return outputs, tuple(part.transpose(0, 1) for part in parts)
 
+    def by_cells(self) -> "CellLayers":
+        """The same layers step after step, with copies of the weights: for a look at what the kernels keep inside."""
+        core, ends = self.core, ("", "_reverse")[: self.num_directions]
+        cells: list[Cell] = []
+        for layer in range(self.num_layers):
+            for end in ends:
+                weights = {
+                    name: getattr(core, f"{name}_l{layer}{end}")
+                    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                }
+                num_inputs = weights["weight_ih"].shape[1]
+                cell: Cell
+                if isinstance(core, nn.LSTM):
+                    cell = LSTMCell(num_inputs, self.num_units)
+                elif isinstance(core, nn.GRU):
+                    cell = GRUCell(num_inputs, self.num_units)
+                else:
+                    cell = ElmanCell(num_inputs, self.num_units, activation=cast(StepActivation, core.nonlinearity))
+                cell.load_state_dict(weights)
+                cells.append(cell.to(weights["weight_ih"]))
+        both = self.num_directions == 2
+        return CellLayers(cells, num_layers=self.num_layers, bidirectional=both, dropout=float(core.dropout))
+
 
 class CellLayers(Layers):
     """By cells of this file, step after step: what torch has no kernels for."""
@@ -218,25 +266,39 @@ class CellLayers(Layers):
     def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """See Layers."""
         on_device = None if lengths is None else lengths.to(x.device)
-        inside = None if on_device is None else torch.arange(x.shape[1], device=x.device)[:, None] < on_device
+        scanned = list(self.scans(x, state, lengths))
+        ends = [tuple(_last(part, on_device) for part in one.states) for one in scanned]
+        steps = _joined(scanned[-self.num_directions :], on_device)
+        if on_device is not None:
+            steps = steps * (torch.arange(x.shape[1], device=x.device)[:, None] < on_device)[..., None]
+        return steps.transpose(0, 1), tuple(torch.stack(parts, 1) for parts in zip(*ends, strict=True))
+
+    def by_cells(self) -> "CellLayers":
+        """See Layers."""
+        return self
+
+    def scans(self, x: Tensor, state: State, lengths: Tensor | None = None) -> Iterator[Scanned]:
+        """Layer after layer, the forward direction first; rows are turned where a direction reads from their ends."""
+        on_device = None if lengths is None else lengths.to(x.device)
         steps = x.transpose(0, 1)  # (T, B, D)
-        ends: list[State] = []
         for layer in range(self.num_layers):
-            outputs = []
+            found = []
             for direction in range(self.num_directions):
                 number = layer * self.num_directions + direction
                 cell = self.cells[number]
                 assert isinstance(cell, Cell)
                 there = turned(steps, on_device) if direction else steps
-                states = cell.scan(there, tuple(part[:, number] for part in state))
-                ends.append(tuple(_last(part, on_device) for part in states))
-                outputs.append(turned(states[0], on_device) if direction else states[0])
-            steps = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+                before = tuple(part[:, number] for part in state)
+                found.append(Scanned(layer, direction, cell, there, before, cell.scan(there, before)))
+                yield found[-1]
             if layer + 1 < self.num_layers:
-                steps = self.dropout(steps)
-        if inside is not None:
-            steps = steps * inside[..., None]
-        return steps.transpose(0, 1), tuple(torch.stack(parts, 1) for parts in zip(*ends, strict=True))
+                steps = self.dropout(_joined(found, on_device))
+
+
+def _joined(scanned: Sequence[Scanned], lengths: Tensor | None) -> Tensor:
+    """What a layer gives: (T, B, S * H), each direction's outputs at the steps that they belong to."""
+    outputs = [turned(one.states[0], lengths) if one.direction else one.states[0] for one in scanned]
+    return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
 
 def turned(steps: Tensor, lengths: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ Shapes: B rows of the batch, T steps of the longest, N steps of all rows, D numb
 (1, 2), L layers, V words, K outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from nn_models.activations import initialise
-from nn_models.batch import Ragged
+from nn_models.batch import Batch, Ragged
 from nn_models.columns import Column, Image, Label, Labels, Numbers, Sequence, Tokens
 from nn_models.errors import UserError
+from nn_models.inspection import inspect
 from nn_models.model import ModelSpec, reading
 from nn_models.recurrence import (
     Cell,
@@ -94,13 +95,17 @@ class RecurrentNet(nn.Module):
         Steps stand row after row. `state` are those that rows go on from, (B, L * S, H) each; with `keep_state` they
         are returned beside the outputs as they are after each row's last step.
         """
-        steps, lengths = self._steps(x)
-        before = self.initial_state(len(steps), steps)
+        steps, before, lengths = self.given(x)
         if state is not None:  # what was learned must take part: ranks wait for the gradient of each weight
             before = tuple(part + 0 * first for part, first in zip(state, before, strict=True))
         outputs, after = self.layers(steps, before, lengths)
         said = self.output(self.dropout(self._said(x, outputs, after)))
         return (said, after) if keep_state else said
+
+    def given(self, x: Tensor | Ragged) -> tuple[Tensor, State, Tensor | None]:
+        """What the layers are given of such rows: steps (B, T, D), what rows begin with, and their lengths, if any."""
+        steps, lengths = self._steps(x)
+        return steps, self.initial_state(len(steps), steps), lengths
 
     def initial_state(self, num_rows: int, like: Tensor) -> State:
         """What rows begin with: 0, or what was learned."""
@@ -157,6 +162,7 @@ class RecurrentSpec(ModelSpec):
 
     reads = reading(input=(Sequence, Tokens, Image))
     gives = frozenset({"row", "elements"})
+    sections = ("gradients", "gates")
     hidden: PositiveInt = Field(128, description="units of each layer, in each direction")
     layers: PositiveInt = Field(1, description="layers of cells, one on the other")
     bidirectional: bool = Field(False, description="a second set of cells reads each row from its end")
@@ -213,6 +219,17 @@ class RecurrentSpec(ModelSpec):
             dropout=self.dropout,
             learned_state=self.initial_state == "learned",
         )
+
+    def inspect(self, model: nn.Module, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See ModelSpec: beside the net one of each standard kind and of its size, as it is before training."""
+        assert isinstance(model, RecurrentNet)
+        shared = {name: getattr(self, name) for name in RecurrentSpec.model_fields if name != "kind"}
+        nets = {"trained": model}
+        with torch.random.fork_rng(devices=[]):
+            for spec in (RNNSpec(**shared), LSTMSpec(**shared), GRUSpec(**shared)):
+                torch.default_generator.manual_seed(0)
+                nets[spec.kind] = spec.build(signature).to(model.output.weight.device).eval()
+            return inspect(nets, batch)
 
     def make_layers(self, num_inputs: int) -> Layers:
         """The layers for so many numbers of a step, initialised."""

@@ -4,7 +4,8 @@ Shapes: B rows of the batch, N steps of all rows, C classes or words.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,10 +15,16 @@ from torch.nn import functional as F
 from nn_models.batch import Batch, Ragged
 from nn_models.columns import Labels, Tokens
 from nn_models.errors import UserError
+from nn_models.evidence import Evidence
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.sequence_evidence import StepEvidence, bits_of_steps, first_token, written
 from nn_models.signature import Signature
+
+TEMPERATURES = (0.5, 0.8, 1.0)  # at which a test writes, with the seed 0
+WRITTEN = 300  # tokens at each
+PASSAGE = (8, 128)  # windows of the test, and tokens of each, whose bits are kept
 
 
 def step_labels(batch: Batch) -> Tensor:
@@ -43,6 +50,10 @@ class StepLabels(Objective):
         right = (outputs.detach().argmax(1) == labels).sum(0, keepdim=True, dtype=torch.float64)
         return Measured(loss, right, outputs=outputs.detach())
 
+    def evidence(self, signature: Signature) -> Evidence:
+        """See Objective."""
+        return StepEvidence(signature["target"].num_outputs)
+
 
 class NextToken(Objective):
     """Language model: the next token, from all that came before it in the text.
@@ -54,6 +65,7 @@ class NextToken(Objective):
     """
 
     metrics = (Metric("bits_per_token", "less"), Metric("accuracy", "more"))
+    sections: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, *, carry_state: bool) -> None:
         self.carry_state = carry_state
@@ -71,6 +83,31 @@ class NextToken(Objective):
     def outputs(self, model: Any, batch: Batch) -> Any:
         """See Objective."""
         return model(batch["input"])
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective: what the model writes, and windows of the test with the bits that each token costs.
+
+        text/temperatures (K,); text/written (K, WRITTEN) int32, as `manta generate --seed 0` has them; and of windows
+        of one length text/following (B, T) int32 and text/bits (B, T).
+        """
+        column, words = signature["input"], batch["input"]
+        assert isinstance(column, Tokens)
+        device = (words.values if isinstance(words, Ragged) else words).device
+        start = torch.tensor([first_token(column)], device=device)
+        drawn = [
+            list(written(model, start, WRITTEN, temperature=value, generator=torch.Generator().manual_seed(0)))
+            for value in TEMPERATURES
+        ]
+        found = {
+            "text/temperatures": torch.tensor(TEMPERATURES),
+            "text/written": torch.tensor(drawn, dtype=torch.int32),
+        }
+        if isinstance(words, Tensor):
+            rows, steps = PASSAGE
+            following = step_labels(batch).view(words.shape)[:rows, :steps]
+            found["text/following"] = following.int().cpu()
+            found["text/bits"] = bits_of_steps(model, words[:rows, :steps], following).cpu()
+        return found
 
 
 class _StepsSpec(SupervisedSpec):

@@ -89,6 +89,10 @@ def _check_halves(recipe: Recipe) -> None:
             "the halves of a GAN take each batch at once, so set it to 1, and lower train.global_batch_size or use "
             "more workers",
         )
+    if recipe.train.record_grad_norm:
+        raise UserError(
+            "train.record_grad_norm", "the halves of a GAN keep none of their gradients' norms", "leave it out"
+        )
 
 
 def _check_changes(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ class TrainSpec(Spec):
     BESIDE_RESULT: ClassVar[frozenset[str]] = frozenset(
         {
             "log_every_steps",
+            "record_grad_norm",
             "checkpoint_every_epochs",
             "checkpoint_every_steps",
             "keep_checkpoints",
@@ -42,6 +43,9 @@ class TrainSpec(Spec):
     seed: NonNegativeInt = Field(0, lt=2**63, description="seed of weights, order of rows, dropout and augmentation")
     patience: PositiveInt | None = Field(None, description="epochs without improvement after which to stop")
     log_every_steps: PositiveInt = Field(50, description="steps between lines of metrics.jsonl")
+    record_grad_norm: bool = Field(
+        False, description="have the gradient's norm in lines of metrics, where clip_norm is not set either"
+    )
     checkpoint_every_epochs: PositiveInt = Field(1, description="epochs between checkpoints")
     checkpoint_every_steps: PositiveInt | None = Field(None, description="steps between checkpoints within an epoch")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints that are kept")

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cluster.adversarial.halves import described, sample
@@ -27,6 +26,7 @@ from nn_models.batch import Batch, Place, Value
 from nn_models.columns import Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
+from nn_models.sequence_evidence import first_token, written
 
 MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 
@@ -195,23 +195,14 @@ class Writer(Predictor):
         vocabulary = self.vocabulary
         start = vocabulary.numbers(prompt, path="--prompt")
         if not len(start):
-            start = np.array([vocabulary.names.index("\n") if "\n" in vocabulary.names else 0], np.int32)
-        return vocabulary.spelled(self._drawn(start, num, temperature, seed))
+            start = np.array([first_token(cast(Tokens, self._column("input").column))], np.int32)
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.from_numpy(start).to(self.device)
+        return vocabulary.spelled(written(self._scores, words, num, temperature=temperature, generator=generator))
 
-    @torch.no_grad()
-    def _drawn(self, start: NDArray[np.int32], num: int, temperature: float, seed: int) -> Iterator[int]:
-        generator, state = torch.Generator().manual_seed(seed), None
-        words = torch.from_numpy(start)[None].to(self.device)
-        for _ in range(num):
-            with autocast(self.recipe.train.precision, self.device):
-                scores, state = self.net(words, state, keep_state=True)
-            last = scores[-1].float().cpu()
-            if temperature:
-                token = int(torch.multinomial((last / temperature).softmax(0), 1, generator=generator))
-            else:
-                token = int(last.argmax())
-            yield token
-            words = torch.tensor([[token]], device=self.device)
+    def _scores(self, *args: Any, **named: Any) -> Any:
+        with autocast(self.recipe.train.precision, self.device):
+            return self.net(*args, **named)
 
 
 class Generator(OpenedModel):

@@ -20,6 +20,8 @@ from nn_models.figures import Figures
 from nn_models.metrics import LOSS
 from nn_models.objectives import Objective
 
+INSPECTED_ROWS = 16  # of the test, whose way through the model is looked at
+
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The recipe's precision; entering it costs nothing for fp32."""
@@ -95,13 +97,25 @@ def evaluate_best(
     figures = objective.figures(manifest.signature, num_rows=rows.order.num_rows)
     tested = evaluate(model, rows, objective, context=context, precision=precision, figures=figures, evidence=evidence)
     tested |= _baselines(objective, rows, recipe=recipe, context=context)
-    if evidence is not None:
-        tensors = evidence.tensors(context.sum, context.device, context.gather)
-        if context.rank == 0:
-            about = {"section": evidence.section, "split": "test", "class_names": json.dumps(manifest.class_names)}
-            about["signature"] = manifest.signature.model_dump_json()
-            write_evidence(context, tensors, about)
+    tensors = evidence.tensors(context.sum, context.device, context.gather) if evidence is not None else {}
+    if context.rank == 0:
+        tensors |= _inspected(model, objective, recipe=recipe, context=context)
+        inside = [*objective.sections, *recipe.model.sections]
+        about = {"split": "test", "class_names": json.dumps(manifest.class_names), "inside": json.dumps(inside)}
+        about |= {"section": evidence.section} if evidence is not None else {}
+        about["signature"] = manifest.signature.model_dump_json()
+        write_evidence(context, tensors, about)
     return tested
+
+
+def _inspected(model: nn.Module, objective: Objective, *, recipe: Recipe, context: Context) -> dict[str, Tensor]:
+    """What model and objective show of the first rows of the test."""
+    batch = context.splits.first("test", recipe, INSPECTED_ROWS, device=context.device)
+    signature = context.splits.manifest.signature
+    model.eval()
+    # a few rows of other shapes are not worth compiling the model anew
+    with torch.compiler.set_stance("force_eager"):
+        return {**recipe.model.inspect(model, signature, batch), **objective.inspect(model, signature, batch)}
 
 
 def _baselines(objective: Objective, rows: RowsOfRank, *, recipe: Recipe, context: Context) -> dict[str, float]:

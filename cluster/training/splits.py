@@ -14,6 +14,7 @@ from cluster.data.order import InOrder, LaneOrder, Order, StreamOrder, Weights, 
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
+from nn_models.batch import Batch
 
 EVALUATION_ROWS = 500  # of a step in evaluation, where nothing is kept for a backward pass
 
@@ -65,6 +66,14 @@ class Splits:
         else:
             order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights)
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
+
+    def first(self, split: str, recipe: Recipe, num: int, *, device: torch.device) -> Batch:
+        """So many of the first rows of a split that is there to evaluate on, whatever the order they are used in."""
+        reading = self.reading(recipe, device, split=split)
+        held = Held(self.tables[split].slice(0, num), self.manifest, device, names=reading.names)
+        order = InOrder(held.num_rows, batch_size=num)
+        (batch,) = next(HeldRows(held, order, reading, rank=0, world_size=1).batches(0))
+        return batch
 
     def held(self, split: str, device: torch.device, *, names: frozenset[str]) -> Held:
         """These columns of a split that is held."""

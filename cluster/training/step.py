@@ -58,6 +58,9 @@ class Step:
         self.carry = joined(carried) if self._carries else None
         if self._train.clip_norm:
             self._pending.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._train.clip_norm)
+        elif self._train.record_grad_norm:
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            self._pending.grad_norm = nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         if self.average:
             self.average.update()

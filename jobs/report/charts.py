@@ -244,7 +244,7 @@ def _metric_chart(
         known = [value for _, value, _ in line if math.isfinite(value)]
         if not known:
             continue
-        x, y = _thinned(line)
+        x, y = thinned(line)
         dots = [
             (
                 float(x_axis.place(at)),
@@ -254,8 +254,8 @@ def _metric_chart(
             for at, value in zip(x, y, strict=True)
             if math.isfinite(value) and len(x) <= MAX_DOTS
         ]
-        faint_path = _path(x_axis, y_axis, *_thinned(faint)) if faint else ""
-        curves.append(Curve(label, colour, _path(x_axis, y_axis, x, y), faint_path, dots, figure(name, known[-1])))
+        faint_path = path_of(x_axis, y_axis, *thinned(faint)) if faint else ""
+        curves.append(Curve(label, colour, path_of(x_axis, y_axis, x, y), faint_path, dots, figure(name, known[-1])))
         first, last = figure(name, known[0]), figure(name, known[-1])
         told.append(f"{label} {last}" if len(known) == 1 else f"{label} from {first} to {last}")
     num_lost = len(everything) - len(finite)
@@ -290,7 +290,8 @@ def _upright(x_axis: Axis, x: float) -> str:
     return f"M{x_axis.place(x)} {Y_PIXELS[0]}V{Y_PIXELS[1]}" if x_axis.holds(x) else ""
 
 
-def _thinned(points: Sequence[tuple[float, float, bool]]) -> tuple[Array, Array]:
+def thinned(points: Sequence[tuple[float, float, bool]]) -> tuple[Array, Array]:
+    """x and y of points, of a long curve averaged in pieces."""
     x, y, _ = np.array(points, dtype=float).T
     if len(x) <= MAX_CURVE_POINTS:
         return x, y
@@ -299,7 +300,8 @@ def _thinned(points: Sequence[tuple[float, float, bool]]) -> tuple[Array, Array]
     return np.add.reduceat(x, pieces) / sizes, np.add.reduceat(y, pieces) / sizes  # a NaN keeps its piece out
 
 
-def _path(x_axis: Axis, y_axis: Axis, x: Array, y: Array) -> str:
+def path_of(x_axis: Axis, y_axis: Axis, x: Array, y: Array) -> str:
+    """An SVG path through points, with gaps where a value is not finite."""
     parts, pen = [], "M"
     for at, value in zip(x_axis.place(x), y_axis.place(y), strict=True):
         if math.isfinite(value):

@@ -333,6 +333,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"objective": {"kind": "classification"}}, "set objective.kind to adversarial"),
         ({"model": {"kind": "mlp"}}, "set model.kind to gan, dcgan"),
         ({"train.accumulation": 2}, "train.accumulation: 2 pieces"),
+        ({"train.record_grad_norm": True}, "train.record_grad_norm: the halves of a GAN keep none"),
         ({"data.validation_fraction": 0}, "hold out more with data.validation_fraction"),
         ({"adversarial.mode": "fast"}, "adversarial.mode"),
         ({"adversarial.quality.num_images": 3}, "adversarial.quality.num_images"),

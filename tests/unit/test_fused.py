@@ -185,6 +185,7 @@ VARIANTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "numbers": (RATES[:2], {"data": "numbers"}),
     "no validation": (RATES[:2], {"data": "no validation"}),
     "average, clipped, in pieces": (RATES, {"train": {"ema_decay": 0.9, "clip_norm": 0.05, "accumulation": 3}}),
+    "recorded norms": (RATES, {"train": {"record_grad_norm": True}}),
     "in pieces of own rows": ([{"train.seed": 3}, {"train.seed": 4}], {"train": {"accumulation": 3}}),
     "normalised": (RATES[:2], {"model": {"kind": "mlp", "hidden": [8, 8], "batch_norm": True}}),
     "averages of running statistics": (

@@ -234,6 +234,19 @@ def test_clipping_equals_a_plain_loop(recipe, run):
     assert not same(unclipped.weights[-1], plain.weights[-1])
 
 
+def test_recorded_norms_of_the_gradient_change_nothing_else(recipe, run):
+    _, clipped = run(recipe(train={"clip_norm": 1e9}), "clipped")  # never reached: its norms are of the same steps
+    _, recorded = run(recipe(train={"record_grad_norm": True}), "recorded")
+    _, plain = run(recipe(), "plain")
+    norms = {path: [line["grad_norm"] for line in lines(path, "train") if "grad_norm" in line] for path in
+             (clipped, recorded, plain)}  # fmt: skip
+    assert norms[recorded] == norms[clipped] != []
+    assert norms[plain] == []
+    assert same(newest(recorded)["model"], newest(plain)["model"])
+    described = recipe(train={"record_grad_norm": True})
+    assert described.deciding() == recipe().deciding()  # a run may be resumed with it, or without
+
+
 @pytest.mark.parametrize("window", [None, 50], ids=["held", "streamed"])
 def test_accumulation_changes_nothing_but_rounding(window, recipe, run):
     _, once = run(recipe(window=window), "once")

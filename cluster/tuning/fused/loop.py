@@ -30,7 +30,7 @@ from cluster.training.splits import EVALUATION_ROWS, Splits
 from cluster.tuning.fused.groups import groups, why_not
 from cluster.tuning.fused.member import Member, Weights
 from cluster.tuning.fused.model import FusedModel, num_parameters
-from cluster.tuning.fused.optimizers import FusedOptimizers, clip_gradients
+from cluster.tuning.fused.optimizers import FusedOptimizers, clip_gradients, gradient_norms
 from cluster.tuning.fused.rows import FusedBatch, FusedRows
 from nn_models.batch import Place
 from nn_models.errors import UserError
@@ -233,6 +233,8 @@ class FusedLoop:
             pending.sums[number, : model.size, 1:] += metrics
         if self._train.clip_norm:
             pending.norms = clip_gradients(model.parameters, self._train.clip_norm)
+        elif self._train.record_grad_norm:
+            pending.norms = gradient_norms(model.parameters)
         self._optimizers.step(self._schedule.factor(self._live[0].progress.step, self._num_steps))
         model.update_average()
         for member in self._live:

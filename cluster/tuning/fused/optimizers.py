@@ -190,10 +190,17 @@ CALLS: dict[type[torch.optim.Optimizer], type[_Calls]] = {
 
 
 @torch.no_grad()
+def gradient_norms(parameters: Mapping[str, Tensor]) -> Tensor:
+    """The norms (T,) of each trial's gradients (T, *shape)."""
+    gradients = [weight.grad for weight in parameters.values() if weight.grad is not None]
+    return torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+
+
+@torch.no_grad()
 def clip_gradients(parameters: Mapping[str, Tensor], most: float) -> Tensor:
     """Scale each trial's gradients (T, *shape) to a norm of at most `most`; returns the norms (T,) before."""
     gradients = [weight.grad for weight in parameters.values() if weight.grad is not None]
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    norms = gradient_norms(parameters)
     scale = (most / (norms + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ does
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))

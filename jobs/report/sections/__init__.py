@@ -1,32 +1,53 @@
 """Sections: THE list of what the page can show of a run beside its curves, one file a kind of evidence."""
 
+import json
+
 from jobs.report.files import AbsentError, Tensors, left_out
-from jobs.report.sections import classes, filters, game, numbers
+from jobs.report.sections import classes, filters, game, gates, gradients, numbers, steps, text
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 SECTIONS: tuple[Section, ...] = (
     classes.SECTION,
     numbers.SECTION,
+    steps.SECTION,
+    text.SECTION,
     game.SECTION,
+    filters.SECTION,
+    gradients.SECTION,
+    gates.SECTION,
 )
 
 
 def chosen(run: Run) -> list[Section]:
-    """Those that show this run: that of its kind; else the one of the evidence that its test left, and the filters."""
+    """Those that show this run: that of its kind; else those that its test names, of the objective and of the model."""
     found = [section for section in SECTIONS if section.left_by(run)]
     if found:
         return found
     with left_out(run.notes, "The predictions", file=EVALUATION):
         run.evaluation = Tensors(run.folder, EVALUATION)
-        found = [_of_evidence(run.evaluation)]
+    if run.evaluation is None:
+        return [filters.SECTION]
+    names: list[str] = []
+    with left_out(run.notes, "The predictions", file=EVALUATION):
+        names = _named(run.evaluation)
+    for name in names:
+        with left_out(run.notes, "The predictions", file=EVALUATION):
+            found.append(_section(name))
+    return found
+
+
+def _named(evaluation: Tensors) -> list[str]:
+    """The sections that the file names; earlier versions named that of the objective at most."""
+    about = evaluation.metadata
+    if "inside" in about:
+        inside = json.loads(about["inside"])
+        return [*([about["section"]] if "section" in about else []), *(inside if isinstance(inside, list) else [])]
+    name = about.get("section") or ("numbers" if _holds_numbers(evaluation) else "classes")
     # rows that differ in length, texts and trees, are no pictures
-    ragged = run.evaluation is not None and "example_inputs.lengths" in run.evaluation
-    return found if ragged else [*found, filters.SECTION]
+    return [name] if "example_inputs.lengths" in evaluation else [name, filters.SECTION.name]
 
 
-def _of_evidence(evaluation: Tensors) -> Section:
-    """The section that the file names; those that earlier versions wrote name none."""
-    name = evaluation.metadata.get("section") or ("numbers" if _holds_numbers(evaluation) else "classes")
+def _section(name: str) -> Section:
     by_name = {section.name: section for section in SECTIONS}
     if name not in by_name:
         raise AbsentError(f"the report has no section {name}")

@@ -1,20 +1,32 @@
 """Filters: the weights that look at the picture itself, of the first convolution or of the first dense layer."""
 
+import json
 import math
 import re
 from typing import Any
 
 import numpy as np
 
+from cluster.data.manifest import Manifest
 from jobs.report.files import AbsentError, Tensors
 from jobs.report.pictures import BLUE, RED, data_uri, example_shape
 from jobs.report.sections.section import MODEL, Run, Section
+from nn_models.spec import validate
 
 MAX_FILTERS = 64
 
 
 def _read(run: Run) -> dict[str, Any]:
-    return _first_layer(Tensors(run.folder, MODEL), example_shape(run.evaluation) if run.evaluation else None)
+    tensors = Tensors(run.folder, MODEL)
+    if not _of_pictures(tensors):
+        return {}
+    return _first_layer(tensors, example_shape(run.evaluation) if run.evaluation else None)
+
+
+def _of_pictures(tensors: Tensors) -> bool:
+    """Whether rows may be pictures, (channels, height, width), by the data that the weights were trained on."""
+    described = tensors.metadata.get("data")
+    return described is None or len(validate(Manifest, json.loads(described), prefix="data").signature.input_shape) == 3
 
 
 def _first_layer(tensors: Tensors, image_shape: tuple[int, ...] | None) -> dict[str, Any]:
