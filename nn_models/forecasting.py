@@ -126,11 +126,11 @@ class Forecast(Regression):
         self._changes = self._changes.to(errors.device)  # once
         return (*super().sums(errors), (errors.abs() / self._changes).sum())
 
-    def baseline(self, signature: Signature) -> Compared:  # type: ignore[override]  # both are a Baseline
+    def baseline(self, signature: Signature) -> Compared:
         """See Objective."""
         return Compared(signature, self._ahead)
 
-    def evidence(self, signature: Signature) -> "ForecastEvidence":  # type: ignore[override]  # both are an Evidence
+    def evidence(self, signature: Signature) -> "ForecastEvidence":
         """See Objective."""
         return ForecastEvidence(self._ahead)
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from nn_models.batch import Batch
 from nn_models.columns import Features, Numbers
-from nn_models.evidence import NumberEvidence
+from nn_models.evidence import Evidence, NumberEvidence
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
 from nn_models.model import reading
-from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.signature import Signature
 
 MOST_FEATURES = 2000  # of a linear regression: its normal equations hold the square of this
@@ -64,13 +64,13 @@ class Regression(Objective):
         """See Objective."""
         return NumberFigures() if self.gathered or num_rows is not None else None
 
-    def baseline(self, signature: Signature) -> "LeastSquares":
+    def baseline(self, signature: Signature) -> Baseline:
         """See Objective: the mean, and a linear regression of features."""
         column = signature["input"]
         features = column.size if isinstance(column, Features) and column.size <= MOST_FEATURES else 0
         return LeastSquares(features, signature.num_outputs)
 
-    def evidence(self, signature: Signature) -> NumberEvidence:
+    def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
         return NumberEvidence()
 

@@ -32,7 +32,8 @@ def check_precision(files: Mapping[str, Iterable[int]], columns: Iterable[str]) 
                 found += [span] if span is not None else []
     for name, found in ranges.items():
         if found:
-            _check(f"{next(iter(files))}, column {name}", min(low for low, _ in found), max(high for _, high in found))
+            low, high = min(low for low, _ in found), max(high for _, high in found)
+            check_range(f"{next(iter(files))}, column {name}", low, high)
 
 
 def _span(group: pq.RowGroupMetaData, name: str, read: Callable[[], pa.Table]) -> tuple[float, float] | None:
@@ -57,7 +58,8 @@ def _inside(name: str, leaf: pq.ColumnChunkMetaData) -> tuple[str, ...]:
     return (leaf.path_in_schema,) if leaf.path_in_schema.startswith(f"{name}.list.") else ()
 
 
-def _check(where: str, low: float, high: float) -> None:
+def check_range(where: str, low: float, high: float) -> None:
+    """Raise UserError where float32 hardly tells numbers between these apart, or does not reach them."""
     largest = max(abs(low), abs(high))
     if isinstance(low, int) and isinstance(high, int) and largest <= EXACT:
         return

@@ -1,12 +1,13 @@
 """Sections: THE list of what the page can show of a run beside its curves, one file a kind of evidence."""
 
 from jobs.report.files import AbsentError, Tensors, left_out
-from jobs.report.sections import classes, filters, game, numbers
+from jobs.report.sections import classes, filters, forecast, game, numbers
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 SECTIONS: tuple[Section, ...] = (
     classes.SECTION,
     numbers.SECTION,
+    forecast.SECTION,
     game.SECTION,
 )
 
