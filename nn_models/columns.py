@@ -127,6 +127,7 @@ class Ahead(Spec):
         description="of each of these: the mean size of a change over a season (without one over a step) in training"
     )
     season: PositiveInt | None = Field(None, description="steps after which the series does much the same again")
+    relative: bool = Field(False, description="both are differences to the last step that is read")
     time: str | None = Field(None, description="the file's column of times")
     group: str | None = Field(None, description="the file's column that says which series a row belongs to")
 

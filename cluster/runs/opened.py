@@ -218,7 +218,10 @@ class Writer(Predictor):
 
 
 class Forecaster(Predictor):
-    """A forecaster of series: `forecast` says how some go on; called, it takes windows as a Predictor does."""
+    """A forecaster of series: `forecast` says how some go on; called, it takes windows as its data has them.
+
+    Where that is relative (`ahead.relative`) they are differences to their last step, as what it then gives.
+    """
 
     @property
     def ahead(self) -> Ahead:
@@ -252,7 +255,9 @@ class Forecaster(Predictor):
         if not bool(steps.isfinite().all()):
             raise UserError("past", "NaN or infinity", "fill such steps")
         rows = steps[..., -window:, :].reshape(-1, window, len(ahead.columns))
-        following = self(rows).view(-1, ahead.steps, ahead.targets)
+        level = rows[:, -1:] if ahead.relative else torch.zeros_like(rows[:, -1:])
+        following = self(rows - level).view(-1, ahead.steps, ahead.targets)
+        following = following + level[..., : ahead.targets].to(following.device)
         return following[0] if steps.dim() == 2 else following
 
 

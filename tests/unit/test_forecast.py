@@ -264,6 +264,36 @@ def test_evaluation_gives_the_figures_of_the_run(run):
     assert {name: run.metrics[name] for name in found} == pytest.approx(found, rel=1e-6)  # the same sums
 
 
+def test_a_series_that_rises_is_forecast_by_differences(tmp_path):
+    """The test part lies far above all that was seen in training."""
+    generator = np.random.default_rng(0)
+    y = 5.0 * np.arange(300) + 20 * np.sin(np.arange(300) * 2 * np.pi / SEASON) + generator.normal(0, 1, 300)
+    pq.write_table(pa.table({"y": y}), tmp_path / "a.parquet")
+    data = {"kind": "series", "path": str(tmp_path / "a.parquet"), "target": "y", "window": 8, "season": SEASON}
+    data |= {"horizon": 3, "relative": True}
+    rising = {"model": {"kind": "gru", "hidden": 8}, "data": data, "objective": {"kind": "forecast"}}
+    rising |= {"optimizer": {"kind": "adam", "lr": 0.03}, "train": {"epochs": 20, "global_batch_size": 32}}
+    few = cluster.train(rising, run=str(tmp_path / "run"), num_workers=0)
+    level = load_recipe(rising, {"data.relative": False})
+    whole = cluster.train(level, run=str(tmp_path / "level"), num_workers=0).metrics
+    for name in ("naive_mae", "seasonal_mae", "naive_mase"):  # errors of differences are those of levels
+        assert few.metrics[f"test/{name}"] == pytest.approx(whole[f"test/{name}"], rel=1e-4)  # float32 of about 1500
+    assert few.metrics["test/mae"] < few.metrics["test/seasonal_mae"] / 2 < whole["test/mae"]
+    model = open_model(few.run)
+    past = torch.from_numpy(y[-8:, None].astype(np.float32))
+    torch.testing.assert_close(model.forecast(past)[:, 0], model((past - past[-1])[None])[0] + past[-1])
+    assert forecast(few.run).values[0, :, 0] == pytest.approx(model.forecast(past)[:, 0].tolist())
+    assert "as differences to the last step that was read" in report_of(few.run)
+
+
+@pytest.mark.slow
+def test_the_sea_is_forecast_better_than_by_its_season(tmp_path):
+    found = cluster.train("series-gru", run=str(tmp_path / "run"), num_workers=0).metrics
+    for error in ("mse", "mae"):
+        assert found[f"test/{error}"] < 0.85 * found[f"test/seasonal_{error}"]  # 0.77 and 0.48 of it; seeds differ
+        assert found[f"test/{error}"] < 0.4 * found[f"test/naive_{error}"]
+
+
 # -- the report ----------------------------------------------------------------------------------------------------
 
 

@@ -33,10 +33,10 @@ def series(lengths, *, columns=2, seed=0) -> Series:
     return Series(values, np.concatenate([[0], np.cumsum(lengths)]), names)
 
 
-def source(of: Series, windows: Windows, *, targets=1, season=1) -> _Windows:
+def source(of: Series, windows: Windows, *, targets=1, season=1, relative=False) -> _Windows:
     changes = windows.changes(of, targets, season)
     columns = tuple(f"c{number}" for number in range(of.values.shape[1]))
-    ahead = Ahead(steps=windows.horizon, columns=columns, targets=targets, changes=changes)
+    ahead = Ahead(steps=windows.horizon, columns=columns, targets=targets, changes=changes, relative=relative)
     return _Windows(of.values, windows.starts(of), windows.window, ahead)
 
 
@@ -45,7 +45,7 @@ def rows(of: _Windows, split: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.concatenate([part[name].values for part in parts]) for name in ("input", "target"))
 
 
-def by_hand(of: Series, windows: Windows, targets: int):
+def by_hand(of: Series, windows: Windows, targets: int, relative: bool):
     """Split -> its rows, by a loop over groups and windows."""
     found = {split: ([], []) for split in SPLITS}
     for first, end in zip(of.offsets[:-1], of.offsets[1:], strict=True):
@@ -57,8 +57,9 @@ def by_hand(of: Series, windows: Windows, targets: int):
             ahead = range(start + windows.window, start + windows.window + windows.horizon)
             if ahead[-1] < len(steps) and len({part[step] for step in ahead}) == 1:
                 inputs, outputs = found[part[ahead[0]]]
-                inputs.append(steps[start : start + windows.window])
-                outputs.append([steps[step, column] for step in ahead for column in range(targets)])
+                last = steps[ahead[0] - 1] * relative
+                inputs.append(steps[start : start + windows.window] - last)
+                outputs.append([steps[step, column] - last[column] for step in ahead for column in range(targets)])
     return found
 
 
@@ -75,10 +76,10 @@ def problems(draw):
     return series([*lengths, 80], seed=draw(st.integers(0, 9))), windows
 
 
-@given(problems(), st.integers(1, 2))
-def test_windows_are_those_of_a_plain_loop(problem, targets):
+@given(problems(), st.integers(1, 2), st.booleans())
+def test_windows_are_those_of_a_plain_loop(problem, targets, relative):
     of, windows = problem
-    made, wanted = source(of, windows, targets=targets), by_hand(of, windows, targets)
+    made, wanted = source(of, windows, targets=targets, relative=relative), by_hand(of, windows, targets, relative)
     for split in SPLITS:
         if not wanted[split][0]:
             assert not made.pools[split]

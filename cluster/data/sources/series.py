@@ -41,6 +41,11 @@ class WindowsSpec(DrawnTestSpec):
     season: PositiveInt | None = Field(
         None, description="steps after which much comes again: a forecast that says so is measured beside the model's"
     )
+    relative: bool = Field(
+        False,
+        description="steps are read and forecast as differences to the last one that is read: for series that rise or "
+        "fall (NLinear, Zeng et al. 2023)",
+    )
     validation_fraction: Fraction = Field(0.1, description="share of each series' steps, before the test part")
     test_fraction: Fraction = Field(0.1, description="share of each series' steps, the last ones")
 
@@ -95,6 +100,7 @@ class WindowsSpec(DrawnTestSpec):
             targets=targets,
             changes=changes,
             season=self.season,
+            relative=self.relative,
             **self.marks,
         )
         return _Windows(series.values, starts, self.window, ahead)
@@ -215,8 +221,9 @@ class _Windows:
         """See Source."""
         split, first, end = part.what
         starts, ahead = self.starts[split][first:end, None], self.ahead
+        past = self.values[starts + np.arange(self.window)]
         following = self.values[starts + self.window + np.arange(ahead.steps), : ahead.targets]
-        return {
-            "input": Dense(self.values[starts + np.arange(self.window)]),
-            "target": Dense(following.reshape(part.rows, -1)),
-        }
+        if ahead.relative:
+            last = past[:, -1:]
+            past, following = past - last, following - last[..., : ahead.targets]
+        return {"input": Dense(past), "target": Dense(following.reshape(part.rows, -1))}

@@ -43,6 +43,7 @@ def _read(run: Run) -> dict[str, Any]:
             "windows": len(ends),
             "steps": ahead.steps,
             "season": ahead.season,
+            "relative": ahead.relative,
             "columns": ahead.names,
             "errors": list(ERRORS.values()),
             "compared": compared(mapping(run.result.get("metrics")), WHO, tuple(ERRORS)),
