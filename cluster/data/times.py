@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from nn_models.errors import UserError
 
 Times = NDArray[Any]  # int64, float64, or datetime64[us]
-DATE, MONTH, DAY = "datetime64[us]", "datetime64[M]", "datetime64[D]"
+DATE, MONTH, DAY, SECOND = "datetime64[us]", "datetime64[M]", "datetime64[D]", "datetime64[s]"
 FIX = "write dates as 2024-01-31 or 2024-01-31T12:00:00, or give numbers"
 
 
@@ -74,9 +74,11 @@ def told(time: Any) -> str:
 
 
 def as_arrow(times: Times) -> pa.Array:
-    """As a column of a file: dates without hours where none has any."""
-    if times.dtype.kind == "M" and (times == times.astype(DAY)).all():
-        return pa.array(times.astype(DAY))
+    """As a column of a file: dates without hours, or without parts of a second, where none has any."""
+    if times.dtype.kind == "M":
+        for unit in (DAY, SECOND):
+            if (times == times.astype(unit)).all():
+                return pa.array(times.astype(unit))
     return pa.array(times)
 
 
