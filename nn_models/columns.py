@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from nn_models.errors import UserError
 from nn_models.spec import Spec, invalid
@@ -117,6 +117,26 @@ class Image(Column):
         return _zeros(rows, *self.shape)
 
 
+class Ahead(Spec):
+    """What numbers to predict are of a series: the next steps of some of its columns, step after step."""
+
+    steps: PositiveInt = Field(description="how far ahead: the horizon")
+    columns: tuple[str, ...] = Field(min_length=1, description="of a step that is read, those to forecast first")
+    targets: PositiveInt = Field(description="how many of the columns are forecast")
+    changes: tuple[NonNegativeFloat, ...] = Field(
+        description="of each of these: the mean size of a change over a season (without one over a step) in training"
+    )
+    season: PositiveInt | None = Field(None, description="steps after which the series does much the same again")
+    relative: bool = Field(False, description="both are differences to the last step that is read")
+    time: str | None = Field(None, description="the file's column of times")
+    group: str | None = Field(None, description="the file's column that says which series a row belongs to")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns that are forecast."""
+        return self.columns[: self.targets]
+
+
 class Numbers(Column):
     """Numbers to predict, float32 (size,)."""
 
@@ -125,6 +145,7 @@ class Numbers(Column):
     predicted = True
     kind: Literal["numbers"] = "numbers"
     size: PositiveInt
+    ahead: Ahead | None = Field(None, description="of a series: which of its steps and columns they are")
 
     @property
     def row_shape(self) -> tuple[int, ...]:

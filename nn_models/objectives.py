@@ -231,6 +231,7 @@ class ObjectiveSpec(Spec):
     # sums nothing over ranks.
     fuses: ClassVar[bool] = False
     writes: ClassVar[bool] = False  # whether outputs say which token comes next, so that a text can be written on
+    forecasts: ClassVar[bool] = False  # whether outputs are the next steps of a series
     kind: str
 
     @property

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from nn_models.batch import Batch
 from nn_models.columns import Features, Numbers
-from nn_models.evidence import NumberEvidence
+from nn_models.evidence import Evidence, NumberEvidence
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
 from nn_models.model import reading
-from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.signature import Signature
 
 MOST_FEATURES = 2000  # of a linear regression: its normal equations hold the square of this
@@ -38,7 +38,7 @@ class Regression(Objective):
     with s_k the standard deviation of the k-th number over the training rows: what 1 of the batch's is in its units.
     """
 
-    metrics = (Metric("mse", "less"), Metric("mae", "less"))
+    metrics: tuple[Metric, ...] = (Metric("mse", "less"), Metric("mae", "less"))
     whole = NUMBER_FIGURES
 
     def __init__(self, num_outputs: int, *, gathered: tuple[str, ...] = ()) -> None:
@@ -53,20 +53,24 @@ class Regression(Objective):
         loss = F.mse_loss(predictions, targets, reduction="sum") / self.num_outputs
         errors = (predictions.detach() - targets).double().reshape(-1, self.num_outputs)
         errors = errors * _unit(batch, errors)
-        sums = torch.stack((errors.square().sum(), errors.abs().sum())) / self.num_outputs
+        sums = torch.stack(self.sums(errors)) / self.num_outputs
         return Measured(loss, sums, outputs=outputs.detach())
+
+    def sums(self, errors: Tensor) -> tuple[Tensor, ...]:
+        """Of each metric, K times its sum, of errors (B, K) in the numbers' units."""
+        return errors.square().sum(), errors.abs().sum()
 
     def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
         """See Objective."""
         return NumberFigures() if self.gathered or num_rows is not None else None
 
-    def baseline(self, signature: Signature) -> "LeastSquares":
+    def baseline(self, signature: Signature) -> Baseline:
         """See Objective: the mean, and a linear regression of features."""
         column = signature["input"]
         features = column.size if isinstance(column, Features) and column.size <= MOST_FEATURES else 0
         return LeastSquares(features, signature.num_outputs)
 
-    def evidence(self, signature: Signature) -> NumberEvidence:
+    def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
         return NumberEvidence()
 
@@ -85,7 +89,8 @@ def _unit(batch: Batch, like: Tensor) -> Tensor:
 class LeastSquares:
     """Models without training to compare with, from sums over all training rows: in float64, nothing is held.
 
-    Linear regression by the normal equations, of standardised features; of collinear ones the shortest solution.
+    Linear regression by the normal equations, of standardised features; of collinear ones the shortest solution. The D
+    numbers of a row may be of any shape: those of a window of a series are a linear autoregression.
     """
 
     def __init__(self, num_features: int, num_outputs: int) -> None:
@@ -97,7 +102,7 @@ class LeastSquares:
         """Take in a batch of training rows; not of rows that stand in."""
         targets = batch["target"].reshape(-1, self._outputs).double()
         ones = torch.ones_like(targets[:, :1])
-        rows = torch.cat((ones, batch["input"].double()), 1) if self._features else ones
+        rows = torch.cat((ones, batch["input"].flatten(1).double()), 1) if self._features else ones
         sums = rows.T @ torch.cat((rows, targets), 1)
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -124,20 +129,16 @@ class Affine(nn.Module):
         self.register_buffer("weights", weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, K)."""
+        """(B, D), or rows of D numbers in any shape -> (B, K)."""
         constant = self.weights[0].expand(len(x), -1)
-        return constant if len(self.weights) == 1 else constant + x.to(self.weights.dtype) @ self.weights[1:]
+        return constant if len(self.weights) == 1 else constant + x.flatten(1).to(self.weights.dtype) @ self.weights[1:]
 
 
-class RegressionSpec(SupervisedSpec):
-    """Predict numbers: mean squared error of standardised ones, and the errors in their units."""
+class PredictsNumbers(SupervisedSpec):
+    """Base of the objectives that predict a row of numbers."""
 
-    reads = reading(target=Numbers)
     takes = frozenset({"row"})
-    objective = Regression
     fuses = True
-    baselines = BASELINES
-    kind: Literal["regression"] = "regression"
     metrics: tuple[Literal["r2"], ...] = Field(
         (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
     )
@@ -150,6 +151,15 @@ class RegressionSpec(SupervisedSpec):
     def outputs(self, signature: Signature) -> tuple[int, ...]:
         """See SupervisedSpec."""
         return (signature.num_outputs,)
+
+
+class RegressionSpec(PredictsNumbers):
+    """Predict numbers: mean squared error of standardised ones, and the errors in their units."""
+
+    reads = reading(target=Numbers)
+    objective = Regression
+    baselines = BASELINES
+    kind: Literal["regression"] = "regression"
 
     def build(self, signature: Signature) -> Regression:
         """The objective."""

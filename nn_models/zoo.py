@@ -11,6 +11,7 @@ from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.custom import CustomSpec
 from nn_models.feedforward import MLPSpec
+from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec
@@ -38,7 +39,7 @@ AnyModelSpec = Annotated[
 ]
 
 AnyObjectiveSpec = Annotated[
-    ClassificationSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
+    ClassificationSpec | ForecastSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]
 

@@ -1,6 +1,7 @@
 """Fit: whether model, objective, data and the other sections of a recipe go together."""
 
 import logging
+from contextlib import suppress
 
 import torch
 
@@ -67,7 +68,10 @@ def _other_objective(recipe: Recipe, signature: Signature) -> tuple[str, str] | 
     """(field, fix): the objective that predicts such a target from what the model gives."""
     for kind, other in OBJECTIVES.items():
         fits = isinstance(signature.columns.get("target"), other.reads.get("target", ()))
-        if fits and recipe.model.gives & other.takes and kind != recipe.objective.kind:
+        if not fits or not recipe.model.gives & other.takes or kind == recipe.objective.kind:
+            continue
+        with suppress(UserError):  # it wants more of the rows than a kind of target
+            other.model_validate({}).check_data(signature, source=recipe.data.kind)
             return "objective.kind", f"set objective.kind to {kind}"
     return None
 

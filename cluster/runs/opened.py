@@ -23,7 +23,7 @@ from cluster.training.run_directory import RECIPE, RunDirectory
 from cluster.training.splits import EVALUATION_ROWS
 from nn_models.adversarial import Halves
 from nn_models.batch import Batch, Place, Value
-from nn_models.columns import Tokens
+from nn_models.columns import Ahead, Numbers, Sequence, Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
 from nn_models.sequence_evidence import first_token, written
@@ -34,7 +34,8 @@ MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 def open_model(run: str, *, device: torch.device | str | None = None) -> "OpenedModel":
     """The best model of a run or a sweep, from RUN/model alone.
 
-    It is a Generator where the run is a GAN's, a Writer where it is a language model's, else a Predictor.
+    It is a Generator where the run is a GAN's, a Writer where it is a language model's, a Forecaster where it forecasts
+    a series, else a Predictor.
 
     It takes what the files of its data hold: pixels as bytes 0 to 255, features in their units; `print` it to see.
     Raises UserError where there is no model or its weights do not fit.
@@ -42,7 +43,9 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     net, saved = restore_model(folder, recipe)
-    kind = Generator if "halves" in recipe.model.gives else Writer if recipe.objective.writes else Predictor
+    objective = recipe.objective
+    other = Writer if objective.writes else Forecaster if objective.forecasts else Predictor
+    kind = Generator if "halves" in recipe.model.gives else other
     return kind(net.to(device or "cpu"), recipe, saved)
 
 
@@ -203,6 +206,50 @@ class Writer(Predictor):
     def _scores(self, *args: Any, **named: Any) -> Any:
         with autocast(self.recipe.train.precision, self.device):
             return self.net(*args, **named)
+
+
+class Forecaster(Predictor):
+    """A forecaster of series: `forecast` says how some go on; called, it takes windows as its data has them.
+
+    Where that is relative (`ahead.relative`) they are differences to their last step, as what it then gives.
+    """
+
+    @property
+    def ahead(self) -> Ahead:
+        """Which columns it reads and forecasts, and how far."""
+        ahead = cast(Numbers, self._column("target").column).ahead
+        assert ahead is not None  # its objective takes nothing else
+        return ahead
+
+    @property
+    def window(self) -> int:
+        """Steps that a forecast is made from."""
+        return cast(Sequence, self._column("input").column).row_shape[0]
+
+    @property
+    def gives(self) -> str:
+        """See OpenedModel."""
+        ahead = self.ahead
+        return f"the next {ahead.steps} steps of {', '.join(ahead.names)}, in their units; forecast() by step"
+
+    def forecast(self, past: Any) -> Tensor:
+        """The last steps of a series (T, D), or of several (rows, T, D) -> the next ones, (H, K) or (rows, H, K).
+
+        In the units of the file, on the model's device; D are the columns that `ahead` names, K its first ones. Of more
+        steps than the window has the last ones are read. Raises UserError for fewer, and for what is no finite number.
+        """
+        steps = torch.as_tensor(np.asarray(past.cpu() if isinstance(past, Tensor) else past, np.float32))
+        ahead, window = self.ahead, self.window
+        wanted = f"at least {window} steps of {', '.join(ahead.columns)}"
+        if steps.dim() not in (2, 3) or steps.shape[-1] != len(ahead.columns) or steps.shape[-2] < window:
+            raise UserError("past", f"of shape {tuple(steps.shape)}, where the model reads {wanted}", "give that many")
+        if not bool(steps.isfinite().all()):
+            raise UserError("past", "NaN or infinity", "fill such steps")
+        rows = steps[..., -window:, :].reshape(-1, window, len(ahead.columns))
+        level = rows[:, -1:] if ahead.relative else torch.zeros_like(rows[:, -1:])
+        following = self(rows - level).view(-1, ahead.steps, ahead.targets)
+        following = following + level[..., : ahead.targets].to(following.device)
+        return following[0] if steps.dim() == 2 else following
 
 
 class Generator(OpenedModel):

@@ -1,7 +1,6 @@
 """What `manta generate` writes: rows that a run's best generator makes, as one picture."""
 
 import math
-import os
 
 import torch
 
@@ -10,6 +9,7 @@ from cluster.pictures import beside, png
 from cluster.runs.opened import Writer, open_model
 from cluster.storage import Folder
 from cluster.training.run_directory import RECIPE, RunDirectory
+from jobs.commands.places import place_of, write_whole
 from nn_models.errors import UserError
 
 MAX_COLUMNS_OF_CLASSES = 20
@@ -22,7 +22,7 @@ def write_samples(
 
     Raises UserError where that cannot be written, before anything is made, and where the run makes no such images.
     """
-    folder, name = _place(out)
+    place = place_of(out, [".png"], what="a PNG file")
     generated = generate(run, num=num, label=label, seed=seed, device=device)
     if generated.made.dim() != 4:
         raise UserError(
@@ -30,11 +30,7 @@ def write_samples(
             f"its rows are {generated.made[0].numel()} numbers each, no images",
             "load the generator in Python: cluster.inference.generate",
         )
-    try:
-        folder.write_bytes(name, picture(generated))
-    except OSError as error:
-        raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
-    return f"{folder.uri.rstrip('/')}/{name}"
+    return write_whole(place, picture(generated), out=out)
 
 
 def writes(run: str) -> bool:
@@ -72,10 +68,7 @@ def write_text(
         print()
     if out is not None:
         folder, name = Folder(out.rpartition("/")[0] or ("/" if out.startswith("/") else ".")), out.rpartition("/")[2]
-        try:
-            folder.write_text(name, text + "\n")
-        except OSError as error:
-            raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
+        write_whole((folder, name), f"{text}\n".encode(), out=out)
     return text
 
 
@@ -88,21 +81,3 @@ def picture(generated: Generated) -> bytes:
     if generated.num_classes and generated.num_classes <= MAX_COLUMNS_OF_CLASSES:
         columns = generated.num_classes  # each column is a class
     return png(beside(made), columns=columns)
-
-
-def _place(out: str) -> tuple[Folder, str]:
-    """The folder and the name in it. Raises UserError where no PNG file can be written there."""
-    if not out.rpartition("/")[2].lower().removesuffix(".png") or not out.lower().endswith(".png"):
-        raise UserError("--out", f"{out!r} is not the name of a PNG file", "end it in .png")
-    parent, _, name = out.rpartition("/")
-    folder = Folder(parent if parent else "/" if out.startswith("/") else ".")
-    local = folder.local
-    if local is None:
-        return folder, name
-    if not local.is_dir():
-        raise UserError("--out", f"{local} is not a folder", "make it first, or choose another place")
-    if (local / name).is_dir():
-        raise UserError("--out", f"{local / name} is a folder", "give the name of a file in it")
-    if not os.access(local, os.W_OK):
-        raise UserError("--out", f"no permission to write into {local}", "choose another place")
-    return folder, name

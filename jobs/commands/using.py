@@ -1,4 +1,4 @@
-"""`manta evaluate`, `generate`, `report`: what a trained run is used for."""
+"""`manta evaluate`, `generate`, `forecast`, `report`: what a trained run is used for."""
 
 import json
 import os
@@ -95,6 +95,41 @@ def generate(
     out = "samples.png" if out is None else out
     path = write_samples(run, num=num, out=out, label=label, seed=seed, device=device)
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
+
+
+@app.command()
+def forecast(
+    run: RunArgument,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="A file with the series to go on from; by default the run's own data."),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="File to write, or to replace: forecast.csv or .parquet; else it is printed."
+        ),
+    ] = None,
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast what follows the end of a series, of each group, by a run's best model: from RUN/model alone.
+
+    A row for each step and column: time, group (where there are some), step, column, value, in the file's units.
+    """
+    from cluster.inference.forecast import forecast as forecast_run
+    from cluster.runtime import local_device
+    from jobs.commands.rows import give_rows, plain_rows, rows_place
+
+    import_from_here()
+    place = rows_place(out)
+    rows = forecast_run(run, data=data, device=local_device(gpu)).table()
+    if not as_json:
+        if path := give_rows(rows, place, out=out):
+            print(path)
+        return
+    path = give_rows(rows, place, out=out) if place else None
+    print(json.dumps({"path": path, "rows": plain_rows(rows)}))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.data.sources.series import ElNinoSpec, SeriesSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
 
 AnyDataSpec = Annotated[
@@ -22,6 +23,8 @@ AnyDataSpec = Annotated[
     | PairsSpec
     | TextSpec
     | PythonDocsSpec
+    | SeriesSpec
+    | ElNinoSpec
     | AddingSpec
     | CopySpec
     | ShardsSpec,

@@ -26,10 +26,10 @@ from cluster.data.sources.columns import (
 )
 from cluster.data.sources.precision import check_precision
 from cluster.data.split import Traits
-from cluster.data.tables import ParquetFile, UnreadableError
-from cluster.storage import Folder
+from cluster.data.tables import UnreadableError
+from cluster.data.tabular import PARQUET, check_named, check_plain, found_files, open_parquet, read_parquet
 from nn_models.columns import Column, Label, Numbers
-from nn_models.errors import UserError, did_you_mean
+from nn_models.errors import UserError
 from nn_models.spec import invalid
 
 TargetKind = Literal["label", "number"]
@@ -55,7 +55,7 @@ class ParquetColumns:
     def load(self, part: Part) -> dict[str, Layout]:
         """See Source."""
         file, group = part.what
-        table = _read(file, group, [name for reader in self.readers.values() for name in reader.names])
+        table = read_parquet(file, [name for reader in self.readers.values() for name in reader.names], group)
         where = _where(file, group)
         for name in table.column_names:
             if table[name].null_count:
@@ -68,12 +68,12 @@ class ParquetColumns:
         labels = target if isinstance(target, LabelColumn) else None
         names = [*(labels.names if labels else ()), *([self.group] if self.group else ())]
         file, group = part.what
-        table, where = _read(file, group, names), f"{file}, row group {group}"
+        table, where = read_parquet(file, names, group), f"{file}, row group {group}"
         if labels is not None and not labels.name:  # one class for all
             labels = None
         return Traits(
             None if labels is None else labels.read(table, where),
-            None if self.group is None else _group_names(table[self.group], f"{where}, column {self.group}"),
+            None if self.group is None else group_names(table[self.group], f"{where}, column {self.group}"),
         )
 
 
@@ -100,9 +100,10 @@ class ParquetFiles:
         for pool, found in self._found().items():
             pools[pool] = []
             for name, _ in found:
-                file = _open(name)
+                file = open_parquet(name)
                 for column in columns:
-                    _check_column(name, file, column)
+                    check_named(name, column, file.schema.names)
+                    check_plain(name, file, column)
                 groups = enumerate(file.row_groups)
                 pools[pool] += [Part(rows, (name, group), _where(name, group)) for group, rows in groups]
             pools[pool] = [part for part in pools[pool] if part.rows]
@@ -113,9 +114,9 @@ class ParquetFiles:
 
     def _found(self) -> dict[str, list[tuple[str, fs.FileInfo]]]:
         """Pool -> its files as they are there now."""
-        found = {"train": _parquet_files(self.path, "data.path")}
+        found = {"train": found_files(self.path, field="data.path", endings=PARQUET)}
         if self.test_path:
-            found["test"] = _parquet_files(self.test_path, "data.test_path")
+            found["test"] = found_files(self.test_path, field="data.test_path", endings=PARQUET)
         return found
 
 
@@ -162,7 +163,7 @@ class ParquetSpec(DrawnTestSpec):
         groups: dict[str, list[int]] = {}
         for part in pools["train"]:
             groups.setdefault(part.what[0], []).append(part.what[1])
-        check_precision(groups, numbers, opened=_open, read=_read)
+        check_precision(groups, numbers)
         return ParquetColumns({"input": array, "target": target}, pools, self.group)
 
     def _target(self, target: str, parts: Sequence[Part], name: str, first: pa.Table) -> LabelColumn | NumberColumn:
@@ -209,59 +210,11 @@ def check_target(target: str | None, inputs: Sequence[str]) -> None:
         )
 
 
-def _parquet_files(path: str, field: str) -> list[tuple[str, fs.FileInfo]]:
-    """The name, as a user would write it, of each file, sorted."""
-    folder = Folder(path)
-    info = folder.info()
-    if info.type == fs.FileType.File:
-        return [(folder.uri, info)]
-    if info.type == fs.FileType.NotFound:
-        raise UserError(field, f"{path}: no such file or folder", "give Parquet files")
-    files = [(name, info) for name, info in folder.walk() if name.endswith((".parquet", ".pq")) and info.is_file]
-    if not files:
-        raise UserError(field, f"{path}: no .parquet files in this folder", "give one that has some")
-    for name, _ in files:
-        folder.check_name(name)
-    return [((folder / name).uri, info) for name, info in files]
-
-
 def _where(file: str, group: int) -> str:
     return f"{file}, row group {group}"
 
 
-def _check_column(name: str, file: ParquetFile, column: str) -> None:
-    """Raise UserError where the file has no such column, several, or one whose values are not plain."""
-    names = file.schema.names
-    if (count := names.count(column)) > 1:
-        raise UserError(name, f"{count} columns are named {column!r}", "rename them")
-    if not count:
-        raise UserError(name, f"no column {column!r}", did_you_mean(column, names))
-    if extension := file.extension(column):
-        raise UserError(
-            name,
-            f"column {column} is of the extension type {extension}, which is not read: its values may be code",
-            "store it as plain numbers, lists, text or bytes",
-        )
-
-
-def _open(name: str) -> ParquetFile:
-    folder = Folder(name)
-    try:
-        return ParquetFile(folder.filesystem.open_input_file(folder.path), pre_buffer=True)
-    except (UnreadableError, OSError) as error:
-        raise UserError(name, f"not a readable Parquet file ({error})", "replace or remove it") from None
-
-
-def _read(name: str, group: int | None, columns: Sequence[str]) -> pa.Table:
-    """Columns of one row group, or of the whole file. Raises UserError for damaged content."""
-    file = _open(name)
-    try:
-        return file.read(columns, group)
-    except UnreadableError as error:
-        raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
-
-
-def _group_names(column: pa.ChunkedArray, where: str) -> Array:
+def group_names(column: pa.ChunkedArray, where: str) -> Array:
     """Whom the rows belong to, as texts."""
     if column.null_count:
         raise UserError(where, f"{column.null_count} empty values", "say whom each row belongs to, or drop such rows")
@@ -274,7 +227,7 @@ def _group_names(column: pa.ChunkedArray, where: str) -> Array:
 def first_row(parts: Sequence[Part], columns: Sequence[str]) -> tuple[str, pa.Table]:
     """The first file's name, and these columns of its first row. Raises UserError where one of them is empty."""
     name, _ = parts[0].what
-    file = _open(name)
+    file = open_parquet(name)
     try:
         first = file.first_row(columns)
     except UnreadableError as error:
@@ -293,7 +246,7 @@ def class_names(parts: Sequence[Part], target: str, *, or_numbers: bool) -> tupl
     names: set[str] = set()
     numeric = True
     for file in dict.fromkeys(part.what[0] for part in parts):
-        column = _read(file, None, [target])[target]
+        column = read_parquet(file, [target])[target]
         if column.null_count:
             raise UserError(file, f"column {target} has {column.null_count} empty values", "fill or drop them")
         numeric &= pa.types.is_integer(column.type) or pa.types.is_floating(column.type)

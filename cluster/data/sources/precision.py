@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.data.tables import ParquetFile
+from cluster.data.tabular import open_parquet, read_parquet
 from nn_models.errors import UserError
 
 LEAST_STEPS = 1024  # that float32 must leave between the least and the largest number of a column
@@ -17,13 +17,7 @@ EXACT = 1 << 24  # whole numbers up to here stay what they are
 WIDE = ("INT32", "INT64", "DOUBLE")  # stored as these; what is stored in float32 is as good as it was
 
 
-def check_precision(
-    files: Mapping[str, Iterable[int]],
-    columns: Iterable[str],
-    *,
-    opened: Callable[[str], ParquetFile],
-    read: Callable[[str, int, list[str]], pa.Table],
-) -> None:
+def check_precision(files: Mapping[str, Iterable[int]], columns: Iterable[str]) -> None:
     """Look at each column's range in the row groups of the files, as their statistics have it where there are some.
 
     Raises UserError for numbers that differ by less than float32 tells apart at their size, such as times of one hour
@@ -31,14 +25,15 @@ def check_precision(
     """
     ranges: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     for file, groups in files.items():
-        metadata = opened(file).metadata
+        metadata = open_parquet(file).metadata
         for group in groups:
             for name, found in ranges.items():
-                span = _span(metadata.row_group(group), name, partial(read, file, group, [name]))
+                span = _span(metadata.row_group(group), name, partial(read_parquet, file, [name], group))
                 found += [span] if span is not None else []
     for name, found in ranges.items():
         if found:
-            _check(f"{next(iter(files))}, column {name}", min(low for low, _ in found), max(high for _, high in found))
+            low, high = min(low for low, _ in found), max(high for _, high in found)
+            check_range(f"{next(iter(files))}, column {name}", low, high)
 
 
 def _span(group: pq.RowGroupMetaData, name: str, read: Callable[[], pa.Table]) -> tuple[float, float] | None:
@@ -63,7 +58,8 @@ def _inside(name: str, leaf: pq.ColumnChunkMetaData) -> tuple[str, ...]:
     return (leaf.path_in_schema,) if leaf.path_in_schema.startswith(f"{name}.list.") else ()
 
 
-def _check(where: str, low: float, high: float) -> None:
+def check_range(where: str, low: float, high: float) -> None:
+    """Raise UserError where float32 hardly tells numbers between these apart, or does not reach them."""
     largest = max(abs(low), abs(high))
     if isinstance(low, int) and isinstance(high, int) and largest <= EXACT:
         return

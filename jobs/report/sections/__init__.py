@@ -3,12 +3,13 @@
 import json
 
 from jobs.report.files import AbsentError, Tensors, left_out
-from jobs.report.sections import classes, filters, game, gates, gradients, numbers, steps, text
+from jobs.report.sections import classes, filters, forecast, game, gates, gradients, numbers, steps, text
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 SECTIONS: tuple[Section, ...] = (
     classes.SECTION,
     numbers.SECTION,
+    forecast.SECTION,
     steps.SECTION,
     text.SECTION,
     game.SECTION,

@@ -1,5 +1,6 @@
 """Numbers: what was predicted against what is true, how far off it is, and what needs no training beside it."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.report.charts import number, residual_chart, scatter_chart
@@ -8,6 +9,7 @@ from jobs.report.sections.section import EVALUATION, Run, Section, predicted
 
 MAX_OUTPUTS = 6
 COMPARED = {"the model": "", "linear regression": "linear_", "always the mean": "mean_"}
+ERRORS = ("mse", "mae")
 
 
 def _read(run: Run) -> dict[str, Any]:
@@ -23,18 +25,23 @@ def _read(run: Run) -> dict[str, Any]:
             "rows": len(found[0]),
             "scatter": [scatter_chart(f"output {place}", *pair) for place, pair in pairs],
             "residuals": [residual_chart(f"residuals of output {place}", *pair) for place, pair in pairs],
-            "compared": _compared(mapping(run.result.get("metrics"))),
+            "compared": compared(mapping(run.result.get("metrics")), COMPARED, ERRORS),
         }
     return {}
 
 
-def _compared(metrics: dict[str, Any]) -> list[tuple[str, str | None, str | None]]:
-    """Who predicts, and its errors on the test split; nothing where there is no baseline."""
+def compared(
+    metrics: Mapping[str, Any], who: Mapping[str, str], errors: Sequence[str]
+) -> list[tuple[str, list[str | None]]]:
+    """Who predicts, and its errors on the test split; nothing where there is nobody beside the model.
+
+    `who` has the prefix of each one's metrics.
+    """
     rows = []
-    for name, prefix in COMPARED.items():
-        errors = [metrics.get(f"test/{prefix}{metric}") for metric in ("mse", "mae")]
-        if all(map(is_number, errors)):
-            rows.append((name, number(errors[0]), number(errors[1])))
+    for name, prefix in who.items():
+        found = [metrics.get(f"test/{prefix}{error}") for error in errors]
+        if all(map(is_number, found)):
+            rows.append((name, [number(value) for value in found]))
     return rows if len(rows) > 1 else []
 
 
