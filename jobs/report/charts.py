@@ -313,36 +313,6 @@ def path_of(x_axis: Axis, y_axis: Axis, x: Array, y: Array) -> str:
     return "".join(parts)
 
 
-class Line(NamedTuple):
-    """One line of a chart that is not of the run's course: equally many x and y; NaN leaves a gap."""
-
-    label: str
-    colour: str  # see Curve
-    x: Array
-    y: Array
-
-
-def line_chart(title: str, lines: Sequence[Line], *, x_label: str, remark: str = "") -> Chart:
-    """Lines over whole numbers, such as steps."""
-    known = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
-    if not len(known):
-        raise AbsentError(f"{title}: no finite value")
-    x_axis = Axis(np.concatenate([line.x for line in lines]), X_PIXELS, whole=True)
-    y_axis = Axis(known, Y_PIXELS)
-    curves, told = [], []
-    for label, colour, x, y in lines:
-        pairs = [(at, value) for at, value in zip(x.tolist(), y.tolist(), strict=True) if math.isfinite(value)]
-        dots = [
-            (float(x_axis.place(at)), float(y_axis.place(value)), f"{label}, {x_label} {at:g}: {number(value)}")
-            for at, value in pairs
-            if len(pairs) <= MAX_DOTS
-        ]
-        curves.append(Curve(label, colour, _path(x_axis, y_axis, x, y), "", dots, ""))
-        told += [f"{label} from {number(pairs[0][1])} to {number(pairs[-1][1])}"] if pairs else []
-    alt = f"{title} by {x_label}: {'; '.join(told)}"
-    return Chart(title, alt, curves, x_label, x_axis.ticks, y_axis.ticks, guide="", remark=remark)
-
-
 def scatter_chart(title: str, targets: Array, predictions: Array) -> Chart:
     """Predicted against true numbers, of all rows."""
     targets, predictions = _finite(targets, predictions)

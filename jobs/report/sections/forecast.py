@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.report.charts import Chart, Line, line_chart
+from jobs.report.charts import Chart
 from jobs.report.files import Tensors, left_out, mapping
+from jobs.report.lines import Line, line_chart
 from jobs.report.sections.numbers import compared
 from jobs.report.sections.section import EVALUATION, Run, Section
 from nn_models.columns import Ahead
@@ -57,11 +58,13 @@ def _read(run: Run) -> dict[str, Any]:
 def _course(ends: Array, name: str, ahead: Ahead) -> list[Chart]:
     """True and forecast over the last windows, (windows, next or last step, true or forecast)."""
     first = max(0, len(ends) - MAX_WINDOWS)
-    x = np.arange(first + 1, len(ends) + 1)
     remark = f"the last {MAX_WINDOWS} windows" if first else ""
     charts = []
     for place, steps in enumerate(dict.fromkeys((1, ahead.steps))):
-        lines = [Line(label, COLOURS[label], x, ends[first:, place, which]) for which, label in enumerate((TRUE, NET))]
+        lines = [
+            Line(label, COLOURS[label], ends[first:, place, which], first + 1)
+            for which, label in enumerate((TRUE, NET))
+        ]
         title = f"{name}, {steps} step{'s' * (steps > 1)} ahead"
         charts.append(line_chart(title, lines, x_label="window", remark=remark))
     return charts
@@ -69,8 +72,7 @@ def _course(ends: Array, name: str, ahead: Ahead) -> list[Chart]:
 
 def _by_step(errors: Array, name: str) -> Chart:
     """The mean absolute error of each step ahead, (ways, steps)."""
-    x = np.arange(1, errors.shape[1] + 1)
-    lines = [Line(way, COLOURS[way], x, values) for way, values in zip(WAYS, errors, strict=False)]
+    lines = [Line(way, COLOURS[way], values, 1) for way, values in zip(WAYS, errors, strict=False)]
     return line_chart(f"{name}: mean absolute error by step", lines, x_label="step ahead")
 
 
@@ -82,16 +84,15 @@ def _examples(tensors: Tensors, ahead: Ahead) -> list[Chart]:
     order, shape = np.argsort(rows), (len(rows), ahead.steps, ahead.targets)
     past = tensors["example_inputs"][order, :, 0]
     true, said = (tensors[f"example_{name}"].reshape(shape)[order, :, 0] for name in ("targets", "predictions"))
-    x = np.arange(1, ahead.steps + 1)
     charts = []
     for read, came, forecast, row in zip(past, true, said, rows[order].tolist(), strict=True):
         shown = read[-MAX_PAST * max(ahead.steps, ahead.season or 1) :]
         whole = np.concatenate([shown, came])
-        lines = [Line(TRUE, COLOURS[TRUE], np.arange(1 - len(shown), ahead.steps + 1), whole)]
+        lines = [Line(TRUE, COLOURS[TRUE], whole, 1 - len(shown))]
         if ahead.season:
             simple = read[np.array(steps_back(ahead.steps, ahead.season))]
-            lines.append(Line("seasonal", COLOURS["seasonal"], x, simple))
-        lines.append(Line(NET, COLOURS[NET], x, forecast))
+            lines.append(Line("seasonal", COLOURS["seasonal"], simple, 1))
+        lines.append(Line(NET, COLOURS[NET], forecast, 1))
         charts.append(line_chart(f"{ahead.names[0]}, window {row + 1}", lines, x_label="step"))
     return charts
 
