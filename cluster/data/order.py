@@ -1,7 +1,8 @@
 """Order: which rows each global batch holds, as a pure function of (row groups, seed, epoch), never of the world size.
 
 An epoch of N rows takes S = ceil(N / global_batch_size) steps. Step k holds the positions from N*k//S to N*(k+1)//S,
-so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation.
+so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation. Where a
+recipe puts rows of like length together (data.bucket), the lengths of the rows decide as well.
 """
 
 from abc import ABC, abstractmethod

@@ -169,10 +169,10 @@ def trained(recipe: Recipe, data: DataSet, run: Path, stack: ExitStack, device: 
     return epoch
 
 
-def cells(folder: Path, device: torch.device, steps: int, repetitions: int) -> Iterator[Case]:
+def cells(folder: Path, device: torch.device, tokens: int, repetitions: int) -> Iterator[Case]:
     """Every cell in every size."""
     for name, (size, batch, length) in SIZES.items():
-        data = windows(folder / name, steps * batch, length)
+        data = windows(folder / name, tokens // (batch * length) * batch, length)
         for cell, (_, wanted) in CELLS.items():
             recipe = described(cell, size, batch, "next_token", data)
             with ExitStack() as stack:
@@ -215,9 +215,9 @@ def bound(size: int, batch: int, length: int, device: torch.device, repetitions:
     return round(Case("", ">= 1", "s", in_turn(repetitions, timed(loop), timed(products))).ratio, 2)
 
 
-def texts(folder: Path, num_rows: int) -> DataSet:
+def texts(folder: Path, num_tokens: int) -> DataSet:
     """Texts of different lengths, as reviews are: most are short, and some are ten times as long."""
-    generator = np.random.default_rng(0)
+    generator, num_rows = np.random.default_rng(0), num_tokens // 38  # words of a text, in the mean
     lengths = np.clip(generator.lognormal(3.4, 0.7, num_rows), 3, 300).astype(np.int64)
     words = generator.integers(0, WORDS, int(lengths.sum()), dtype=np.int32)
     rows: dict[str, Layout] = {
@@ -227,9 +227,9 @@ def texts(folder: Path, num_rows: int) -> DataSet:
     return shards(folder, rows, {"input": Tokens(size=WORDS), "target": Label(size=CLASSES)})
 
 
-def buckets(folder: Path, device: torch.device, steps: int, repetitions: int) -> Iterator[Case]:
+def buckets(folder: Path, device: torch.device, tokens: int, repetitions: int) -> Iterator[Case]:
     """Epochs of texts in batches of like length against any."""
-    data = texts(folder / "texts", 4 * steps * BUCKET_BATCH)
+    data = texts(folder / "texts", tokens)
     for cell in ("lstm", "peephole_lstm"):
         with ExitStack() as stack:
             both = [
@@ -239,9 +239,9 @@ def buckets(folder: Path, device: torch.device, steps: int, repetitions: int) ->
             yield Case(f"{cell}, bucketed", ">= 1", "tokens/s", in_turn(repetitions, *both))
 
 
-def padding(folder: Path, steps: int) -> dict[str, float]:
+def padding(folder: Path, tokens: int) -> dict[str, float]:
     """The share of an epoch's steps that are padding, in batches of like length and in any."""
-    data = texts(folder / "padding", 4 * steps * BUCKET_BATCH)
+    data = texts(folder / "padding", tokens)
     splits, found = open_splits(data, window=None), {}
     for name, bucket in (("bucketed", BUCKET), ("not", None)):
         rows = splits.training(classifier("lstm", bucket, data), rank=0, world_size=1, device=torch.device("cpu"))
@@ -252,16 +252,16 @@ def padding(folder: Path, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    chosen = options(__doc__, repetitions=5, steps=24, threads=1, device="cpu")
+    chosen = options(__doc__, repetitions=5, tokens=50_000, threads=1, device="cpu")
     device = torch.device(chosen.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         skip("sequences", "torch finds no GPU here")
         return
     torch.set_num_threads(chosen.threads)
     with scratch() as folder:
-        cases = list(cells(folder, device, chosen.steps, chosen.repetitions))
-        cases += buckets(folder, device, chosen.steps, chosen.repetitions)
-        shares = padding(folder, chosen.steps)
+        cases = list(cells(folder, device, chosen.tokens, chosen.repetitions))
+        cases += buckets(folder, device, chosen.tokens, chosen.repetitions)
+        shares = padding(folder, chosen.tokens)
         bounds = {name: bound(*size, device, chosen.repetitions) for name, size in SIZES.items()}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{chosen.threads} CPU threads"
     publish("sequences", cases, device=where, sizes=SIZES, bound=bounds, padding=shares, bucket=BUCKET)
