@@ -83,7 +83,7 @@ class DataSpec(Spec):
     """Base of every data section: which rows, and how they are used in training."""
 
     # Fields about how rows are used; all others decide what is prepared.
-    TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window"})
+    TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window", "bucket"})
 
     # "streams": rows are windows of one text, in its order, and a split is a stretch of it
     order: ClassVar[Literal["shuffled", "streams"]] = "shuffled"
@@ -91,6 +91,11 @@ class DataSpec(Spec):
     augment: tuple[AnyAugmentSpec, ...] = Field((), description="random changes to training images, in order")
     shuffle_window: PositiveInt | None = Field(
         None, description="rows shuffled together; all rows where the set is small enough to be held in memory"
+    )
+    bucket: PositiveInt | None = Field(
+        None,
+        description="global batches that share their rows anew, by length, so that little is padded; with 1 each keeps "
+        "its own",
     )
 
     def identity(self) -> dict[str, Any]:
