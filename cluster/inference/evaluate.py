@@ -1,5 +1,6 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
+import logging
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from cluster.training.splits import Splits
 from nn_models.errors import UserError
 from nn_models.objectives import Objective
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate_run(
     run: str, *, data: DataSpec | None = None, split: str = "test", device: torch.device | None = None
@@ -30,7 +33,7 @@ def evaluate_run(
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     model, saved = restore_model(folder, recipe)
-    source = data or recipe.data
+    source = data.fitted_to(saved.manifest) if data else recipe.data
     other = prepared(source)
     ours, theirs = saved.manifest, other.manifest
     read = [name for name in ours.columns if name in recipe.columns]
@@ -48,6 +51,8 @@ def evaluate_run(
             )
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
+    for line in theirs.unknown_tokens() if data else ():
+        logger.info("data: %s", line)
     device = device or torch.device("cpu")
     if "halves" in recipe.model.gives:
         from cluster.adversarial.features import open_features
