@@ -43,6 +43,10 @@ class StepLabels(Objective):
         right = (outputs.detach().argmax(1) == labels).sum(0, keepdim=True, dtype=torch.float64)
         return Measured(loss, right, outputs=outputs.detach())
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """See Objective: (N,) of outputs (N, C), row after row."""
+        return outputs.argmax(1)
+
 
 class NextToken(Objective):
     """Language model: the next token, from all that came before it in the text.

@@ -70,12 +70,17 @@ Mapper = Callable[[Callable[[Slot], Converted], Sequence[Slot]], Iterable[Conver
 
 
 def prepared(spec: DataSpec) -> DataSet:
-    """The spec's data set from the cache, prepared first where it is not there yet.
+    """The spec's data set from the cache, prepared first where it is not there yet; logged is what it does not know.
 
     Raises UserError where the data is missing or damaged.
     """
-    if spec.prepared_at:
-        return DataSet(spec.prepared_at)
+    data = DataSet(spec.prepared_at) if spec.prepared_at else _cached(spec)
+    for line in data.manifest.unknown_tokens():
+        logger.info("data: %s", line)
+    return data
+
+
+def _cached(spec: DataSpec) -> DataSet:
     folder = cache_root() / "data" / f"{spec.kind}-{cache_key(spec)}"
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -134,8 +139,6 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         },
     )
     out.write_text(MANIFEST, json.dumps(manifest.content(), indent=1, ensure_ascii=False))
-    for line in manifest.unknown_tokens():
-        logger.info("data: %s", line)
     return manifest
 
 

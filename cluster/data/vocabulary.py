@@ -92,10 +92,13 @@ class Vocabulary:
             tokens = self.split(text)
             numbers = np.fromiter((self._by_name.get(token, other) for token in tokens), np.int32, len(tokens))
         if len(numbers) and numbers.min() < 0:
-            unknown = list(dict.fromkeys(repr(token) for token in self.split(text) if token not in self._by_name))
-            few = ", ".join(unknown[:MOST_TOLD]) + ", …" * (len(unknown) > MOST_TOLD)
+            few = told(self.unknown(text))
             raise UserError(path, f"{few} not in the text that the model has learned from", "leave them out")
         return numbers
+
+    def unknown(self, text: str | Sequence[str]) -> list[str]:
+        """The names of the text's tokens that are not in the vocabulary, each once."""
+        return [token for token in dict.fromkeys(self.split(text)) if token not in self._by_name]
 
     def spelled(self, numbers: Iterable[int]) -> Iterator[str]:
         """What each token adds to the text: of words with the space before it, of bytes whole characters only."""
@@ -110,6 +113,11 @@ class Vocabulary:
                 word = self.names[number]
                 yield word if word in CLOSING or before in OPENING else f" {word}"
                 before = word
+
+
+def told(tokens: Sequence[str]) -> str:
+    """Some tokens for people, the first few of them."""
+    return ", ".join(map(repr, tokens[:MOST_TOLD])) + ", …" * (len(tokens) > MOST_TOLD)
 
 
 def _by_frequency(counts: Mapping[str, int]) -> list[str]:

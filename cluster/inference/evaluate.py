@@ -1,6 +1,5 @@
 """evaluate: the figures of a run's best model, from RUN/model alone."""
 
-import logging
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -18,8 +17,6 @@ from cluster.training.run_directory import RECIPE, RunDirectory, jsonable
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
 from nn_models.objectives import Objective
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_run(
@@ -51,8 +48,6 @@ def evaluate_run(
             )
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
-    for line in theirs.unknown_tokens() if data else ():
-        logger.info("data: %s", line)
     device = device or torch.device("cpu")
     if "halves" in recipe.model.gives:
         from cluster.adversarial.features import open_features

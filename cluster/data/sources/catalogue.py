@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.labelled_text import SequenceLabellingSpec, TextClassificationSpec
 from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
@@ -22,6 +23,8 @@ AnyDataSpec = Annotated[
     | PairsSpec
     | TextSpec
     | PythonDocsSpec
+    | TextClassificationSpec
+    | SequenceLabellingSpec
     | AddingSpec
     | CopySpec
     | ShardsSpec,
