@@ -11,7 +11,9 @@ from nn_models.signature import Signature
 from nn_models.spec import Spec
 
 if TYPE_CHECKING:  # descriptions need no torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from nn_models.word_vectors import WantedVectors
 
 # What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
 # One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
@@ -33,6 +35,8 @@ class ModelSpec(Spec):
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
     # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
+    # fields that are paths of the user's files, whose numbers its weights begin with: see `wanted_vectors`
+    files: ClassVar[tuple[str, ...]] = ()
     kind: str
 
     @property
@@ -55,6 +59,18 @@ class ModelSpec(Spec):
     @abstractmethod
     def build(self, signature: Signature) -> "nn.Module":
         """The module, freshly initialised from torch's global generator."""
+
+    def wanted_vectors(self, signature: Signature) -> "WantedVectors | None":
+        """What the weights of a new model begin with beside what is drawn; None for nothing.
+
+        Models read no files: whoever trains one does, and hands what is found to `take_vectors`. A trained one needs
+        none of it.
+        """
+        return None
+
+    def take_vectors(self, model: Any, words: "Tensor", vectors: "Tensor") -> None:
+        """Let a new module's rows of these words, (n,), be these vectors, (n, size)."""
+        raise NotImplementedError
 
     def feature_map_size(self, signature: Signature) -> int | None:
         """Numbers that the first convolution makes of one row, 0 without convolutions.
