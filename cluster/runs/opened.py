@@ -1,5 +1,6 @@
 """open_model: a run's model as files meet it: it takes bytes or numbers in their units, and gives classes by name."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +14,7 @@ from cluster.adversarial.halves import described, sample
 from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
-from cluster.data.vocabulary import Vocabulary
+from cluster.data.vocabulary import Vocabulary, told
 from cluster.recipe.recipe import Recipe
 from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
 from cluster.storage import Folder
@@ -24,9 +25,11 @@ from cluster.training.run_directory import RECIPE, RunDirectory
 from cluster.training.splits import EVALUATION_ROWS
 from nn_models.adversarial import Halves
 from nn_models.batch import Batch, Place, Value
-from nn_models.columns import Tokens
+from nn_models.columns import UNKNOWN, Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
+
+logger = logging.getLogger(__name__)
 
 MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 
@@ -194,6 +197,8 @@ class Writer(Predictor):
             raise UserError("--temperature", f"{temperature:g} is below 0", "give 0 for the likeliest, or more")
         vocabulary = self.vocabulary
         start = vocabulary.numbers(prompt, path="--prompt")
+        if unknown := vocabulary.unknown(prompt):
+            logger.warning("--prompt: %s not in the vocabulary, so read as %s", told(unknown), UNKNOWN)
         if not len(start):
             start = np.array([vocabulary.names.index("\n") if "\n" in vocabulary.names else 0], np.int32)
         return vocabulary.spelled(self._drawn(start, num, temperature, seed))

@@ -100,12 +100,12 @@ def test_rows_that_cannot_be_classified(refused, tmp_path, name, content, fields
     [
         (
             [{"tokens": ["a", "b"], "labels": ["X"]}],
-            "{path}, row 0: 1 labels in labels for 2 tokens in tokens; drop the",
+            "{path}, row 0: 1 labels for 2 tokens in column tokens; drop the",
         ),
-        ([{"tokens": "a b", "labels": "X Y X"}], "{path}, row 0: 3 labels in labels for 2 tokens in tokens; drop the"),
+        ([{"tokens": "a b", "labels": "X Y X"}], "{path}, row 0: 3 labels for 2 tokens in column tokens; drop the"),
         (
             [{"tokens": ["a", None], "labels": ["X", "Y"]}],
-            "{path}, row 0: an empty value among its tokens; drop the row",
+            "{path}, row 0: an empty value in column tokens; drop the row",
         ),
         ([{"tokens": ["a", "b"], "labels": ["X", None]}], "{path}, row 0: no label in column labels; drop the row"),
         ([{"tokens": ["a", "b"]}], "{path}, row 0: no label in column labels; drop the row"),

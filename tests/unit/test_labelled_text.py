@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cluster
 from cluster.data.prepare import prepared
-from cluster.data.sources.labelled_text import SequenceLabellingSpec, TextClassificationSpec
+from cluster.data.sources.text_files import SequenceLabellingSpec, TextClassificationSpec
 from cluster.data.vocabulary import UNKNOWN, Vocabulary
 from cluster.inference.evaluate import evaluate_run
 from nn_models.errors import UserError

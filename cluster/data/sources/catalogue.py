@@ -4,14 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.data.sources.docstrings import DocstringsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
-from cluster.data.sources.labelled_text import SequenceLabellingSpec, TextClassificationSpec
 from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
+from cluster.data.sources.text_files import SequenceLabellingSpec, TextClassificationSpec
 
 AnyDataSpec = Annotated[
     DigitsSpec
@@ -23,6 +24,7 @@ AnyDataSpec = Annotated[
     | PairsSpec
     | TextSpec
     | PythonDocsSpec
+    | DocstringsSpec
     | TextClassificationSpec
     | SequenceLabellingSpec
     | AddingSpec
