@@ -66,6 +66,11 @@ def test_any_file_of_rows_holds_texts(ending, tmp_path):
     assert all(len(row) == 5 and row[4] == "." for row in trained)
     for row, label in zip(trained, read(data, "train", "target"), strict=True):
         assert row[3] == ("bad" if label == "1" else "good")
+    (first, *_), vocabulary = (
+        data.table("train")["input.values"].to_pylist(),
+        Vocabulary.of_column(data.manifest.signature["input"]),
+    )
+    assert "".join(vocabulary.spelled(first)) in {row["text"] for row in ROWS}
     # a number of a row that is not trained on is a word that no training row has
     assert all(row[1] == UNKNOWN for row in read(data, "validation"))
     assert data.manifest.signature["input"].unknown == {"train": (0, 140), "validation": (8, 40), "test": (4, 20)}
