@@ -80,3 +80,13 @@ def test_a_text_that_cannot_be_used_is_named(refused, tmp_path, content, message
     told = refused("data", "prepare", f"{{kind: text, path: {path}}}", "--out", tmp_path / "out")
     assert told.startswith(message.format(path=path))
     assert "\n" not in told
+
+
+def test_another_text_is_read_with_the_models_tokens(manta, refused, run, tmp_path):
+    (tmp_path / "b.txt").write_text("cats on mats sat.\n" * 20)
+    code, out, _ = manta("evaluate", run, "--data", f"{{kind: text, path: {tmp_path}/b.txt}}", "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"]["test/bits_per_token"] > 0
+    (tmp_path / "c.txt").write_text("What a text!\n" * 20)
+    told = refused("evaluate", run, "--data", f"{{kind: text, path: {tmp_path}/c.txt}}")
+    assert told == "data: 'W', 'x', '!' not in the text that the model has learned from; leave them out"

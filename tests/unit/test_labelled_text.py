@@ -165,6 +165,8 @@ def test_other_data_is_read_with_the_models_vocabulary(run, tmp_path, caplog):
         found = evaluate_run(run, data=other, split="train")
     assert found["rows"] == 40
     assert "data: 48 of 240 tokens (20 %) of input in train are not in the vocabulary of 38" in caplog.text
+    in_characters = other.model_copy(update={"unit": "characters"})  # which the model has not learned
+    assert evaluate_run(run, data=in_characters, split="train")["metrics"] == found["metrics"]
     strange = json_lines(tmp_path / "c.jsonl", [{"text": "a", "label": 7}, {"text": "a", "label": 1}])
     with pytest.raises(UserError, match="row 0: no training row has the label '7'"):
         evaluate_run(run, data=TextClassificationSpec(path=strange, validation_fraction=0, test_fraction=0))

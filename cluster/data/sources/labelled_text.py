@@ -76,7 +76,8 @@ class LabelledTextSpec(DrawnTestSpec):
         """See DataSpec: with the vocabulary and the classes of the model."""
         if not all(_names(manifest, name) for name in ROW) or not getattr(manifest.signature["input"], "unit", None):
             return self  # a model of other rows: it refuses these
-        fitted = self.model_copy()
+        tokens = cast(Tokens, manifest.signature["input"])
+        fitted = self.model_copy(update={"unit": tokens.unit})
         fitted._known = manifest
         return fitted
 
@@ -156,7 +157,7 @@ class LabelledTexts:
         """The tokens of these rows, as they are written."""
         if chosen.any():
             for row, text in enumerate(self.rows.texts(part)):
-                if chosen[row] and text and None not in [*text]:
+                if chosen[row] and text and not (isinstance(text, list) and None in text):
                     yield self.vocabulary.split(text)[: self.max_length]
 
     def load(self, part: Part) -> Mapping[str, Layout]:

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, PrivateAttr
 
 from cluster.data.layouts import Dense, Layout
-from cluster.data.manifest import StoredColumn
+from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, absolute, even_parts
 from cluster.data.split import Traits
 from cluster.data.tabular import found_files, read_content
@@ -32,6 +32,9 @@ class _StreamSpec(DrawnTestSpec):
         30_000, description=f"words of the vocabulary, the most frequent ones; all others become {UNKNOWN}"
     )
 
+    # what a model has learned, where this is other data for it
+    _known: Vocabulary | None = PrivateAttr(None)
+
     def text(self) -> str | bytes:
         """All of it; bytes where these are the tokens. Raises UserError where there is none."""
         raise NotImplementedError
@@ -39,7 +42,7 @@ class _StreamSpec(DrawnTestSpec):
     def open(self) -> Source:
         """See DataSpec."""
         text = self.text()
-        vocabulary = Vocabulary.of_text(text, self.unit, max_words=self.max_words)
+        vocabulary = self._known or Vocabulary.of_text(text, self.unit, max_words=self.max_words)
         tokens = vocabulary.numbers(text, path="data")
         if len(tokens) < self.window + 1:
             raise UserError(
@@ -48,6 +51,19 @@ class _StreamSpec(DrawnTestSpec):
                 "set a smaller window, or give more text",
             )
         return _Stream(tokens, vocabulary, self.window)
+
+    def identity(self) -> dict[str, Any]:
+        """See DataSpec."""
+        return {**super().identity(), **({} if self._known is None else {"known": self._known.names})}
+
+    def fitted_to(self, manifest: Manifest) -> DataSpec:
+        """See DataSpec: with the tokens of the model, and windows as it has read them."""
+        tokens = manifest.columns["input"].column
+        if not isinstance(tokens, Tokens) or not tokens.unit or tokens.length is None:
+            return self  # a model of other rows: it refuses these
+        fitted = self.model_copy(update={"unit": tokens.unit, "window": tokens.length})
+        fitted._known = Vocabulary.of_column(tokens)
+        return fitted
 
     def fingerprint(self) -> str:
         """See DataSpec."""
