@@ -1,15 +1,17 @@
 """What every source is: a DataSpec that opens to a Source, whose parts are converted to shards one by one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
-from cluster.data.manifest import StoredColumn
+from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.split import Traits
 from nn_models.columns import Column, Image, Label
 from nn_models.errors import Problem, UserError
@@ -118,6 +120,14 @@ class DataSpec(Spec):
     def prepared_at(self) -> str | None:
         """The folder of data that is prepared already; None for a source."""
         return None
+
+    def fitted_to(self, manifest: Manifest) -> "DataSpec":
+        """The same data with what a model has learned to read, of whose data this is the manifest, as a vocabulary."""
+        return self
+
+    def learned(self, source: Source, training: Sequence[tuple[Part, NDArray[np.bool_]]]) -> Source:
+        """The opened source with what it takes from training rows alone, as a vocabulary: those of parts by a mask."""
+        return source
 
     def open(self) -> Source:
         """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""
