@@ -29,6 +29,7 @@ from nn_models.figures import (
     ClassFigures,
     Figures,
 )
+from nn_models.likeliest import likeliest
 from nn_models.metrics import LOSS, Metric, Reported
 from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
 from nn_models.signature import Signature
@@ -170,7 +171,7 @@ class Classification(Objective):
             each_row = F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
             loss = (each_row * self._weights_of(targets)).sum()
         outputs = outputs.detach()
-        right = (outputs.argmax(1) == targets).sum(0, keepdim=True, dtype=torch.float64)
+        right = (likeliest(outputs) == targets).sum(0, keepdim=True, dtype=torch.float64)
         return Measured(loss, right, outputs=outputs)
 
     def measure_each(
@@ -193,7 +194,7 @@ class Classification(Objective):
 
     def predicted(self, outputs: Tensor) -> Tensor:
         """See Objective: (B,) of outputs (B, C)."""
-        return outputs.argmax(1)
+        return likeliest(outputs)
 
     def _weights_of(self, targets: Tensor) -> Tensor:
         assert self._weights is not None
