@@ -31,14 +31,13 @@ PCA_MSE = Metric("pca_mse", "less", words="squared error a number of PCA")
 
 
 class Rebuilt(NamedTuple):
-    """What a batch's evidence is made of: rows again, at the scale of the input; codes; errors (B,) a number of a row.
+    """What a batch's evidence is made of: the rows again (B, *shape), at the input's scale, and their codes (B, K).
 
     `given` are the rows as the net was given them, where these are not the rows themselves.
     """
 
     again: Tensor
     codes: Tensor
-    errors: Tensor
     given: Tensor | None = None
 
 
@@ -64,12 +63,13 @@ class Reconstruction(Objective):
         coded = self.coded(model, batch["input"] if given is None else given)
         outputs, target = at_least_float32(coded.outputs), rows.to(at_least_float32(coded.outputs).dtype)
         penalty, more = self.penalty(coded, batch, across)
-        loss = self.error(outputs, target).sum() + penalty
+        size = rows[0].numel()
+        loss = self.error(outputs, target) / size
         again = self.again(outputs.detach())
-        errors = (again - target).square().flatten(1).mean(1)
-        sums = [errors.sum(dtype=torch.float64), errors.sum(dtype=torch.float64) * rows[0].numel(), *more]
-        seen = Rebuilt(again, coded.codes.detach(), errors, None if given is None else given.detach())
-        return Measured(loss, torch.stack(sums), outputs=seen)
+        mse = loss.detach() if self.loss == "mse" else F.mse_loss(again, target, reduction="sum") / size
+        sums = torch.stack((mse.double(), mse.double() * size, *more))
+        seen = Rebuilt(again, coded.codes.detach(), None if given is None else given.detach())
+        return Measured(loss + penalty, sums, outputs=seen)
 
     # -- what the other objectives do differently ------------------------------------------------------------------
 
@@ -89,12 +89,10 @@ class Reconstruction(Objective):
     # -- errors ----------------------------------------------------------------------------------------------------
 
     def error(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """(B,): the loss of each row."""
+        """The loss of all numbers of all rows, summed."""
         if self.loss == "bce":
-            each = F.binary_cross_entropy_with_logits(outputs, target, reduction="none")
-        else:
-            each = (F.mse_loss if self.loss == "mse" else F.l1_loss)(outputs, target, reduction="none")
-        return each.flatten(1).mean(1)
+            return F.binary_cross_entropy_with_logits(outputs, target, reduction="sum")
+        return (F.mse_loss if self.loss == "mse" else F.l1_loss)(outputs, target, reduction="sum")
 
     def again(self, outputs: Tensor) -> Tensor:
         """The rows again that these outputs mean."""

@@ -33,19 +33,20 @@ class ReconstructionEvidence:
         self._labelled = False
 
     def add(self, batch: Batch, outputs: Any) -> None:
-        """See Evidence: outputs with `again`, `codes`, `errors` and `given`."""
+        """See Evidence: outputs with `again`, `codes` and `given`."""
+        errors = (outputs.again - batch["input"]).square().flatten(1).mean(1)
         labels = batch.columns.get("target")
         self._labelled = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dim() == 1
-        kept = [outputs.errors[:, None].double(), outputs.codes.flatten(1).double()]
+        kept = [errors[:, None].double(), outputs.codes.flatten(1).double()]
         if self._labelled and isinstance(labels, Tensor):
             kept.append(labels[:, None].double())
         self._rows.add(batch, torch.cat(kept, 1))
         stored = batch.stored["input"]
-        columns = {"inputs": stored, "again": _as_stored(batch, outputs.again), "errors": outputs.errors.float()}
+        columns = {"inputs": stored, "again": _as_stored(batch, outputs.again), "errors": errors.float()}
         if outputs.given is not None:
             columns["given"] = _as_stored(batch, outputs.given)
-        self._examples.keep(0, batch.place.ids, torch.zeros(len(outputs.errors), device=outputs.errors.device), columns)
-        self._examples.keep(1, batch.place.ids, outputs.errors, columns)
+        self._examples.keep(0, batch.place.ids, torch.zeros(len(errors), device=errors.device), columns)
+        self._examples.keep(1, batch.place.ids, errors, columns)
 
     def tensors(
         self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
+from torch.nn import functional as F
 
 from nn_models.batch import Batch
 from nn_models.columns import Features, Image
@@ -35,7 +36,6 @@ class Bounded(NamedTuple):
 
     again: Tensor
     codes: Tensor
-    errors: Tensor
     given: None
     log_bound: Tensor | None
 
@@ -66,10 +66,12 @@ class Variational(Objective):
         missing = -inferred.log_likelihood
         counted = of_mean(kl, self._free, batch, across) if self.free_bits else kl.sum()
         again = inferred.outputs.detach()
-        errors = (again - rows).square().flatten(1).mean(1)
-        each = torch.stack((missing.detach() + kl.detach().sum(1), missing.detach(), kl.detach().sum(1), errors))
-        seen = Bounded(again, inferred.mean.detach(), errors, None, inferred.log_bound)
-        return Measured(missing.sum() + self.beta * counted, each.double().sum(1), outputs=seen)
+        given, code = missing.detach().sum(dtype=torch.float64), kl.detach().sum(dtype=torch.float64)
+        mse = F.mse_loss(again, rows, reduction="sum").double() / rows[0].numel()
+        seen = Bounded(again, inferred.mean.detach(), None, inferred.log_bound)
+        return Measured(
+            missing.sum() + self.beta * counted, torch.stack((given + code, given, code, mse)), outputs=seen
+        )
 
     def _free(self, means: Tensor) -> Tensor:
         return means.clamp(min=self.free_bits).sum()
