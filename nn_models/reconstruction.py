@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nn_models.batch import Batch
 from nn_models.coding import Coded, CodingSpec
-from nn_models.columns import Features, Image, Scale
+from nn_models.columns import Features, Image, Scale, Sequence
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
@@ -121,7 +121,7 @@ class Reconstruction(Objective):
 class RebuildingSpec(SupervisedSpec):
     """Base of the objectives of autoencoders."""
 
-    reads = reading(input=(Features, Image))
+    reads = reading(input=(Features, Image, Sequence))
     shows = frozenset({"target"})
     takes = frozenset({"reconstruction"})
     objective: ClassVar[type[Objective]] = Reconstruction

@@ -21,6 +21,7 @@ from nn_models.pix2pix import Pix2PixSpec
 from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
 from nn_models.regression import RegressionSpec
+from nn_models.sequence_autoencoder import SequenceAutoencoderSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.sparse import SparseSpec
@@ -38,6 +39,7 @@ AnyModelSpec = Annotated[
     | GRUSpec
     | AutoencoderSpec
     | ConvAutoencoderSpec
+    | SequenceAutoencoderSpec
     | VAESpec
     | ConditionalVAESpec
     | GANSpec

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from nn_models import zoo
 from nn_models.autoencoder import principal_angles
 from nn_models.batch import Batch, Place
-from nn_models.columns import Features, Image
+from nn_models.columns import Features, Image, Sequence
 from nn_models.contractive import ContractiveSpec
 from nn_models.noise import CODE, normal
 from nn_models.objectives import only_here
@@ -170,6 +170,26 @@ def test_a_mean_over_ranks_has_the_gradient_of_one_worker():
     stands_in = batch(values[:1])
     empty = Batch(stands_in.columns, stands_in.place._replace(num_rows=0), stands_in.draw_keys)
     assert of_mean(values[:1], function, empty, lambda _: total).item() == pytest.approx(0)
+
+
+# -- sequences -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cell", "layers"), [("gru", 1), ("lstm", 2), ("rnn", 1)])
+def test_a_sequence_is_read_and_written_by_torchs_cells(cell, layers):
+    signature = Signature(columns={"input": Sequence(width=3, length=5)})
+    model = {"kind": "sequence_autoencoder", "cell": cell, "hidden": 6, "layers": layers, "code": 4}
+    net, x = built(model, signature), rows(signature)
+    kind = {"gru": torch.nn.GRU, "lstm": torch.nn.LSTM, "rnn": torch.nn.RNN}[cell]
+    reads, writes = (kind(size, 6, layers, batch_first=True).double() for size in (3, 4))
+    reads.load_state_dict(net.encoder.core.state_dict())
+    writes.load_state_dict(net.decoder.core.state_dict())
+    _, state = reads(x)
+    last = (state[0] if cell == "lstm" else state)[-1]
+    codes = torch.nn.functional.linear(last, net.code.linear.weight, net.code.linear.bias)
+    steps, _ = writes(codes[:, None].repeat(1, 5, 1))
+    torch.testing.assert_close(net.encode(x), codes, **EXACT)
+    torch.testing.assert_close(net(x), net.output(steps), **EXACT)
 
 
 # -- linear autoencoders and PCA -----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ CASES = {
     "sparse": (SIGMOID, {"kind": "sparse", "weight": 0.01}),
     "denoising": (DENSE, {"kind": "denoising", "noise": "masking"}),
     "contractive": ({"kind": "conv_autoencoder", "channels": [3], "code": 6}, {"kind": "contractive"}),
+    "sequence": ({"kind": "sequence_autoencoder", "hidden": 8, "code": 4}, {"kind": "denoising"}),
     "variational": (VAE, {"kind": "variational", "free_bits": 0.1, "samples": 3}),
     "conditional": (
         {**VAE, "kind": "conditional_vae", "decoder": "gaussian"},
@@ -389,6 +390,21 @@ def test_a_net_that_is_told_labels_needs_some(tmp_path):
         cluster.train(described, run=str(tmp_path / "run"), num_workers=0)
     described["model"] = VAE
     assert cluster.train(described | {"train": {"epochs": 1}}, run=str(tmp_path / "run"), num_workers=0).metrics
+
+
+def test_windows_of_a_series_are_given_again(tmp_path):
+    described = {
+        "model": {"kind": "sequence_autoencoder", "hidden": 12, "code": 4, "cell": "lstm"},
+        "data": {"kind": "adding", "length": 6, "rows": 400},
+        "objective": {"kind": "reconstruction", "loss": "l1"},
+        "optimizer": {"kind": "adam", "lr": 0.01},
+        "train": {"epochs": 4, "global_batch_size": 40},
+    }
+    run = cluster.train(described, run=str(tmp_path / "run"), num_workers=0)
+    losses = [line["loss"] for line in lines(tmp_path / "run", "validation")]
+    assert losses[-1] < 0.95 * losses[0]
+    kept = load_file(f"{run.run}/evaluation.safetensors")
+    assert kept["example_again"].shape == kept["example_inputs"].shape == (48, 6, 2)
 
 
 def test_convolutions_of_a_table_are_refused(tmp_path):

@@ -180,6 +180,11 @@ FITTING = {
         ({"channels": [4, 6], "hidden": [9], "code": 5, "activation": "tanh"}, fashion),
         ({"channels": [4, 6, 8], "code": 5, "activation": "elu", "code_activation": "tanh"}, colour),
     ],
+    "sequence_autoencoder": [
+        ({"hidden": 5, "code": 3}, digits),
+        ({"hidden": 5, "code": 3, "cell": "lstm", "layers": 2, "code_activation": "tanh"}, colour),
+        ({"hidden": 5, "code": 3, "cell": "rnn"}, sequences),
+    ],
     "vae": [
         ({"hidden": [9], "code": 3, "decoder": "gaussian"}, features),
         ({"hidden": [], "code": 3, "activation": "tanh"}, digits),
