@@ -128,6 +128,7 @@ class VariationalSpec(SupervisedSpec):
     shows = frozenset({"target"})
     takes = frozenset({"posterior"})
     objective = Variational
+    draws = True
     kind: Literal["variational"] = "variational"
     beta: NonNegativeFloat = Field(1.0, description="how often the code's KL counts; 1 for the bound itself")
     free_bits: NonNegativeFloat = Field(0.0, description="nats of each unit's mean KL that cost nothing")
