@@ -30,16 +30,19 @@ CASES = {
     "salt": ({"kind": "denoising", "noise": "salt_and_pepper"}, [{"objective.level": 0.2}, {"optimizer.lr": 0.05}]),
     "contractive": ({"kind": "contractive"}, [{"objective.weight": 0.1}, {"objective.weight": 0.01}]),
 }
+VAE = {"kind": "vae", "hidden": [12], "code": 3}
+CASES["elbo"] = ({"kind": "variational", "samples": 0}, [{"objective.beta": 0.5}, {"objective.beta": 4.0}])
+CASES["free"] = ({"kind": "variational", "samples": 0, "free_bits": 0.1}, [{"optimizer.lr": 0.001}, {}])
 BESIDE = {"time_s", "rows_per_s"}
 
 
 def recipes(case):
     objective, changes = CASES[case]
     content = {
-        "model": DENSE,
+        "model": VAE if objective["kind"] == "variational" else DENSE,
         "data": {"kind": "digits"},
         "objective": objective,
-        "optimizer": {"kind": "sgd", "lr": 0.1, "momentum": 0.5},
+        "optimizer": {"kind": "sgd", "lr": 0.002 if objective["kind"] == "variational" else 0.1, "momentum": 0.5},
         "train": {"epochs": 2, "global_batch_size": 250, "log_every_steps": 1},
     }
     return [load_recipe(content, overrides=change) for change in changes]

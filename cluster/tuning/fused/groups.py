@@ -59,7 +59,8 @@ def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
     if not objective.fuses or objective.counts is not None:
         return Problem("objective.kind", f"{objective.kind}: it asks more of a model than its outputs for each row")
     if objective.gathered:
-        return Problem("objective.metrics", f"{', '.join(objective.gathered)}: of all of a split's rows together")
+        path = "objective.metrics" if "metrics" in type(objective).model_fields else "objective"
+        return Problem(path, f"{', '.join(objective.gathered)}: of all of a split's rows together")
     if manifest is not None and (ragged := _ragged(recipe, manifest.signature)):
         return Problem("data", f"the rows' {ragged} differ in length, so that those of several trials make no batch")
     if recipe.model.batches == "vmap":
