@@ -9,6 +9,7 @@ from torch import nn
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.autoencoder import AutoencoderSpec, ConvAutoencoderSpec
+from nn_models.classification import ClassificationSpec
 from nn_models.contractive import ContractiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.custom import CustomSpec
@@ -17,7 +18,7 @@ from nn_models.feedforward import MLPSpec
 from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
-from nn_models.objectives import ClassificationSpec, ObjectiveSpec
+from nn_models.objectives import ObjectiveSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
