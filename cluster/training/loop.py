@@ -15,6 +15,7 @@ from cluster.training.carry import gathered, of_rows, on_device
 from cluster.training.checkpoints import Background, Checkpoints, State, name_at, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import evaluate, evaluate_best, names_of
+from cluster.training.gradients import touch_only_used_rows
 from cluster.training.identity import data_facts, described_rows
 from cluster.training.journal import Journal, Pending
 from cluster.training.memory import keep_freed_memory
@@ -54,6 +55,7 @@ class Loop:
 
         torch.manual_seed(self.train.seed)  # the same weights on all ranks
         self.model = recipe.model.build(self.manifest.signature)
+        touch_only_used_rows(self.model, recipe, device=context.device)
         if self.train.compile:
             self.model.compile()
         wrapped = context.prepare(self.model)

@@ -12,6 +12,7 @@ from cluster.training.average import MovingAverage
 from cluster.training.carry import joined, kept, of_rows
 from cluster.training.context import Context
 from cluster.training.evaluation import autocast
+from cluster.training.gradients import clip
 from cluster.training.journal import Pending
 from nn_models.batch import Batch
 from nn_models.objectives import Objective
@@ -57,7 +58,7 @@ class Step:
             first += piece.place.num_rows
         self.carry = joined(carried) if self._carries else None
         if self._train.clip_norm:
-            self._pending.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._train.clip_norm)
+            self._pending.grad_norm = clip([*self.model.parameters()], self._train.clip_norm)
         self.optimizer.step()
         if self.average:
             self.average.update()
