@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from cluster.data.augment import Augmentation, augmentation_of
 from cluster.data.layouts import LENGTH
@@ -37,6 +39,7 @@ class Splits:
             seed=train.seed,
             window=recipe.data.shuffle_window,
             weights=self._weights(recipe, "train"),
+            work=self._work("train"),
         )
         if isinstance(order, LaneOrder):
             data = DataSet(Folder(self.where))
@@ -63,7 +66,7 @@ class Splits:
         if self.manifest.order == "streams":  # as many as in training: each begins without what came before it
             order = StreamOrder(rows.num_rows, num_streams=recipe.train.global_batch_size, weights=weights)
         else:
-            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights)
+            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights, work=self._work(split))
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
     def held(self, split: str, device: torch.device, *, names: frozenset[str]) -> Held:
@@ -93,9 +96,19 @@ class Splits:
         if column.layout == "dense":
             return column.row_shape[0]
         if split in self.tables:
-            lengths: Weights = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
-            return lengths
+            return self._lengths(split, name)
         return DataSet(Folder(self.where)).lengths(split, name)
+
+    def _work(self, split: str) -> Weights | None:
+        """What each row of a split that is held takes to compute: its input's elements, where rows differ in length."""
+        column = self.manifest.signature.columns.get("input")
+        ragged = column is not None and column.layout == "ragged"
+        return self._lengths(split, "input") if ragged and split in self.tables else None
+
+    def _lengths(self, split: str, name: str) -> NDArray[np.int32]:
+        """(rows,): elements of each row of a ragged column."""
+        lengths: NDArray[np.int32] = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
+        return lengths
 
 
 def open_splits(data: DataSet, *, window: int | None) -> Splits:
