@@ -16,10 +16,12 @@ from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
 from nn_models.regression import RegressionSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
+from nn_models.tree_objectives import NodeLabelsSpec
 
 AnyModelSpec = Annotated[
     MLPSpec
@@ -29,6 +31,10 @@ AnyModelSpec = Annotated[
     | LSTMSpec
     | PeepholeLSTMSpec
     | GRUSpec
+    | RecursiveSpec
+    | RNTNSpec
+    | TreeLSTMSpec
+    | ChildSumTreeLSTMSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -38,7 +44,7 @@ AnyModelSpec = Annotated[
 ]
 
 AnyObjectiveSpec = Annotated[
-    ClassificationSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
+    ClassificationSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | NodeLabelsSpec | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]
 
