@@ -6,11 +6,14 @@ from pydantic import Field
 
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.listops import ListOpsSpec
 from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
+from cluster.data.sources.treebank import SSTSpec
+from cluster.data.sources.trees import TreesSpec
 
 AnyDataSpec = Annotated[
     DigitsSpec
@@ -24,6 +27,9 @@ AnyDataSpec = Annotated[
     | PythonDocsSpec
     | AddingSpec
     | CopySpec
+    | SSTSpec
+    | ListOpsSpec
+    | TreesSpec
     | ShardsSpec,
     Field(discriminator="kind"),
 ]
