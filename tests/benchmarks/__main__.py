@@ -23,6 +23,7 @@ ORDER = (
     "sweeps",
     "fused",
     "gpu",
+    "trees",
 )
 
 
