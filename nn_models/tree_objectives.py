@@ -87,14 +87,16 @@ class NodeLabelsSpec(SupervisedSpec):
     poles: tuple[Classes, Classes] | None = Field(
         None, description="two sets of classes between which whole trees are decided too, such as [[0, 1], [3, 4]]"
     )
-    best: Literal["root_accuracy", "accuracy"] = Field(
-        "root_accuracy", description="by which the best weights are chosen: of whole trees, or of all nodes"
+    best: Literal["root_accuracy", "accuracy", "binary_accuracy"] = Field(
+        "root_accuracy", description="by which the best weights are chosen: of whole trees, of all nodes, between poles"
     )
 
     @model_validator(mode="after")
     def _poles_are_apart(self) -> "NodeLabelsSpec":
         if self.poles and (not all(self.poles) or set(self.poles[0]) & set(self.poles[1])):
             raise invalid("two sets of classes, none of them in both", "give such as [[0, 1], [3, 4]]", field="poles")
+        if self.best == POLES.name and not self.poles:
+            raise invalid("there are no poles to decide between", "set poles, or another best", field="best")
         return self
 
     def check_data(self, signature: Signature, *, source: str) -> None:

@@ -44,6 +44,8 @@ def test_an_expression_in_its_three_forms():
     assert nary.words == ["0", "4", "9", "[SM", "2", "[MAX"]
     assert nary.children[-1] == (4, 3, 0)
     assert nary.children[3] == (2, 1)
+    assert nary.labels == ["0", "4", "9", "3", "2", "3"]
+    assert [label for label, word in zip(binary.labels, binary.words, strict=True) if word is None] == list("9332333")
 
 
 def test_values_are_pythons():
@@ -103,6 +105,20 @@ def test_the_same_rows_are_tested_whatever_the_form():
             [made.split_rows(data, split).columns["target"].values.tolist() for split in data.manifest.splits]
         )
     assert splits[0] == splits[1]
+
+
+@pytest.mark.parametrize(("form", "classes"), [("binary", 11), ("nary", 10)])
+def test_nodes_can_have_values_too(form, classes):
+    data = prepared(ListOpsSpec(form=form, labels="nodes", **SMALL))
+    roots = prepared(ListOpsSpec(form=form, **SMALL))
+    assert data.manifest.signature.num_outputs == classes
+    for split in ("train", "validation", "test"):
+        target = made.split_rows(data, split).columns["target"]
+        assert target.fields["values"][target.offsets[1:] - 1].tolist() == (
+            made.split_rows(roots, split).columns["target"].values.tolist()
+        )
+    with pytest.raises(UserError, match="labels: tokens have no nodes; set labels to root"):
+        validate(ListOpsSpec, {"kind": "listops", "form": "tokens", "labels": "nodes"}, prefix="data")
 
 
 def test_more_than_there_are_is_refused():

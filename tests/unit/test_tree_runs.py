@@ -248,6 +248,14 @@ def test_poles_that_are_not_apart(poles):
         load_recipe({**recipe, "objective": {"kind": "node_labels", "poles": poles}})
 
 
+def test_the_best_is_chosen_by_what_there_is():
+    recipe = {"model": {"kind": "rntn"}, "data": {"kind": "listops"}}
+    with pytest.raises(UserError, match=r"objective.best: there are no poles to decide between"):
+        load_recipe({**recipe, "objective": {"kind": "node_labels", "best": "binary_accuracy"}})
+    chosen = load_recipe({**recipe, "objective": {"kind": "node_labels", "best": "accuracy"}})
+    assert chosen.objective.reported(chosen.model, TREES).best == chosen.objective.build(TREES).best == "accuracy"
+
+
 def test_a_net_for_labels_of_roots_is_trained_by_classification_alone():
     data = prepared(load_recipe(LISTOPS).data)
     assert isinstance(load_recipe(LISTOPS).objective, ClassificationSpec)

@@ -80,6 +80,17 @@ def test_columns_of_the_treebank(tmp_path):
     assert rows.fields["children"][4].tolist() == [0, 3]
 
 
+def test_three_grades_without_neutral_sentences(tmp_path):
+    data = prepared(sst(tmp_path, grades=3))
+    assert data.manifest.signature["target"].names == ("negative", "neutral", "positive")
+    assert spelled_rows(data, "train") == [
+        "(2 (1 It) (2 (1 's) (2 great)))",
+        "(0 (1 (1 It) (1 's)) (0 (0 not) (2 great)))",
+        "(2 (2 great) (1 .))",
+    ]
+    assert spelled_rows(data, "test") == ["(2 (1 A) (2 (2 great) (1 movie)))"]
+
+
 def test_seldom_words_are_unknown(tmp_path):
     tree = prepared(sst(tmp_path, min_count=2)).manifest.signature["input"]
     assert (tree.known, tree.size) == (3, 9)

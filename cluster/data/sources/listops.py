@@ -15,12 +15,12 @@ from cluster.data.sources.base import DrawnTestSpec, Part, Source, even_parts, l
 from cluster.data.sources.flat_trees import FlatTree
 from cluster.data.sources.treebank import laid
 from cluster.data.split import Traits
-from nn_models.columns import Tokens, Tree
+from nn_models.columns import Labels, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.spec import invalid
 
 DIGITS = tuple("0123456789")
-END = "]"
+END, NO_VALUE = "]", "none"  # the name of the class of operations and brackets, where nodes are labelled
 # Each operation's name, and what it makes of digits; the median of evenly many is rounded down, SM the sum modulo 10.
 OPERATIONS: dict[str, Callable[[list[int]], int]] = {
     "[MAX": max,
@@ -41,11 +41,13 @@ class ListOpsSpec(DrawnTestSpec):
     """Nested lists of digits under maximum, minimum, median and sum modulo 10, such as [MAX 2 9 [MIN 4 7 ] 0 ].
 
     `binary` trees join an operation with one argument after the other, and with a last bracket; in `nary` ones it
-    stands above its arguments; as `tokens` a flat net reads them. No expression comes twice.
+    stands above its arguments; as `tokens` a flat net reads them. No expression comes twice. What is to be predicted
+    is the value of the whole, or of each node: of an operation with some of its arguments, what it makes of these.
     """
 
     kind: Literal["listops"] = "listops"
     form: Literal["binary", "nary", "tokens"] = Field("binary", description="how they are given to a net")
+    labels: Literal["root", "nodes"] = Field("root", description="what has a value: the whole, or each node of a tree")
     rows: PositiveInt = Field(20_000, description="expressions that are drawn, for all splits together")
     depth: PositiveInt = Field(6, description="operations inside each other, at most")
     length: Annotated[int, Field(ge=4)] = Field(50, description="tokens, brackets included, at most")
@@ -56,6 +58,8 @@ class ListOpsSpec(DrawnTestSpec):
     def _one_operation_fits(self) -> "ListOpsSpec":
         if self.max_arguments + 2 > self.length:
             raise invalid(f"{self.max_arguments} and two brackets are more than length", field="max_arguments")
+        if self.form == "tokens" and self.labels == "nodes":
+            raise invalid("tokens have no nodes", "set labels to root, or form to binary or nary", field="labels")
         return self
 
     def open(self) -> Source:
@@ -77,7 +81,12 @@ class _ListOps:
             nary = self.spec.form == "nary"
             arity = self.spec.max_arguments if nary else 2
             column = Tree(names=WORDS, size=len(WORDS), arity=arity, words_at="nodes" if nary else "leaves")
-        return {"input": StoredColumn(column=column), "target": labels(DIGITS)}
+        names = (*DIGITS, NO_VALUE) if self.spec.form == "binary" else DIGITS
+        each_node = StoredColumn(column=Labels(names=names, size=len(names)), dtype="int32")
+        return {
+            "input": StoredColumn(column=column),
+            "target": labels(DIGITS) if self.spec.labels == "root" else each_node,
+        }
 
     @property
     def pools(self) -> Mapping[str, list[Part]]:
@@ -92,6 +101,7 @@ class _ListOps:
         """See Source."""
         chosen = self.expressions[slice(*part.what)]
         numbers = {word: number for number, word in enumerate(WORDS)}
+        target: Layout = Dense(self._values(part))
         if self.spec.form == "tokens":
             rows = [[numbers[token] for token in tokens(expression)] for expression in chosen]
             values = np.array([number for row in rows for number in row], np.int32)
@@ -99,8 +109,12 @@ class _ListOps:
         else:
             nary = self.spec.form == "nary"
             trees = [nary_tree(expression) if nary else binary_tree(expression) for expression in chosen]
-            found = laid(trees, numbers, self.spec.max_arguments if nary else 2)
-        return {"input": found, "target": Dense(self._values(part))}
+            stored = laid(trees, numbers, self.spec.max_arguments if nary else 2)
+            found = stored
+            if self.spec.labels == "nodes":
+                of_nodes = [len(DIGITS) if label is None else int(label) for tree in trees for label in tree.labels]
+                target = Ragged({"values": np.array(of_nodes, np.int32)}, stored.offsets)
+        return {"input": found, "target": target}
 
     def _values(self, part: Part) -> NDArray[np.int64]:
         return np.array([value(expression) for expression in self.expressions[slice(*part.what)]], np.int64)
@@ -175,32 +189,39 @@ def tokens(expression: Expression) -> list[str]:
 
 
 def nary_tree(expression: Expression) -> FlatTree:
-    """Operations above their arguments."""
+    """Operations above their arguments; labels are values."""
     tree = FlatTree([], [], [])
     above: list[int] = []
     for word, arguments in reversed(expression):
         own = tuple(above.pop() for _ in range(arguments))
+        digits = [int(str(tree.labels[child])) for child in own]
         tree.words.append(word)
         tree.children.append(own)
-        tree.labels.append(None)
+        tree.labels.append(str(OPERATIONS[word](digits)) if own else word)
         above.append(len(tree.words) - 1)
     return tree
 
 
 def binary_tree(expression: Expression) -> FlatTree:
-    """(((([MAX 2) 9) …) ]): an operation is joined with each argument, and with the bracket at its end."""
+    """(((([MAX 2) 9) …) ]): an operation is joined with each argument, and with the bracket at its end.
+
+    Labels are the values of what has been joined, None of operations and brackets alone.
+    """
     tree = FlatTree([], [], [])
     above: list[int] = []
 
-    def add(word: str | None, *children: int) -> int:
+    def add(word: str | None, label: str | None, *children: int) -> int:
         tree.words.append(word)
         tree.children.append(children)
-        tree.labels.append(None)
+        tree.labels.append(label)
         return len(tree.words) - 1
 
     for word, arguments in reversed(expression):
-        node = add(word)
+        node = add(word, None if arguments else word)
+        digits: list[int] = []
         for _ in range(arguments):
-            node = add(None, node, above.pop())
-        above.append(add(None, node, add(END)) if arguments else node)
+            argument = above.pop()
+            digits.append(int(str(tree.labels[argument])))
+            node = add(None, str(OPERATIONS[word](digits)), node, argument)
+        above.append(add(None, tree.labels[node], node, add(END, None)) if arguments else node)
     return tree

@@ -132,7 +132,7 @@ def parsed(lines: Iterable[tuple[str, str]], parse: Callable[[str, str], FlatTre
 
 
 SST_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
-SST_CLASSES = ("very negative", "negative", "neutral", "positive", "very positive")
+SST_CLASSES: tuple[str, ...] = ("very negative", "negative", "neutral", "positive", "very positive")
 
 
 class SSTSpec(SplitSpec):
@@ -143,6 +143,9 @@ class SSTSpec(SplitSpec):
 
     kind: Literal["sst"] = "sst"
     path: str = Field(min_length=1, description="the folder, local or a URI")
+    grades: Literal[5, 3] = Field(
+        5, description="3: negative, neutral and positive phrases, without the sentences that are neutral as a whole"
+    )
     min_count: MinCount = MIN_COUNT
 
     def resolved(self, base: str) -> DataSpec:
@@ -172,8 +175,14 @@ class SSTSpec(SplitSpec):
             if not numbered:
                 raise UserError(f"{folder}/{name}", "no trees in there", "give a file that has some")
             pools[pool] = parsed(numbered, _sst_tree)
-        classes = {pool: [int(str(label)) for tree in trees for label in tree.labels] for pool, trees in pools.items()}
-        return treebank(pools, classes, each_node=True, names=SST_CLASSES, min_count=self.min_count)
+        names, grade = SST_CLASSES, {str(number): number for number in range(5)}
+        if self.grades == 3:
+            names, grade = names[1:4], {"0": 0, "1": 0, "2": 1, "3": 2, "4": 2}
+            pools = {pool: [tree for tree in trees if tree.labels[-1] != "2"] for pool, trees in pools.items()}
+        classes = {
+            pool: [grade[str(label)] for tree in trees for label in tree.labels] for pool, trees in pools.items()
+        }
+        return treebank(pools, classes, each_node=True, names=names, min_count=self.min_count)
 
 
 def _sst_tree(line: str, where: str) -> FlatTree:
