@@ -320,12 +320,20 @@ class Tree(_Named):
     """A tree whose leaves are words: nodes in an order in which children come before parents, so the root last.
 
     Each node has a word (-1 for none), the places of its children (-1 for none) and its level, 1 more than the highest
-    of its children's; leaves have 0.
+    of its children's; leaves have 0. Words that the training trees do not have, or seldom, come after the `known` ones:
+    they keep their names, but all of them have one vector.
     """
 
     noun = "a tree"
     kind: Literal["tree"] = "tree"
     arity: PositiveInt = Field(2, description="children of a node at most")
+    known: PositiveInt | None = Field(None, description="how many words have a vector of their own, the first ones")
+    words_at: Literal["leaves", "nodes"] = Field("leaves", description="which nodes have words")
+
+    @property
+    def num_known(self) -> int:
+        """Words that have a vector of their own; all others have one together."""
+        return self.size if self.known is None else self.known
 
     @property
     def layout(self) -> Layout:
@@ -361,7 +369,7 @@ class Tree(_Named):
             none = [-1] * self.arity
             root, level = ([0, 1, *none[2:]], [0, 0, 1]) if self.arity > 1 else ([1], [0, 1, 2])
             children = [none, none if self.arity > 1 else [0], root]
-            words = [0 if height == 0 else -1 for height in level]
+            words = [0 if height == 0 or self.words_at == "nodes" else -1 for height in level]
             fields = {
                 name: torch.tensor(values * rows, dtype=torch.int32)
                 for name, values in (("words", words), ("children", children), ("level", level))

@@ -17,10 +17,12 @@ from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
 from nn_models.regression import RegressionSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate
+from nn_models.tree_objectives import NodeLabelsSpec
 
 AnyModelSpec = Annotated[
     MLPSpec
@@ -30,6 +32,10 @@ AnyModelSpec = Annotated[
     | LSTMSpec
     | PeepholeLSTMSpec
     | GRUSpec
+    | RecursiveSpec
+    | RNTNSpec
+    | TreeLSTMSpec
+    | ChildSumTreeLSTMSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -39,7 +45,13 @@ AnyModelSpec = Annotated[
 ]
 
 AnyObjectiveSpec = Annotated[
-    ClassificationSpec | ForecastSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
+    ClassificationSpec
+    | ForecastSpec
+    | RegressionSpec
+    | StepLabelsSpec
+    | NextTokenSpec
+    | NodeLabelsSpec
+    | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]
 

@@ -24,6 +24,7 @@ ORDER = (
     "sweeps",
     "fused",
     "gpu",
+    "trees",
 )
 
 

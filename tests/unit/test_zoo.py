@@ -11,7 +11,7 @@ from torch import nn
 import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
-from nn_models.batch import Ragged
+from nn_models.batch import Forest, Ragged
 from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
@@ -85,6 +85,9 @@ sequences = Signature(columns={"input": Sequence(width=4, length=5), "target": N
 texts = Signature(columns={"input": Tokens(size=9), "target": Label(size=3)})
 tagged = Signature(columns={"input": Sequence(width=3), "target": Labels(size=2)})
 stream = Signature(columns={"input": Tokens(size=9, length=6), "target": Labels(size=9, length=6)})
+trees = Signature(columns={"input": Tree(size=9), "target": Label(size=3)})
+labelled_trees = Signature(columns={"input": Tree(size=9, known=1), "target": Labels(size=3)})
+dependencies = Signature(columns={"input": Tree(size=9, arity=3, words_at="nodes"), "target": Numbers(size=2)})
 FITTING = {
     "mlp": [
         ({}, features),
@@ -168,6 +171,23 @@ FITTING = {
         ({"hidden": 4, "layers": 2, "initial_state": "learned", "pool": "max"}, tagged),
         ({"hidden": 4, "layer_norm": True}, sequences),
     ],
+    "recursive": [
+        ({"hidden": 4}, trees),
+        ({"hidden": 4, "dropout": 0.5}, labelled_trees),
+    ],
+    "rntn": [
+        ({"hidden": 4}, labelled_trees),
+        ({"hidden": 4, "dropout": 0.5}, trees),
+    ],
+    "tree_lstm": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "dropout": 0.5, "forget_bias": 0}, labelled_trees),
+    ],
+    "child_sum_tree_lstm": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "dropout": 0.5, "forget_bias": 0}, labelled_trees),
+        ({"hidden": 4}, dependencies),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -220,7 +240,10 @@ def check_shape(outputs, model, signature):
     """What the spec says that the model gives is what comes out."""
     gives, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
     if "elements" in gives and isinstance(signature["target"], Labels):
-        elements = len(rows.values) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
+        if isinstance(rows, Forest):
+            elements = len(rows.words)
+        else:
+            elements = len(rows.values) if isinstance(rows, Ragged) else NUM_ROWS * rows.shape[1]
         assert outputs.shape == (elements, signature.num_outputs)
     elif "row" in gives:
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
