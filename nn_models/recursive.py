@@ -16,9 +16,10 @@ from nn_models.activations import initialise
 from nn_models.batch import Forest
 from nn_models.columns import Label, Labels, Numbers, Tree
 from nn_models.errors import UserError
-from nn_models.model import ModelSpec, reading
+from nn_models.model import reading
 from nn_models.recursion import LSTMOfPairs, LSTMOfSums, TanhOfPairs
 from nn_models.signature import Signature
+from nn_models.word_vectors import WordVectorsSpec
 
 
 class WordVectors(nn.Embedding):
@@ -156,7 +157,7 @@ class RecursiveNet(nn.Module):
     ) -> None:
         super().__init__()
         self.each_node = each_node
-        self.vectors = WordVectors(column.num_known, embedding)
+        self.embedding = WordVectors(column.num_known, embedding)
         self.cells = cells
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(cells.size, num_outputs)
@@ -164,14 +165,14 @@ class RecursiveNet(nn.Module):
 
     def forward(self, forest: Forest) -> Tensor:
         """(B, K), or with labels of nodes (N, K), tree after tree as they are stored."""
-        h = self.cells(forest, self.vectors, self.dropout)
+        h = self.cells(forest, self.embedding, self.dropout)
         if not self.each_node:
             return self.output(self.dropout(h[forest.roots]))
         said = self.output(self.dropout(h))
         return said.new_empty(said.shape).index_copy(0, forest.places, said)
 
 
-class _RecursiveSpec(ModelSpec):
+class _RecursiveSpec(WordVectorsSpec):
     """Base of the recursive nets' descriptions."""
 
     reads = reading(input=Tree)
@@ -192,7 +193,7 @@ class _RecursiveSpec(ModelSpec):
         column = signature["input"]
         assert isinstance(column, Tree)
         each_node = isinstance(signature["target"], Labels)
-        return RecursiveNet(
+        net = RecursiveNet(
             column,
             signature.num_outputs,
             self._cells(),
@@ -200,11 +201,14 @@ class _RecursiveSpec(ModelSpec):
             embedding=self._num_inputs,
             dropout=self.dropout,
         )
+        self.settle(net)
+        return net
 
     @property
     def _num_inputs(self) -> int:
         """Numbers of a word."""
-        raise NotImplementedError
+        size: int = getattr(self, self.vector_size)
+        return size
 
     def _cells(self) -> Cells:
         raise NotImplementedError
@@ -230,12 +234,9 @@ class _BinarySpec(_RecursiveSpec):
 class RecursiveSpec(_BinarySpec):
     """Recursive net: p = tanh(W [c1; c2] + b) (Socher et al. 2011)."""
 
+    vector_size = "hidden"
     kind: Literal["recursive"] = "recursive"
     hidden: PositiveInt = Field(30, description="numbers of each word and node")
-
-    @property
-    def _num_inputs(self) -> int:
-        return self.hidden
 
     def _cells(self) -> Cells:
         return RecursiveCells(self.hidden)
@@ -258,10 +259,6 @@ class TreeLSTMSpec(_BinarySpec):
     embedding: PositiveInt = Field(300, description="numbers that stand for a word")
     forget_bias: float = Field(1.0, description="first bias of the forget gates (Jozefowicz et al. 2015)")
 
-    @property
-    def _num_inputs(self) -> int:
-        return self.embedding
-
     def _cells(self) -> Cells:
         return BinaryLSTMCells(self.embedding, self.hidden, forget_bias=self.forget_bias)
 
@@ -273,10 +270,6 @@ class ChildSumTreeLSTMSpec(_RecursiveSpec):
     hidden: PositiveInt = Field(150, description="units of each node")
     embedding: PositiveInt = Field(300, description="numbers that stand for a word")
     forget_bias: float = Field(1.0, description="first bias of the forget gate (Jozefowicz et al. 2015)")
-
-    @property
-    def _num_inputs(self) -> int:
-        return self.embedding
 
     def _cells(self) -> Cells:
         return ChildSumLSTMCells(self.embedding, self.hidden, forget_bias=self.forget_bias)

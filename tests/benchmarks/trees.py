@@ -110,7 +110,7 @@ class Training:
         bias = cells.left_bias + cells.right_bias
         stored = forest.stored()
         words, children = stored["words"].tolist(), stored["children"].tolist()
-        vectors = self.model.vectors(stored["words"].clamp(min=0).long())
+        vectors = self.model.embedding(stored["words"].clamp(min=0).long())
         outputs: list[Tensor] = []
         first = 0
         for length in forest.lengths.tolist():

@@ -86,7 +86,7 @@ def state(net, kind: str, node):
 
 def one_node(net, kind: str, word: int, below):
     """(h, c) of one node, from those of its children."""
-    cells, table = net.cells, net.vectors.weight
+    cells, table = net.cells, net.embedding.weight
     x = table[min(word, KNOWN)] if word >= 0 else torch.zeros_like(table[0])
     if kind == "child_sum_tree_lstm":  # Tai et al. 2015, eq. 2-8
         w, b, u = cells.words.weight, cells.words.bias, cells.weight
@@ -215,7 +215,7 @@ def test_child_sum_on_a_chain_is_torchs_lstm():
             i, o, u, f = ours.chunk(4)
             theirs.copy_(torch.cat((i, f, u, o)))
         lstm.bias_hh_l0.zero_()
-    steps = net.vectors.weight.detach()[words]
+    steps = net.embedding.weight.detach()[words]
     hidden, _ = lstm(steps)
     said = net(laid([tree]))
     torch.testing.assert_close(said, net.output(hidden), atol=1e-12, rtol=0)  # float64, 7 steps
@@ -268,5 +268,5 @@ def test_numbers_of_parameters(model, cells):
     net = zoo.build(model, Signature(columns={"input": Tree(size=11), "target": Labels(size=5)}))
     assert sum(weight.numel() for weight in net.cells.parameters()) == cells
     size = model.get("embedding", model["hidden"])
-    assert net.vectors.weight.shape == (12, size)  # and the unknown word
+    assert net.embedding.weight.shape == (12, size)  # and the unknown word
     assert sum(weight.numel() for weight in net.output.parameters()) == 5 * (model["hidden"] + 1)

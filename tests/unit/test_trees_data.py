@@ -15,8 +15,10 @@ from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.data.sources.base import DataSpec
 from cluster.data.sources.flat_trees import of_brackets, of_heads, of_lists, spelled
+from cluster.data.sources.listops import ListOpsSpec
 from cluster.data.sources.treebank import SSTSpec
 from cluster.data.sources.trees import TreesSpec
+from jobs.commands.printing import print_manifest
 from nn_models.errors import UserError
 from tests.unit import made
 
@@ -363,3 +365,18 @@ def test_paths_without_trees(tmp_path):
     assert "a.parquet: cannot be read" in refusal(TreesSpec(path=str(tmp_path / "a.parquet")))
     (tmp_path / "b.txt").write_text("\n")
     assert "no trees in" in refusal(TreesSpec(path=str(tmp_path / "b.txt")))
+
+
+def test_unknown_words_are_counted_in_each_split_and_told(tmp_path, caplog, capsys):
+    for name, line in (("train", "(3 (2 a) (2 b))"), ("dev", "(2 (2 a) (2 c))"), ("test", "(2 (2 (2 a) (2 d)) (2 b))")):
+        (tmp_path / f"{name}.txt").write_text(f"{line}\n" * 4)
+    caplog.set_level("INFO")
+    data = prepared(SSTSpec(path=str(tmp_path)))
+    unknown = {"train": (0, 8), "validation": (4, 8), "test": (4, 12)}
+    assert data.manifest.signature["input"].unknown == unknown
+    told = "4 of 12 tokens (33 %) of input in test are not in the vocabulary of 2"
+    assert f"data: {told}" in caplog.text
+    print_manifest("here", data.manifest, as_json=False)
+    assert told in " ".join(capsys.readouterr().out.split())
+    listops = prepared(ListOpsSpec(rows=50, depth=2, length=20))
+    assert not listops.manifest.signature["input"].unknown  # none can be
