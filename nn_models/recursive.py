@@ -49,9 +49,10 @@ class RecursiveCells(Cells):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        bound = 0.5 * size**-0.5
-        # at first a parent is about the sum of its children
-        self.weight = nn.Parameter(torch.empty(size, 2 * size).uniform_(-bound, bound) + torch.eye(size).repeat(1, 2))
+        bound = 0.1 * size**-0.5
+        # at first a parent is about the mean of its children
+        mean = 0.5 * torch.eye(size).repeat(1, 2)
+        self.weight = nn.Parameter(torch.empty(size, 2 * size).uniform_(-bound, bound) + mean)
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, forest: Forest, vectors: WordVectors, dropout: nn.Module) -> Tensor:
@@ -228,7 +229,7 @@ class _BinarySpec(_RecursiveSpec):
 
 
 class RecursiveSpec(_BinarySpec):
-    """Recursive net: p = tanh(W [c1; c2] + b) (Socher et al. 2011)."""
+    """Recursive net: a node is tanh of one matrix times its children (Socher et al. 2011)."""
 
     kind: Literal["recursive"] = "recursive"
     hidden: PositiveInt = Field(30, description="numbers of each word and node")
