@@ -6,10 +6,10 @@ Shapes: B trees of the batch, N nodes of all trees, the leaves first, D numbers 
 """
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import initialise
@@ -22,15 +22,20 @@ from nn_models.signature import Signature
 
 
 class WordVectors(nn.Embedding):
-    """A vector for each known word, and one, the last, for all others."""
+    """A vector for each known word, and one, the last, for all others: `scale` times its weights.
 
-    def __init__(self, num_known: int, size: int) -> None:
+    An optimizer that moves each weight by about its learning rate moves vectors so many times as fast.
+    """
+
+    def __init__(self, num_known: int, size: int, *, std: float, scale: float) -> None:
+        """`std` is that of the first vectors' numbers."""
         super().__init__(num_known + 1, size)
-        nn.init.normal_(self.weight, 0.0, 0.3)  # of 0.1 to 1, what reached most on the SST
+        self.scale = scale
+        nn.init.normal_(self.weight, 0.0, std / scale)
 
     def forward(self, words: Tensor) -> Tensor:
         """Words (n,), counted on past the known ones -> (n, D)."""
-        return super().forward(words.clamp(0, self.num_embeddings - 1))
+        return self.scale * super().forward(words.clamp(0, self.num_embeddings - 1))
 
 
 class Cells(nn.Module):
@@ -153,11 +158,11 @@ class RecursiveNet(nn.Module):
     """Words' vectors, the states of all nodes from the leaves up, and a linear classifier on each node, or the root."""
 
     def __init__(
-        self, column: Tree, num_outputs: int, cells: Cells, *, each_node: bool, embedding: int, dropout: float
+        self, vectors: WordVectors, cells: Cells, num_outputs: int, *, each_node: bool, dropout: float
     ) -> None:
         super().__init__()
         self.each_node = each_node
-        self.vectors = WordVectors(column.num_known, embedding)
+        self.vectors = vectors
         self.cells = cells
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(cells.size, num_outputs)
@@ -177,6 +182,8 @@ class _RecursiveSpec(ModelSpec):
 
     reads = reading(input=Tree)
     gives = frozenset({"row", "elements"})
+    first_std: ClassVar[float] = 0.3  # of the vectors' first numbers: of 0.1 to 1, what reached most on the SST
+    word_scale: PositiveFloat = Field(1.0, description="how many times as fast as other weights words' vectors move")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="share dropped in training: of words' vectors, and of states before the output"
     )
@@ -193,14 +200,9 @@ class _RecursiveSpec(ModelSpec):
         column = signature["input"]
         assert isinstance(column, Tree)
         each_node = isinstance(signature["target"], Labels)
-        return RecursiveNet(
-            column,
-            signature.num_outputs,
-            self._cells(),
-            each_node=each_node,
-            embedding=self._num_inputs,
-            dropout=self.dropout,
-        )
+        cells = self._cells()
+        vectors = WordVectors(column.num_known, self._num_inputs, std=self.first_std, scale=self.word_scale)
+        return RecursiveNet(vectors, cells, signature.num_outputs, each_node=each_node, dropout=self.dropout)
 
     @property
     def _num_inputs(self) -> int:
@@ -231,8 +233,10 @@ class _BinarySpec(_RecursiveSpec):
 class RecursiveSpec(_BinarySpec):
     """Recursive net: a node is tanh of one matrix times its children (Socher et al. 2011)."""
 
+    first_std = 0.1
     kind: Literal["recursive"] = "recursive"
     hidden: PositiveInt = Field(30, description="numbers of each word and node")
+    word_scale: PositiveFloat = Field(10.0, description="how many times as fast as other weights words' vectors move")
 
     @property
     def _num_inputs(self) -> int:
