@@ -22,7 +22,7 @@ Layout = Literal["dense", "ragged"]
 TextUnit = Literal["characters", "bytes", "words"]
 UNKNOWN = "<unknown>"  # the name of what is not in the vocabulary
 Unknown = dict[str, tuple[NonNegativeInt, NonNegativeInt]]
-UNKNOWN_WORDS: Any = Field({}, description="of each split the words that are not in the vocabulary, and all, where known")
+UNKNOWN_WORDS: Any = Field({}, description="of each split words that are not in the vocabulary, and all, where known")
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
 
 

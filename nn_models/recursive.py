@@ -6,10 +6,10 @@ Shapes: B trees of the batch, N nodes of all trees, the leaves first, D numbers 
 """
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import initialise
@@ -23,15 +23,20 @@ from nn_models.word_vectors import WordVectorsSpec
 
 
 class WordVectors(nn.Embedding):
-    """A vector for each known word, and one, the last, for all others."""
+    """A vector for each known word, and one, the last, for all others: `scale` times its weights.
 
-    def __init__(self, num_known: int, size: int) -> None:
+    An optimizer that moves each weight by about its learning rate moves vectors so many times as fast.
+    """
+
+    def __init__(self, num_known: int, size: int, *, std: float, scale: float) -> None:
+        """`std` is that of the first vectors' numbers."""
         super().__init__(num_known + 1, size)
-        nn.init.normal_(self.weight, 0.0, 0.3)  # of 0.1 to 1, what reached most on the SST
+        self.scale = scale
+        nn.init.normal_(self.weight, 0.0, std / scale)
 
     def forward(self, words: Tensor) -> Tensor:
         """Words (n,), counted on past the known ones -> (n, D)."""
-        return super().forward(words.clamp(0, self.num_embeddings - 1))
+        return self.scale * super().forward(words.clamp(0, self.num_embeddings - 1))
 
 
 class Cells(nn.Module):
@@ -50,9 +55,10 @@ class RecursiveCells(Cells):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        bound = 0.5 * size**-0.5
-        # at first a parent is about the sum of its children
-        self.weight = nn.Parameter(torch.empty(size, 2 * size).uniform_(-bound, bound) + torch.eye(size).repeat(1, 2))
+        bound = 0.1 * size**-0.5
+        # at first a parent is about the mean of its children
+        mean = 0.5 * torch.eye(size).repeat(1, 2)
+        self.weight = nn.Parameter(torch.empty(size, 2 * size).uniform_(-bound, bound) + mean)
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, forest: Forest, vectors: WordVectors, dropout: nn.Module) -> Tensor:
@@ -153,11 +159,11 @@ class RecursiveNet(nn.Module):
     """Words' vectors, the states of all nodes from the leaves up, and a linear classifier on each node, or the root."""
 
     def __init__(
-        self, column: Tree, num_outputs: int, cells: Cells, *, each_node: bool, embedding: int, dropout: float
+        self, vectors: WordVectors, cells: Cells, num_outputs: int, *, each_node: bool, dropout: float
     ) -> None:
         super().__init__()
         self.each_node = each_node
-        self.embedding = WordVectors(column.num_known, embedding)
+        self.embedding = vectors
         self.cells = cells
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(cells.size, num_outputs)
@@ -177,6 +183,8 @@ class _RecursiveSpec(WordVectorsSpec):
 
     reads = reading(input=Tree)
     gives = frozenset({"row", "elements"})
+    first_std: ClassVar[float] = 0.3  # of the vectors' first numbers: of 0.1 to 1, what reached most on the SST
+    word_scale: PositiveFloat = Field(1.0, description="how many times as fast as other weights words' vectors move")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="share dropped in training: of words' vectors, and of states before the output"
     )
@@ -193,16 +201,15 @@ class _RecursiveSpec(WordVectorsSpec):
         column = signature["input"]
         assert isinstance(column, Tree)
         each_node = isinstance(signature["target"], Labels)
-        net = RecursiveNet(
-            column,
-            signature.num_outputs,
-            self._cells(),
-            each_node=each_node,
-            embedding=self._num_inputs,
-            dropout=self.dropout,
-        )
+        cells = self._cells()
+        vectors = WordVectors(column.num_known, self._num_inputs, std=self.first_std, scale=self.word_scale)
+        net = RecursiveNet(vectors, cells, signature.num_outputs, each_node=each_node, dropout=self.dropout)
         self.settle(net)
         return net
+
+    def take_vectors(self, model: Any, words: Tensor, vectors: Tensor) -> None:
+        """See ModelSpec: what is read is `scale` times the weights."""
+        super().take_vectors(model, words, vectors / model.embedding.scale)
 
     @property
     def _num_inputs(self) -> int:
@@ -232,11 +239,13 @@ class _BinarySpec(_RecursiveSpec):
 
 
 class RecursiveSpec(_BinarySpec):
-    """Recursive net: p = tanh(W [c1; c2] + b) (Socher et al. 2011)."""
+    """Recursive net: a node is tanh of one matrix times its children (Socher et al. 2011)."""
 
     vector_size = "hidden"
+    first_std = 0.1
     kind: Literal["recursive"] = "recursive"
     hidden: PositiveInt = Field(30, description="numbers of each word and node")
+    word_scale: PositiveFloat = Field(10.0, description="how many times as fast as other weights words' vectors move")
 
     def _cells(self) -> Cells:
         return RecursiveCells(self.hidden)

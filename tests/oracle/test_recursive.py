@@ -72,6 +72,7 @@ def net_for(kind: str, dtype, *, each_node: bool = True):
     with torch.no_grad():
         for weight in net.parameters():
             weight.copy_(torch.randn_like(weight) * 0.5)
+        net.embedding.weight /= net.embedding.scale
     return net
 
 
@@ -86,7 +87,7 @@ def state(net, kind: str, node):
 
 def one_node(net, kind: str, word: int, below):
     """(h, c) of one node, from those of its children."""
-    cells, table = net.cells, net.embedding.weight
+    cells, table = net.cells, net.embedding.scale * net.embedding.weight
     x = table[min(word, KNOWN)] if word >= 0 else torch.zeros_like(table[0])
     if kind == "child_sum_tree_lstm":  # Tai et al. 2015, eq. 2-8
         w, b, u = cells.words.weight, cells.words.bias, cells.weight
@@ -215,7 +216,7 @@ def test_child_sum_on_a_chain_is_torchs_lstm():
             i, o, u, f = ours.chunk(4)
             theirs.copy_(torch.cat((i, f, u, o)))
         lstm.bias_hh_l0.zero_()
-    steps = net.embedding.weight.detach()[words]
+    steps = net.embedding.scale * net.embedding.weight.detach()[words]
     hidden, _ = lstm(steps)
     said = net(laid([tree]))
     torch.testing.assert_close(said, net.output(hidden), atol=1e-12, rtol=0)  # float64, 7 steps
