@@ -75,8 +75,9 @@ class Forest:
 
     `words` (N,) of nodes, -1 for none; `children` (N, arity) places among the N, -1 for none; `levels` the first node
     of each level; `places` (N,) where a node's labels stand in a Ragged of one label a node; `roots` (B,); `lengths`
-    (B,) how many nodes each tree has. `arcs` (A,) are all children, those of a node one after the other, level after
-    level, `parents` (A,) their parents, and `arc_levels` the first arc to each level's nodes. All are int64.
+    (B,) how many nodes each tree has, and `longest` the most of them. `arcs` (A,) are all children, those of a node one
+    after the other, level after level, `parents` (A,) their parents, and `arc_levels` the first arc to each level's
+    nodes. All are int64.
     """
 
     words: Tensor
@@ -88,6 +89,7 @@ class Forest:
     arcs: Tensor
     parents: Tensor
     arc_levels: tuple[int, ...]
+    longest: int
 
     @classmethod
     def of(cls, words: Tensor, children: Tensor, level: Tensor, lengths: Tensor) -> "Forest":
@@ -113,6 +115,7 @@ class Forest:
             arcs=shifted[there],
             parents=there.nonzero()[:, 0],
             arc_levels=tuple(arcs_before[levels].tolist()),
+            longest=int(lengths.max()) if len(lengths) else 0,
         )
 
     def spans(self) -> list[tuple[int, int]]:

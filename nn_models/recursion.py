@@ -7,7 +7,7 @@ Shapes: N nodes of all trees, the leaves first; M of them above the leaves, n of
 parents, a of them to one level; H units.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,21 @@ from nn_models.batch import Forest
 MAX_OUTER = 1 << 23  # numbers of outer products that are in memory at once
 
 
+class Nodes(Protocol):
+    """What the recursion needs of nodes: their `children` (N, arity), -1 for none, and the nodes of each level."""
+
+    @property
+    def children(self) -> Tensor:
+        """Places among all nodes, in levels below."""
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, past-the-last) node of each level, the leaves first."""
+
+
 class Pairs:
     """Where the two children of each node stand, and where each node stands among its parent's two."""
 
-    def __init__(self, forest: Forest) -> None:
+    def __init__(self, forest: Nodes) -> None:
         leaves, *above = forest.spans()
         self.num_nodes, self.num_leaves = leaves[1] if not above else above[-1][1], leaves[1]
         self.num_above = self.num_nodes - self.num_leaves
@@ -51,9 +62,7 @@ class TanhOfPairs(torch.autograd.Function):
     """h = tanh(W [h1; h2] + b), or with a tensor V: h_k = tanh([h1; h2]^T V_k [h1; h2] + (W [h1; h2] + b)_k)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, forest: Forest, leaves: Tensor, weight: Tensor, bias: Tensor, tensor: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, forest: Nodes, leaves: Tensor, weight: Tensor, bias: Tensor, tensor: Tensor | None) -> Tensor:
         """Leaves (N - M, H), weight (H, 2 H), bias (H,), tensor (H, 2 H, 2 H) -> (N, H)."""
         pairs, size = Pairs(forest), leaves.shape[1]
         hidden = leaves.new_zeros(pairs.num_nodes + 1, size)

@@ -17,7 +17,7 @@ from nn_models.batch import Forest
 from nn_models.columns import Label, Labels, Numbers, Tree
 from nn_models.errors import UserError
 from nn_models.model import reading
-from nn_models.recursion import LSTMOfPairs, LSTMOfSums, TanhOfPairs
+from nn_models.recursion import LSTMOfPairs, LSTMOfSums, Nodes, TanhOfPairs
 from nn_models.signature import Signature
 from nn_models.word_vectors import WordVectorsSpec
 
@@ -63,9 +63,10 @@ class RecursiveCells(Cells):
 
     def forward(self, forest: Forest, vectors: WordVectors, dropout: nn.Module) -> Tensor:
         """See Cells."""
-        return self._up(forest, dropout(vectors(_leaves(forest))), None)
+        return self.up(forest, dropout(vectors(_leaves(forest))))
 
-    def _up(self, forest: Forest, leaves: Tensor, tensor: Tensor | None) -> Tensor:
+    def up(self, forest: Nodes, leaves: Tensor, tensor: Tensor | None = None) -> Tensor:
+        """(N, H) of the leaves' states."""
         return _without_autocast(TanhOfPairs, forest, leaves, self.weight, self.bias, tensor)
 
 
@@ -79,7 +80,7 @@ class TensorCells(RecursiveCells):
 
     def forward(self, forest: Forest, vectors: WordVectors, dropout: nn.Module) -> Tensor:
         """See Cells."""
-        return self._up(forest, dropout(vectors(_leaves(forest))), self.tensor)
+        return self.up(forest, dropout(vectors(_leaves(forest))), self.tensor)
 
 
 class BinaryLSTMCells(Cells):
@@ -144,7 +145,7 @@ def _leaves(forest: Forest) -> Tensor:
 
 
 @torch.compiler.disable
-def _without_autocast(function: type[torch.autograd.Function], forest: Forest, *values: Tensor | None) -> Tensor:
+def _without_autocast(function: type[torch.autograd.Function], forest: Nodes, *values: Tensor | None) -> Tensor:
     """The function in the precision of the weights: its derivatives are written for buffers of one type."""
     kind = values[-1] if values[-1] is not None else values[-2]
     assert kind is not None

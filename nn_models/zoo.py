@@ -15,6 +15,8 @@ from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec
+from nn_models.parser import ParserSpec
+from nn_models.parser_objective import ParsingSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
 from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
@@ -36,6 +38,7 @@ AnyModelSpec = Annotated[
     | RNTNSpec
     | TreeLSTMSpec
     | ChildSumTreeLSTMSpec
+    | ParserSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -51,6 +54,7 @@ AnyObjectiveSpec = Annotated[
     | StepLabelsSpec
     | NextTokenSpec
     | NodeLabelsSpec
+    | ParsingSpec
     | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]

@@ -188,6 +188,10 @@ FITTING = {
         ({"hidden": 4, "dropout": 0.5, "forget_bias": 0}, labelled_trees),
         ({"hidden": 4}, dependencies),
     ],
+    "parser": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "beam": 3, "train_beam": 2, "dropout": 0.5}, labelled_trees),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
