@@ -27,6 +27,23 @@ class FlatTree(NamedTuple):
         return found
 
 
+def left_to_right(tree: FlatTree) -> FlatTree:
+    """The same tree, a node's children and all below them in their order before it."""
+    order: list[int] = []  # from the right, parents first
+    open_ = [len(tree.words) - 1]
+    while open_:
+        node = open_.pop()
+        order.append(node)
+        open_ += tree.children[node]
+    order.reverse()
+    place = {node: index for index, node in enumerate(order)}
+    return FlatTree(
+        [tree.words[node] for node in order],
+        [tuple(place[child] for child in tree.children[node]) for node in order],
+        [tree.labels[node] for node in order],
+    )
+
+
 class Token(NamedTuple):
     """A bracket, `(` or `)`, or a text (`is_text`), and the column where it stands, counted from 1."""
 
