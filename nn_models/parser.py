@@ -124,6 +124,7 @@ class ParserNet(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)  # all trees of a sentence have as many joins: a bias tells none
         initialise(self.score, activation=None)
 
+    @torch.compiler.disable  # batches differ in their levels: each would be compiled anew
     def forward(self, forest: Forest, margin: float = 0.0) -> Parsed:
         """The trees that are found of the sentences whose true trees these are."""
         num_leaves = forest.spans()[0][1]

@@ -144,7 +144,6 @@ def _leaves(forest: Forest) -> Tensor:
     return forest.words[first:end]
 
 
-@torch.compiler.disable
 def _without_autocast(function: type[torch.autograd.Function], forest: Nodes, *values: Tensor | None) -> Tensor:
     """The function in the precision of the weights: its derivatives are written for buffers of one type."""
     kind = values[-1] if values[-1] is not None else values[-2]
@@ -170,6 +169,7 @@ class RecursiveNet(nn.Module):
         self.output = nn.Linear(cells.size, num_outputs)
         initialise(self.output, activation=None)
 
+    @torch.compiler.disable  # batches differ in their levels: each would be compiled anew
     def forward(self, forest: Forest) -> Tensor:
         """(B, K), or with labels of nodes (N, K), tree after tree as they are stored."""
         h = self.cells(forest, self.embedding, self.dropout)

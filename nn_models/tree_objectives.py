@@ -59,7 +59,8 @@ class NodeLabels(Objective):
         found = [torch.full_like(sums[0], count) for count in counts]
         if self._poles:
             root_labels = labels[roots]
-            low, high = (scores[roots][:, pole].logsumexp(1) for pole in self._poles)
+            by_class = scores[roots].unbind(1)  # an index of numbers would be copied to the device at each step
+            low, high = (torch.stack([by_class[number] for number in pole]).logsumexp(0) for pole in self._poles)
             is_low, is_high = (_among(root_labels, pole) for pole in self._poles)
             sums.append(torch.where(high > low, is_high, is_low).sum())
             found.append((is_low | is_high).sum())

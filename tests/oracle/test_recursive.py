@@ -53,8 +53,7 @@ def leaf_or_node(arity: int, words_above: bool):
     word = st.integers(0, WORDS - 1)
     above = word | st.just(-1) if words_above else st.just(-1)
     leaf = st.builds(lambda found: (found, []), word)
-    sizes = {"min_size": 1 if words_above else 2, "max_size": arity}
-    return st.recursive(leaf, lambda tree: st.tuples(above, st.lists(tree, **sizes)), max_leaves=9)
+    return st.recursive(leaf, lambda tree: st.tuples(above, st.lists(tree, min_size=1, max_size=arity)), max_leaves=9)
 
 
 def trees_for(kind: str):
@@ -98,6 +97,8 @@ def one_node(net, kind: str, word: int, below):
         for h_k, c_k in below:
             c = c + torch.sigmoid(wf @ x + uf @ h_k + bf) * c_k
         return o * torch.tanh(c), c
+    if len(below) == 1:  # a child that is not there has a state of zeros
+        below = [below[0], (torch.zeros(HIDDEN, dtype=table.dtype),) * 2]
     if kind == "tree_lstm":  # eq. 9-14
         if not below:
             (wo, wc), (bo, bc) = cells.leaf.weight.chunk(2), cells.leaf.bias.chunk(2)
@@ -195,6 +196,16 @@ def test_trees_of_one_node(kind):
     assert not torch.isclose(said[1], said[2]).all()
     said.sum().backward()
     assert all(weight.grad is not None for weight in net.parameters())
+
+
+@pytest.mark.parametrize("kind", BINARY)
+def test_trees_whose_nodes_have_one_child_at_most(kind):
+    net = net_for(kind, torch.float64)
+    column = Tree(size=WORDS, arity=1)
+    trees = column.imagine(2)
+    said = net(trees)
+    tree = (-1, [(-1, [(0, [])])])
+    torch.testing.assert_close(said, by_node(net, kind, [tree, tree], each_node=True))
 
 
 # -- oracles that nobody here wrote --------------------------------------------------------------------------------

@@ -41,11 +41,12 @@ def test_an_expression_in_its_three_forms():
     assert value(EXPRESSION) == 3
     binary, nary = binary_tree(EXPRESSION), nary_tree(EXPRESSION)
     assert spelled(binary.words, binary.children) == "(((([MAX 2) ((([SM 9) 4) ])) 0) ])"
-    assert nary.words == ["0", "4", "9", "[SM", "2", "[MAX"]
-    assert nary.children[-1] == (4, 3, 0)
-    assert nary.children[3] == (2, 1)
-    assert nary.labels == ["0", "4", "9", "3", "2", "3"]
-    assert [label for label, word in zip(binary.labels, binary.words, strict=True) if word is None] == list("9332333")
+    assert nary.words == ["2", "9", "4", "[SM", "0", "[MAX"]
+    assert nary.children[-1] == (0, 3, 4)
+    assert nary.children[3] == (1, 2)
+    assert nary.labels == ["2", "9", "4", "3", "0", "3"]
+    assert [label for label, word in zip(binary.labels, binary.words, strict=True) if word is None] == list("2933333")
+    assert [word for word in binary.words if word] == tokens(EXPRESSION)  # from left to right
 
 
 def test_values_are_pythons():

@@ -105,15 +105,15 @@ def test_seldom_words_are_unknown(tmp_path):
         ("(3 (2 It (4 works))", "line 2, column 10: a bracket where 'It' stands alone"),
         ("(3 (2 It) (4 works)))", "line 2, column 21: ')' after the end of the tree"),
         (")", "line 2, column 1: a bracket is closed that was not opened"),
-        ("(3 (2 It) (5 works))", "line 2: the label '5' is none of 0 to 4"),
-        ("(3 (2 It) (+1 works))", "line 2: the label '+1' is none of 0 to 4"),
+        ("(3 (2 It) (5 works))", "line 2, column 12: the label '5' is none of 0 to 4"),
+        ("(3 (2 It) (+1 works))", "line 2, column 12: the label '+1' is none of 0 to 4"),
         ("()", "line 2, column 1: an empty node"),
         ("(3)", "line 2, column 1: a node without a word or children"),
         ("(3 ((2 It) (4 works)))", "line 2, column 5: a bracket where the node above has no label"),
         ("(3 It works)", "line 2, column 7: 'works' is a second word or child of a leaf"),
         ("It works", "line 2, column 1: 'It' outside of any bracket"),
-        ("(3 (2 It) (2 (2 a)) )", "line 2: a node of 1 children, where trees are binary"),
-        ("(3 (2 It) (2 a) (2 b))", "line 2: a node of 3 children, where trees are binary"),
+        ("(3 (2 It) (2 (2 a)) )", "line 2, column 11: a node of 1 child, where trees are binary"),
+        ("(3 (2 It) (2 a) (2 b))", "line 2, column 1: a node of 3 children, where trees are binary"),
     ],
 )
 def test_a_bad_line_is_named_with_its_file_and_place(tmp_path, line, said):
@@ -123,11 +123,9 @@ def test_a_bad_line_is_named_with_its_file_and_place(tmp_path, line, said):
 
 
 def test_all_bad_lines_of_a_file_are_named(tmp_path):
-    lines = refusal(sst(tmp_path, train=["(3", *TRAIN, "(7 x)"])).splitlines()
-    assert [line.split(": ")[0] for line in lines] == [
-        f"{tmp_path}/train.txt, line 1, column 1",
-        f"{tmp_path}/train.txt, line 6",
-    ]
+    said = refusal(sst(tmp_path, train=["(3", *TRAIN, "(7 x)"], test=[*TEST, "(2"])).splitlines()
+    places = ("train.txt, line 1, column 1", "train.txt, line 6, column 2", "test.txt, line 3, column 1")
+    assert [line.split(": ")[0] for line in said] == [f"{tmp_path}/{place}" for place in places]
 
 
 def test_files_that_are_not_there_or_hold_nothing(tmp_path):

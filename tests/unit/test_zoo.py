@@ -15,6 +15,7 @@ from nn_models.batch import Forest, Ragged
 from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
+from nn_models.parser import Parsed
 from nn_models.signature import Signature
 
 NUM_ROWS = 3
@@ -232,7 +233,8 @@ def run(module, model, signature):
     torch.manual_seed(0)  # dropout
     rows = rows_of(signature)
     if not isinstance(module, Halves):
-        return module(rows["input"])
+        outputs = module(rows["input"])
+        return torch.stack((outputs.score, outputs.true_score), 1) if isinstance(outputs, Parsed) else outputs
     spec = zoo.validate(zoo.AnyModelSpec, model)
     condition = rows[spec.given or "target"]  # not looked at where the model is given none
     made = module(torch.randn(NUM_ROWS, spec.noise_size, device=condition.device), condition)
@@ -253,6 +255,8 @@ def check_shape(outputs, model, signature):
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
     elif "reconstruction" in gives:
         assert outputs.shape == rows.shape
+    elif "tree" in gives:
+        assert outputs.shape == (NUM_ROWS, 2)
     else:
         assert outputs.shape[0] == NUM_ROWS
         assert outputs.dim() == 1 or (outputs.dim() == 4 and outputs.shape[1] == 1)  # a logit a row, or a patch

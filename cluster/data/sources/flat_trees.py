@@ -27,6 +27,23 @@ class FlatTree(NamedTuple):
         return found
 
 
+def left_to_right(tree: FlatTree) -> FlatTree:
+    """The same tree, a node's children and all below them in their order before it."""
+    order: list[int] = []  # from the right, parents first
+    open_ = [len(tree.words) - 1]
+    while open_:
+        node = open_.pop()
+        order.append(node)
+        open_ += tree.children[node]
+    order.reverse()
+    place = {node: index for index, node in enumerate(order)}
+    return FlatTree(
+        [tree.words[node] for node in order],
+        [tuple(place[child] for child in tree.children[node]) for node in order],
+        [tree.labels[node] for node in order],
+    )
+
+
 class Token(NamedTuple):
     """A bracket, `(` or `)`, or a text (`is_text`), and the column where it stands, counted from 1."""
 
@@ -40,14 +57,17 @@ def bad(where: str, message: str, fix: str = MEND) -> BadRows:
     return BadRows(where, message, fix)
 
 
-def of_brackets(text: str, *, labelled: bool, where: str, shift: int = 0) -> FlatTree:
+def of_brackets(
+    text: str, *, labelled: bool, where: str, shift: int = 0, known: Sequence[str] = (), binary: bool = False
+) -> FlatTree:
     """The tree of `(3 (2 It) (4 works))` where nodes are labelled, else of `(It works)`. Raises BadRows.
 
-    `where` names the line in errors, and `shift` is what is to be added to columns there.
+    `where` names the line in errors, and `shift` is what is to be added to columns there. Labels must be among the
+    `known` ones, where there are some, and nodes of a `binary` tree have two children or none.
     """
     found = BRACKETS.finditer(text)
     tokens = (Token(match[0], match[0] not in "()", match.start() + 1 + shift) for match in found)
-    return _tree(tokens, labelled=labelled, where=where, length=len(text) + shift)
+    return _tree(tokens, labelled=labelled, where=where, length=len(text) + shift, known=known, binary=binary)
 
 
 def of_lists(text: str, *, labelled: bool, where: str, shift: int = 0) -> FlatTree:
@@ -78,7 +98,15 @@ class _Open:
         self.children: list[int] = []
 
 
-def _tree(tokens: Iterable[Token], *, labelled: bool, where: str, length: int) -> FlatTree:
+def _tree(
+    tokens: Iterable[Token],
+    *,
+    labelled: bool,
+    where: str,
+    length: int,
+    known: Sequence[str] = (),
+    binary: bool = False,
+) -> FlatTree:
     tree = FlatTree([], [], [])
     above: list[_Open] = []
     roots: list[int] = []
@@ -99,6 +127,8 @@ def _tree(tokens: Iterable[Token], *, labelled: bool, where: str, length: int) -
             elif not above:
                 raise bad(here, f"{token.text!r} outside of any bracket")
             elif above[-1].label is None:
+                if known and token.text not in known:
+                    raise bad(here, f"the label {token.text!r} is none of {known[0]} to {known[-1]}")
                 above[-1].label = token.text
             elif above[-1].word is not None or above[-1].children:
                 raise bad(here, f"{token.text!r} is a second word or child of a leaf, whose bracket has one word")
@@ -117,6 +147,9 @@ def _tree(tokens: Iterable[Token], *, labelled: bool, where: str, length: int) -
                 raise bad(f"{where}, column {node.column}", "an empty node")
             if node.word is None and not node.children:
                 raise bad(f"{where}, column {node.column}", "a node without a word or children")
+            if binary and len(node.children) not in (0, 2):
+                what = f"{len(node.children)} child{'ren' * (len(node.children) > 1)}"
+                raise bad(f"{where}, column {node.column}", f"a node of {what}, where trees are binary")
             if not labelled and len(node.children) == 1:  # brackets around one node say nothing
                 (above[-1].children if above else roots).append(node.children[0])
             else:

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from cluster.data.layouts import Dense, Layout, Ragged
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import DrawnTestSpec, Part, Source, even_parts, labels
-from cluster.data.sources.flat_trees import FlatTree
+from cluster.data.sources.flat_trees import FlatTree, left_to_right
 from cluster.data.sources.treebank import laid
 from cluster.data.split import Traits
 from nn_models.columns import Labels, Tokens, Tree
@@ -199,7 +199,7 @@ def nary_tree(expression: Expression) -> FlatTree:
         tree.children.append(own)
         tree.labels.append(str(OPERATIONS[word](digits)) if own else word)
         above.append(len(tree.words) - 1)
-    return tree
+    return left_to_right(tree)
 
 
 def binary_tree(expression: Expression) -> FlatTree:
@@ -224,4 +224,4 @@ def binary_tree(expression: Expression) -> FlatTree:
             digits.append(int(str(tree.labels[argument])))
             node = add(None, str(OPERATIONS[word](digits)), node, argument)
         above.append(add(None, tree.labels[node], node, add(END, None)) if arguments else node)
-    return tree
+    return left_to_right(tree)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ from pydantic import Field
 from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import StoredColumn
 from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, absolute, bad_rows, even_parts, labels
-from cluster.data.sources.flat_trees import FlatTree, bad, of_brackets
+from cluster.data.sources.flat_trees import FlatTree, of_brackets
 from cluster.data.split import Traits
 from cluster.storage import Folder
 from nn_models.columns import Labels, Tree
@@ -117,20 +117,6 @@ def read_lines(folder: Folder, name: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def parsed(lines: Iterable[tuple[str, str]], parse: Callable[[str, str], FlatTree]) -> list[FlatTree]:
-    """`parse(line, where)` of each (line, where). Raises UserError with what is wrong with any of them."""
-    found: list[FlatTree] = []
-    problems: list[Problem] = []
-    for line, where in lines:
-        try:
-            found.append(parse(line, where))
-        except BadRows as error:
-            problems += error.problems
-    if problems:
-        raise bad_rows(problems)
-    return found
-
-
 SST_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 SST_CLASSES: tuple[str, ...] = ("very negative", "negative", "neutral", "positive", "very positive")
 
@@ -168,13 +154,20 @@ class SSTSpec(SplitSpec):
         """See DataSpec."""
         self.fingerprint()  # refuses a folder without these files
         folder = Folder(self.path)
-        pools = {}
+        pools: dict[str, list[FlatTree]] = {pool: [] for pool in SST_FILES}
+        problems: list[Problem] = []
         for pool, name in SST_FILES.items():
-            lines = enumerate(read_lines(folder, name), start=1)
-            numbered = [(line, f"{folder}/{name}, line {number}") for number, line in lines if line.strip(" ")]
-            if not numbered:
+            lines = [(number, line) for number, line in enumerate(read_lines(folder, name), start=1) if line.strip(" ")]
+            if not lines:
                 raise UserError(f"{folder}/{name}", "no trees in there", "give a file that has some")
-            pools[pool] = parsed(numbered, _sst_tree)
+            for number, line in lines:
+                where = f"{folder}/{name}, line {number}"
+                try:
+                    pools[pool].append(of_brackets(line, labelled=True, where=where, known="01234", binary=True))
+                except BadRows as error:
+                    problems += error.problems
+        if problems:
+            raise bad_rows(problems)
         names, grade = SST_CLASSES, {str(number): number for number in range(5)}
         if self.grades == 3:
             names, grade = names[1:4], {"0": 0, "1": 0, "2": 1, "3": 2, "4": 2}
@@ -183,13 +176,3 @@ class SSTSpec(SplitSpec):
             pool: [grade[str(label)] for tree in trees for label in tree.labels] for pool, trees in pools.items()
         }
         return treebank(pools, classes, each_node=True, names=names, min_count=self.min_count)
-
-
-def _sst_tree(line: str, where: str) -> FlatTree:
-    tree = of_brackets(line, labelled=True, where=where)
-    for label, children in zip(tree.labels, tree.children, strict=True):
-        if label not in ("0", "1", "2", "3", "4"):
-            raise bad(where, f"the label {label!r} is none of 0 to 4")
-        if len(children) not in (0, 2):
-            raise bad(where, f"a node of {len(children)} children, where trees are binary")
-    return tree
