@@ -82,7 +82,8 @@ class Parsed(NamedTuple):
     """What a parser makes of sentences: `brackets` (B, M, 2) in the order of the joins, -1 behind a sentence's last.
 
     `right` (B, M) whether the true tree has such a node; `true_brackets` (B,) how many joins that has; and the scores
-    (B,) of the trees that were found, and of the true ones.
+    (B,) of the trees that were found, and of the true ones. `rivals` (B, M, 2) are, before each join, the scores of the
+    best one that the true tree has, and of the best one that it has not; `rivalry` (B, M) is where there are both.
     """
 
     brackets: Tensor
@@ -90,6 +91,8 @@ class Parsed(NamedTuple):
     true_brackets: Tensor
     score: Tensor
     true_score: Tensor
+    rivals: Tensor
+    rivalry: Tensor
 
 
 class Levels(NamedTuple):
@@ -135,16 +138,18 @@ class ParserNet(nn.Module):
         else:
             found = self._search(x, true, margin=0.0, beam=self.beam)
         joins = found.brackets[..., 0] >= 0
-        score = (self._scores(found.levels, x).view(joins.shape[1], len(joins)).t() * joins).sum(1)
+        of_found = self.cells.up(found.levels, x)
+        own = (of_found[num_leaves:] * self.score.weight).sum(1)
+        score = (own.view(joins.shape[1], len(joins)).t() * joins).sum(1)
+        both = torch.cat((of_found, of_found.new_zeros(1, of_found.shape[1])))[found.rivals].flatten(3)
+        parents = torch.tanh(self.cells.bias + both @ self.cells.weight.t().to(both.dtype))
+        rivals = (parents * self.score.weight[0]).sum(3)
         two = (forest.children[num_leaves:] >= 0).all(1)
-        of_nodes = self._scores(Levels(forest.children, tuple(end for _, end in forest.spans())), x) * two
+        of_nodes = (self.cells.up(forest, x)[num_leaves:] * self.score.weight).sum(1) * two
         true_score = score.new_zeros(len(true.lengths)).index_add(0, true.rows[num_leaves:], of_nodes)
         num_true = torch.zeros_like(true.lengths).index_add(0, true.rows[num_leaves:], two.long())
-        return Parsed(found.brackets, true.has(found.brackets) & joins, num_true, score, true_score)
-
-    def _scores(self, levels: Levels, leaves: Tensor) -> Tensor:
-        """Of all nodes above the leaves."""
-        return (self.cells.up(levels, leaves)[len(leaves) :] * self.score.weight).sum(1)
+        right, rivalry = true.has(found.brackets) & joins, (found.rivals >= 0).flatten(2).all(2)
+        return Parsed(found.brackets, right, num_true, score, true_score, rivals, rivalry)
 
     @torch.no_grad()
     def _search(self, leaves: Tensor, true: Brackets, *, margin: float, beam: int) -> "Found":
@@ -160,10 +165,14 @@ class ParserNet(nn.Module):
 
 
 class Found(NamedTuple):
-    """Of each sentence the tree that a search has found: its brackets (B, M, 2), and all trees' nodes, join by join."""
+    """Of each sentence the tree that a search has found: its brackets (B, M, 2), and all trees' nodes, join by join.
+
+    `rivals` (B, M, 2, 2): before each join the nodes of the best true one, and of the best wrong one; -1 for none.
+    """
 
     brackets: Tensor
     levels: Levels
+    rivals: Tensor
 
 
 def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
@@ -189,18 +198,20 @@ def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
     def following(end: Tensor) -> Tensor:
         return torch.where(end < limit, end, outside)
 
-    def candidates(at: Tensor) -> tuple[Tensor, Tensor]:
-        """What the nodes at these slots (B, K, n) and those that follow would be, and its score; -inf for none."""
+    def candidates(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the nodes at these slots (B, K, n) and those that follow would be, its score, -inf for none, and
+        whether the true tree has it.
+        """
         after = following(end.gather(2, at))
         brackets = torch.stack((at, end.gather(2, after)), -1)
         parents, scores = join(_rows(state, at), _rows(state, after), brackets)
-        return parents, scores.masked_fill((at == outside) | (after == outside), -torch.inf)
+        return parents, scores.masked_fill((at == outside) | (after == outside), -torch.inf), true.has(brackets)
 
-    parent, score = candidates(slots.repeat(rows, beam, 1))
+    parent, score, is_true = candidates(slots.repeat(rows, beam, 1))
     total = score.new_zeros(rows, beam)
     total[:, 1:] = -torch.inf
     mixed = lengths.new_zeros(rows, beam)  # (B, K): a number for the set of a hypothesis's brackets
-    kept = torch.full((rows, beam, joins, 4), -1, device=device)  # of each join: its bracket, its children
+    kept = torch.full((rows, beam, joins, 8), -1, device=device)  # of each join: its bracket, children, and rivals
     hypotheses = torch.arange(beam, device=device).expand(rows, -1)
     for step in range(joins):
         value, chosen = _best(total[..., None] + score, end, following(end), mixed, beam)
@@ -208,15 +219,19 @@ def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
         source = torch.where(going, chosen // (longest + 1), hypotheses)
         total = torch.where(going, value, total)
         if beam > 1:
-            state, end, before, node, parent, score, mixed, kept = (
+            state, end, before, node, parent, score, is_true, mixed, kept = (
                 values.gather(1, source.view(rows, beam, *[1] * (values.dim() - 2)).expand_as(values))
-                for values in (state, end, before, node, parent, score, mixed, kept)
+                for values in (state, end, before, node, parent, score, is_true, mixed, kept)
             )
         joined = going & (value > -torch.inf)
         left = torch.where(joined, chosen % (longest + 1), outside)[..., None]
         right = torch.where(joined[..., None], end.gather(2, left), outside)
         bracket = torch.cat((left, end.gather(2, right)), 2)
         both = torch.cat((bracket, node.gather(2, left), node.gather(2, right)), 2)
+        for other in (is_true, ~is_true):
+            rival, at = score.masked_fill(~other, -torch.inf).max(2, keepdim=True)
+            nodes = torch.cat((node.gather(2, at), node.gather(2, following(end.gather(2, at)))), 2)
+            both = torch.cat((both, torch.where(rival > -torch.inf, nodes, -1)), 2)
         kept[:, :, step] = torch.where(joined[..., None], both, -1)
         mixed = mixed + _mixed(bracket) * joined
         state.scatter_(2, _wide(left, state), _rows(parent, left))
@@ -229,14 +244,15 @@ def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
         before.scatter_(2, following(end.gather(2, left)), left)
         before[..., outside] = outside
         changed = torch.cat((left, before.gather(2, left)), 2)
-        parents, scores = candidates(changed)
+        parents, scores, truths = candidates(changed)
         parent.scatter_(2, _wide(changed, parent), parents)
         score.scatter_(2, changed, scores)
+        is_true.scatter_(2, changed, truths)
     best = kept[:, 0]
-    children = best[..., 2:].transpose(0, 1).flatten(0, 1)  # the joins of all sentences, step after step
+    children = best[..., 2:4].transpose(0, 1).flatten(0, 1)  # the joins of all sentences, step after step
     levels = torch.cat((children.new_full((len(leaves), 2), -1), children))
     ends = tuple(len(leaves) + rows * step for step in range(joins + 1))
-    return Found(best[..., :2], Levels(levels, ends))
+    return Found(best[..., :2], Levels(levels, ends), best[..., 4:].unflatten(2, (2, 2)))
 
 
 def _best(values: Tensor, end: Tensor, after: Tensor, mixed: Tensor, beam: int) -> tuple[Tensor, Tensor]:

@@ -21,33 +21,43 @@ from nn_models.objectives import Across, Baseline, Measured, Objective, Supervis
 from nn_models.parser import Brackets, Parsed
 from nn_models.signature import Signature
 
+Over = Literal["joins", "trees"]
 F1 = Metric("bracket_f1", "more", words="F1 of brackets (unlabelled)", short="F1")
 SHAPES = {"left": "all to the left", "right": "all to the right", "balanced": "balanced"}
 
 
 class Parsing(Objective):
-    """Max-margin parsing (Taskar et al. 2004; Socher et al. 2011, eq. 7-8).
+    """Max-margin parsing, over whole trees (Taskar et al. 2004; Socher et al. 2011, eq. 7-8) or over each join.
 
-        loss = max(0, s(found) + margin * |joins of found that the true tree has not| - s(true))
+        trees:  loss = max(0, s(found) + margin * |joins of found that the true tree has not| - s(true))
+        joins:  loss = sum over the joins of found  max(0, margin + s(best wrong join) - s(best right join))
+
+    Over joins the search learns from the states that it comes to itself, as with a dynamic oracle (Goldberg & Nivre
+    2012), and without loss a greedy search makes no mistake. Over trees there is no loss, and so nothing is learned,
+    where the true tree has the highest score but the search does not find it.
 
     `bracket_f1` is of the brackets of all sentences together, without labels, and without those around a whole
-    sentence, which every tree has: 2 right / (found + true). In training what is found is the tree that violates the
-    margin most; elsewhere it is the tree of the highest score.
+    sentence, which every tree has: 2 right / (found + true). In training over trees what is found is the tree that
+    violates the margin most; elsewhere it is the tree of the highest score.
     """
 
     metrics = (F1,)
     best = F1.name
 
-    def __init__(self, margin: float) -> None:
-        self.margin = margin
+    def __init__(self, margin: float, *, over: Over) -> None:
+        self.margin, self.over = margin, over
 
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """`model` gives Parsed of the batch's trees."""
-        parsed: Parsed = model(batch["input"], self.margin)
+        parsed: Parsed = model(batch["input"], self.margin if self.over == "trees" else 0.0)
         found = parsed.brackets[..., 0] >= 0
-        wrong = (found & ~parsed.right).sum(1)
-        margin = at_least_float32(parsed.score) - at_least_float32(parsed.true_score) + self.margin * wrong
-        loss = F.relu(margin).sum()
+        if self.over == "trees":
+            wrong = (found & ~parsed.right).sum(1)
+            violated = at_least_float32(parsed.score) - at_least_float32(parsed.true_score) + self.margin * wrong
+        else:
+            right, other = at_least_float32(parsed.rivals).unbind(2)
+            violated = (self.margin + other - right).masked_fill(~parsed.rivalry, 0)
+        loss = F.relu(violated).sum()
         num_found = found.sum(1)
         right = (parsed.right.sum(1) - 1).clamp(min=0)  # without the whole sentence, the last
         all_found, true = (num_found - 1).clamp(min=0), (parsed.true_brackets - 1).clamp(min=0)
@@ -94,7 +104,8 @@ class Shaped(nn.Module):
         two = (forest.children >= 0).sum(1) == 2
         num_true = torch.zeros_like(true.lengths).index_add(0, true.rows, two.long())
         none = num_true.new_zeros(len(num_true), dtype=torch.float32)
-        return Parsed(brackets, true.has(brackets) & found, num_true, none, none)
+        no_rivals = none[:, None, None].expand(-1, found.shape[1], 2)
+        return Parsed(brackets, true.has(brackets) & found, num_true, none, none, no_rivals, torch.zeros_like(found))
 
 
 def shaped(shape: str, lengths: Tensor, longest: int) -> Tensor:
@@ -180,8 +191,9 @@ class ParsingSpec(SupervisedSpec):
         Metric(f"{name}_{F1.name}", "more", words=f"{F1.words}, trees {words}") for name, words in SHAPES.items()
     )
     kind: Literal["parsing"] = "parsing"
-    margin: NonNegativeFloat = Field(0.1, description="by how much a true tree is to win, for each join it lacks")
+    over: Over = Field("joins", description="what is to win by the margin: each right join, or the true tree")
+    margin: NonNegativeFloat = Field(0.5, description="by how much; over trees for each join that the true one lacks")
 
     def build(self, signature: Signature) -> Parsing:
         """The objective."""
-        return Parsing(self.margin)
+        return Parsing(self.margin, over=self.over)

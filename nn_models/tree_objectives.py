@@ -66,6 +66,10 @@ class NodeLabels(Objective):
             found.append((is_low | is_high).sum())
         return Measured(loss, torch.stack(sums).double(), counts=torch.stack(found).double(), outputs=outputs.detach())
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """See Objective: (N,) of outputs (N, C), tree after tree."""
+        return outputs.argmax(1)
+
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
         column = signature["input"]

@@ -1,5 +1,7 @@
 """The parser: its search against one written plainly, the scores and their gradients node by node, brackets by hand."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -161,7 +163,7 @@ def test_loss_and_gradients_are_those_of_both_trees_node_by_node(trees, backward
     net, margin = net_of(), 0.5
     trees_laid = forest(trees, backwards=backwards)  # the order in which nodes are stored changes nothing
     batch = Batch({"input": trees_laid}, Place.of(len(trees)), lambda: None)
-    measured = ParsingSpec(margin=margin).build(SIGNATURE).measure(net, batch)
+    measured = ParsingSpec(margin=margin, over="trees").build(SIGNATURE).measure(net, batch)
     plain, right, every = torch.zeros(()), 0, 0
     for tree in trees:
         true = brackets(tree)
@@ -182,6 +184,36 @@ def test_loss_and_gradients_are_those_of_both_trees_node_by_node(trees, backward
     theirs = torch.autograd.grad(plain, list(net.parameters()), allow_unused=True)
     for one, other in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, torch.zeros_like(one) if other is None else other, atol=1e-10, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(trees=TREES, backwards=st.booleans(), seed=st.integers(0, 3))
+def test_each_right_join_is_to_win_against_the_best_wrong_one(trees, backwards, seed):
+    net, margin = net_of(seed), 0.5
+    batch = Batch({"input": forest(trees, backwards=backwards)}, Place.of(len(trees)), lambda: None)
+    measured = ParsingSpec(margin=margin, over="joins").build(SIGNATURE).measure(net, batch)
+    plain = torch.zeros((), dtype=torch.float64)
+    for tree in trees:
+        true, words = brackets(tree), leaves(tree)
+        nodes = [(word(net, number), place, place + 1) for place, number in enumerate(words)]
+        while len(nodes) > 1:
+            best = {}
+            for at, ((left, first, _), (right, _, end)) in enumerate(pairwise(nodes)):
+                p = joined(net, left, right)
+                score = (net.score.weight[0] * p).sum()
+                is_right = (first, end) in true
+                if is_right not in best or score > best[is_right][0]:
+                    best[is_right] = (score, at, (p, first, end))
+            if len(best) == 2:
+                plain = plain + F.relu(margin + best[False][0] - best[True][0])
+            _, at, node = max(best.values(), key=lambda one: one[0].item())  # greedily, right or wrong
+            nodes[at : at + 2] = [node]
+    assert measured.loss.item() == pytest.approx(plain.item(), abs=1e-12)  # float64: the same sums in another order
+    if not measured.loss.item() > 0:
+        return
+    mine = torch.autograd.grad(measured.loss, list(net.parameters()))
+    for one, other in zip(mine, torch.autograd.grad(plain, list(net.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
 @settings(max_examples=40, deadline=None)

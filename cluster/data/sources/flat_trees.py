@@ -198,6 +198,21 @@ def of_heads(words: Sequence[str], heads: Sequence[int], labels: Sequence[str | 
     )
 
 
+def of_joins(words: Sequence[str], brackets: Iterable[tuple[int, int]]) -> FlatTree:
+    """The tree over words whose neighbours are joined into these brackets, (first, past-the-last) word each."""
+    tree = FlatTree([*words], [() for _ in words], [None for _ in words])
+    starting = {place: (place, place + 1) for place in range(len(words))}  # first word -> node, and where it ends
+    for first, end in brackets:
+        left, middle = starting[first]
+        right, behind = starting.pop(middle)
+        assert behind == end
+        starting[first] = (len(tree.words), end)
+        tree.words.append(None)
+        tree.children.append((left, right))
+        tree.labels.append(None)
+    return tree
+
+
 def spelled(
     words: Sequence[str | None], children: Sequence[Sequence[int]], labels: Sequence[object] | None = None
 ) -> str:
