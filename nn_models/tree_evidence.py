@@ -13,6 +13,7 @@ from nn_models.evidence import confidence, confusion
 from nn_models.examples import Examples, Gather, gather_here
 from nn_models.sequence_objectives import step_labels
 
+FEWEST_NODES, MOST_NODES = 15, 51  # of a tree that shows where the prediction turns
 HEIGHTS = 64  # levels that are told apart; higher nodes count with the last
 
 
@@ -21,7 +22,8 @@ class TreeEvidence:
 
     `confusion` (C, C) counts nodes and `root_confusion` (C, C) trees, rows being the true classes; `heights` (64, 2)
     has for each level of nodes how many are right, and how many there are; `words` (2,) how many words are unknown, and
-    how many there are. Examples have their trees as stored, and for each node its target, prediction and confidence.
+    how many there are. Examples have their trees as stored, and for each node its target, prediction and confidence;
+    so have the `flipped_` ones, right trees with the most nodes that rightly have another class than their children.
     """
 
     section = "trees"
@@ -30,7 +32,7 @@ class TreeEvidence:
         """Words from `num_known` on are unknown."""
         self._num_classes, self._num_known = num_classes, num_known
         self._counts: dict[str, Tensor] = {}
-        self._examples = Examples(2)
+        self._examples, self._flipped = Examples(2), Examples(1)
 
     def add(self, batch: Batch, outputs: Tensor) -> None:
         """See Evidence: outputs (N, C), tree after tree as stored."""
@@ -49,6 +51,10 @@ class TreeEvidence:
         root_right = right[roots]
         self._examples.keep(0, batch.place.ids, torch.where(root_right, 0.0, -torch.inf), columns)
         self._examples.keep(1, batch.place.ids, torch.where(root_right, -torch.inf, confidences[roots]), columns)
+        flips = _flips(forest, predictions, right)
+        shares = flips / forest.lengths.clamp(min=FEWEST_NODES)
+        told = root_right & (flips > 0) & (forest.lengths <= MOST_NODES)
+        self._flipped.keep(0, batch.place.ids, torch.where(told, shares, -torch.inf), columns)
 
     def tensors(
         self, across: Callable[[Tensor], Tensor], device: torch.device, gather: Gather = gather_here
@@ -58,11 +64,23 @@ class TreeEvidence:
         shapes = {"confusion": (size, size), "root_confusion": (size, size), "heights": (HEIGHTS, 2), "words": (2,)}
         none = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name, shape in shapes.items()}
         counted = {name: across(values).cpu() for name, values in {**none, **self._counts}.items()}
-        return {**counted, **self._examples.tensors(gather, device)}
+        flipped = self._flipped.tensors(gather, device).items()
+        turned = {name.replace("example", "flipped", 1): values for name, values in flipped}
+        return {**counted, **self._examples.tensors(gather, device), **turned}
 
 
 def _of_nodes(values: Tensor, forest: Forest) -> Ragged:
     return Ragged(values, forest.lengths, len(values))  # at most so many in one row: the longest is not asked for
+
+
+def _flips(forest: Forest, predictions: Tensor, right: Tensor) -> Tensor:
+    """(B,): nodes above the leaves that rightly have another class than each of their children."""
+    of_nodes, is_right = predictions[forest.places], right[forest.places]
+    there = forest.children >= 0
+    same = (of_nodes[forest.children.clamp(min=0)] == of_nodes[:, None]) & there
+    turned = (is_right & there.any(1) & ~same.any(1)).long()
+    stored = torch.empty_like(turned).index_copy_(0, forest.places, turned)
+    return torch.zeros_like(forest.lengths).index_add(0, _of_nodes(stored, forest).rows(), stored)
 
 
 def _by_height(forest: Forest, right: Tensor) -> Tensor:
