@@ -19,15 +19,19 @@ from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ObjectiveSpec
+from nn_models.parser import ParserSpec
+from nn_models.parser_objective import ParsingSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
 from nn_models.regression import RegressionSpec
 from nn_models.sequence_autoencoder import SequenceAutoencoderSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.sparse import SparseSpec
 from nn_models.spec import validate
+from nn_models.tree_objectives import NodeLabelsSpec
 from nn_models.variational import ConditionalVAESpec, VAESpec
 from nn_models.variational_objective import VariationalSpec
 
@@ -44,6 +48,11 @@ AnyModelSpec = Annotated[
     | SequenceAutoencoderSpec
     | VAESpec
     | ConditionalVAESpec
+    | RecursiveSpec
+    | RNTNSpec
+    | TreeLSTMSpec
+    | ChildSumTreeLSTMSpec
+    | ParserSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -63,6 +72,8 @@ AnyObjectiveSpec = Annotated[
     | DenoisingSpec
     | ContractiveSpec
     | VariationalSpec
+    | NodeLabelsSpec
+    | ParsingSpec
     | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]
