@@ -20,9 +20,9 @@ from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
 from nn_models import zoo
 from nn_models.batch import Batch, Forest, Place
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Label, Labels, Tokens, Tree
 from nn_models.errors import UserError
-from nn_models.objectives import ClassificationSpec
 from nn_models.signature import Signature
 from nn_models.tree_objectives import NodeLabelsSpec
 from tests.unit import made
