@@ -30,10 +30,6 @@ FUSABLE = (
 )
 
 
-# One trial's activations after the first convolution up to which fused CNNs were quicker; see `pays`.
-MOST_ACTIVATION_BYTES = 4 << 20
-
-
 def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
     """Why this recipe's trials cannot be fused; None where they can.
 
@@ -103,10 +99,8 @@ def pays(recipe: Recipe, manifest: Manifest) -> bool:
     here oneDNN's are twice as quick as those of the ordinary loop). Where a convolution is large there is nothing to
     save, and activations of all trials no longer fit a cache. Your own models are fused only where that is asked for.
     """
-    size = recipe.model.feature_map_size(manifest.signature)
-    if size is None or why_not(recipe, manifest) is not None:
-        return False
-    return size * 4 * recipe.train.global_batch_size // recipe.train.accumulation <= MOST_ACTIVATION_BYTES
+    num_rows = recipe.train.global_batch_size // recipe.train.accumulation
+    return recipe.model.quicker_fused(manifest.signature, num_rows) and why_not(recipe, manifest) is None
 
 
 def _rest(recipe: Recipe, manifest: Manifest | None) -> str:
