@@ -273,9 +273,9 @@ class RecurrentSpec(WordVectorsSpec):
 class _Batched(RecurrentSpec):
     """Base of those that fused trials compute by vmap, step by step.
 
-    A step of a small net costs torch's kernels more in calls than in arithmetic, and the calls are then shared. LSTMs
-    are not among them: torch computes them by a kernel of oneDNN's, all steps in one call, which fused steps are no
-    quicker than.
+    A step of a small net costs torch more in calls than in arithmetic, and the calls are then shared. LSTMs are not
+    among them: all steps of one are a single call of oneDNN's, and forward and backward alone 16 fused ones of 16 / 32
+    / 128 units (batches of 16 / 32 / 32, 28 steps) were 0.7 / 0.6 / 0.4 times as quick.
     """
 
     @property
@@ -284,7 +284,7 @@ class _Batched(RecurrentSpec):
         return "vmap"
 
     def quicker_fused(self, signature: Signature, num_rows: int) -> bool:
-        """See ModelSpec. While the net is small."""
+        """See ModelSpec. While a layer's states of a step are few: 8192 numbers a trial, and no more than 128 units."""
         return self.hidden <= MOST_FUSED_UNITS and self.hidden * num_rows <= MOST_FUSED_STATES
 
 
