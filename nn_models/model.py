@@ -16,9 +16,10 @@ if TYPE_CHECKING:  # descriptions need no torch
     from nn_models.batch import Batch
     from nn_models.word_vectors import WantedVectors
 
-# What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
-# One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
-Gives = Literal["row", "elements", "reconstruction", "halves"]
+# What a model makes of the rows: a row of outputs each, one for each element, the input again, a distribution of codes
+# and of the input again, a tree over its words, or it has two halves. One that can do several follows the rows' target:
+# outputs for each element where elements have labels, else a row.
+Gives = Literal["row", "elements", "reconstruction", "posterior", "tree", "halves"]
 
 # How fused trials compute it: by layers that are as many times as wide, or by vmap.
 Batching = Literal["wide", "vmap"]
@@ -35,13 +36,17 @@ class ModelSpec(Spec):
     """Base of every model's description."""
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
-    scale: ClassVar[Scale] = "standard"  # of the numbers it reads; an objective may ask for another
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found
     sections: ClassVar[tuple[str, ...]] = ("filters",)
     # fields that are paths of the user's files, whose numbers its weights begin with: see `wanted_vectors`
     files: ClassVar[tuple[str, ...]] = ()
     kind: str
+
+    @property
+    def scale(self) -> Scale:
+        """Of the numbers it reads; an objective may ask for another."""
+        return "standard"
 
     @property
     def batches(self) -> Batching | None:

@@ -8,31 +8,26 @@ Shapes: B rows of the batch, C classes, M metrics, R models of fused trials.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 
 from nn_models.batch import Batch
-from nn_models.class_weights import ClassWeights, weights_of
-from nn_models.columns import Label, Scale
+from nn_models.columns import Scale
 from nn_models.errors import UserError
-from nn_models.evidence import ClassEvidence, Evidence
+from nn_models.evidence import Evidence
 from nn_models.figures import (
-    CLASS_FIGURES,
-    MAX_SCORES,
-    TOP,
-    TOP_FROM_CLASSES,
-    ClassFigures,
     Figures,
 )
 from nn_models.metrics import LOSS, Metric, Reported
 from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
 from nn_models.signature import Signature
 from nn_models.spec import Spec
+
+# The objective that is named where another one does not take what a model gives.
+TRAINED_BY: Mapping[Gives, str] = {"reconstruction": "reconstruction", "posterior": "variational"}
 
 Across = Callable[[Tensor], Tensor]  # sums a detached tensor over all ranks
 
@@ -58,6 +53,18 @@ class Measured(NamedTuple):
     carry: Any = None
 
 
+class Asked(NamedTuple):
+    """What models of fused trials are called with: rows, and other tensors and options by their names.
+
+    Tensors have (B, ...) the same of all trials where they are `shared`; else each trial's own, (B, R, ...).
+    """
+
+    rows: Tensor
+    shared: bool
+    tensors: Mapping[str, Tensor] = {}
+    options: Mapping[str, Any] = {}
+
+
 class Baseline(Protocol):
     """Models that come from one look at the training rows, for the test's figures to be compared with."""
 
@@ -65,7 +72,10 @@ class Baseline(Protocol):
         """Take in a batch of training rows; not of rows that stand in."""
 
     def models(self, across: Across, device: torch.device) -> Mapping[str, Any]:
-        """Modules by name, on the device. Called by all ranks; `across` sums a tensor on the device over them."""
+        """Modules by name, on the device. Called by all ranks; `across` sums a tensor on the device over them.
+
+        What they keep as persistent buffers stands beside the evidence, as `NAME.BUFFER`.
+        """
 
 
 class Objective(ABC):
@@ -89,8 +99,12 @@ class Objective(ABC):
         a batch has in common is then that of the global batch.
         """
 
+    def asks(self, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]) -> Asked:
+        """What R models of the same kind are called with, for `measure_each` to be given what they say."""
+        return Asked(batch["input"], shared)
+
     def measure_each(
-        self, outputs: Tensor, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+        self, outputs: Any, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Losses (R,) and sums (R, M) of R models of the same kind, whose outputs (R, B, ...) are there.
 
@@ -120,9 +134,14 @@ class Objective(ABC):
         """Metrics of a whole split: those that were asked for; of a test of so many rows all that there are."""
         return None
 
-    def baseline(self, signature: Signature) -> Baseline | None:
-        """What the test's figures are compared with; None for nothing."""
+    def baseline(self, signature: Signature, model: ModelSpec) -> Baseline | None:
+        """What the test's figures of such a model are compared with; None for nothing."""
         return None
+
+    @property
+    def compared(self) -> tuple[Metric, ...]:
+        """The metrics that are measured of the baseline's models too."""
+        return self.metrics
 
     def evidence(self, signature: Signature) -> Evidence | None:
         """What there is to see of a test beside its figures; None for nothing."""
@@ -139,81 +158,6 @@ class Objective(ABC):
         return known[self.best] or "less"
 
 
-class Classification(Objective):
-    """Cross entropy of the softmax, the negative log likelihood of the true class y (Bishop 2006, eq. 4.108).
-
-        p = softmax(outputs)        loss = -sum_c q_c log p_c        q_c = (1 - s) [c = y] + s / C
-
-    with label smoothing s (Szegedy et al. 2016, section 7). With class weights w, which are 1 on average over the
-    training rows, a row's loss counts w_y times. The metric `accuracy` counts rows whose largest output is the true
-    class, whatever they weigh.
-    """
-
-    metrics = (Metric("accuracy", "more"),)
-    whole = CLASS_FIGURES
-    best = "accuracy"
-
-    def __init__(
-        self, *, label_smoothing: float, weights: Tensor | None = None, gathered: tuple[str, ...] = ()
-    ) -> None:
-        """`weights` (C,) as `weights_of` gives them; `gathered` are metrics of the whole split in validation too."""
-        self.label_smoothing, self.gathered = label_smoothing, gathered
-        self._weights = weights
-
-    def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
-        """Outputs (B, C) against targets (B,), int64."""
-        outputs, targets = model(batch["input"]), batch["target"]
-        scores, smoothing = at_least_float32(outputs), self.label_smoothing
-        if self._weights is None:
-            loss = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=smoothing)
-        else:  # torch's own weights are something else where labels are smoothed
-            each_row = F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
-            loss = (each_row * self._weights_of(targets)).sum()
-        outputs = outputs.detach()
-        right = (outputs.argmax(1) == targets).sum(0, keepdim=True, dtype=torch.float64)
-        return Measured(loss, right, outputs=outputs)
-
-    def measure_each(
-        self, outputs: Tensor, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """See Objective. The same without vmap, by which it takes as long as a small model."""
-        smoothings = each.get("label_smoothing")
-        ends = (self.label_smoothing,) if smoothings is None else (0.0, 1.0)
-        targets = batch["target"]
-        scores = outputs.transpose(1, 2)  # (R, classes, B), which torch goes through much faster than classes last
-        labels = targets.expand(len(outputs), -1) if shared else targets.t()
-        rows = [F.cross_entropy(scores, labels, reduction="none", label_smoothing=end) for end in ends]
-        if self._weights is not None:
-            rows = [row * self._weights_of(labels) for row in rows]
-        losses = rows[0].sum(1)
-        if smoothings is not None:  # torch's label_smoothing is no tensor, but the loss is linear in it
-            losses = torch.lerp(losses, rows[1].sum(1), smoothings)
-        right = scores.detach().max(1).indices == labels  # argmax takes twenty times as long as max
-        return losses, right.sum(1, dtype=torch.float64).unsqueeze(1)
-
-    def predicted(self, outputs: Tensor) -> Tensor:
-        """See Objective: (B,) of outputs (B, C)."""
-        return outputs.argmax(1)
-
-    def _weights_of(self, targets: Tensor) -> Tensor:
-        assert self._weights is not None
-        self._weights = self._weights.to(targets.device)  # once
-        return self._weights[targets]
-
-    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
-        """See Objective. A test does without those that say little or take much memory, unless they are asked for."""
-        names, num_classes = set(self.gathered), signature.num_outputs
-        if num_rows is not None:
-            names |= {"balanced_accuracy", "macro_f1"}
-            names |= {"top5_accuracy"} if num_classes >= TOP_FROM_CLASSES else set()
-            names |= {"auroc"} if num_rows * num_classes <= MAX_SCORES else set()
-        return ClassFigures(num_classes, names) if names else None
-
-    def evidence(self, signature: Signature) -> Evidence:
-        """See Objective."""
-        return ClassEvidence(signature["target"].num_outputs)
-
-
 def at_least_float32(values: Tensor) -> Tensor:
     """The values in float32, or in float64 where they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))  # autocast makes logits of half precision
@@ -225,14 +169,19 @@ class ObjectiveSpec(Spec):
     reads: ClassVar[Reads] = reading()
     takes: ClassVar[frozenset[Gives]]
     counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
-    scale: ClassVar[Scale | None] = None  # where the model's would not do
+    shows: ClassVar[frozenset[str]] = frozenset()  # columns that its evidence takes too, where the rows have them
     # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
-    # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
-    # sums nothing over ranks.
+    # does with a model is to call it once on what it `asks`, and it counts rows and carries nothing on.
     fuses: ClassVar[bool] = False
+    draws: ClassVar[bool] = False  # whether it draws noise, in tests too: those of trials of several seeds differ
     writes: ClassVar[bool] = False  # whether outputs say which token comes next, so that a text can be written on
     forecasts: ClassVar[bool] = False  # whether outputs are the next steps of a series
     kind: str
+
+    @property
+    def scale(self) -> Scale | None:
+        """At which numbers are given to the model; None where the model's own will do."""
+        return None
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -256,9 +205,10 @@ class ObjectiveSpec(Spec):
                 f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
                 "set objective.kind to adversarial",
             )
+        fixes = [f"set objective.kind to {TRAINED_BY[gives]}" for gives in model.gives if gives in TRAINED_BY]
         return (
             f"{self.kind} takes no model that gives {_or(model.gives)}, as {model.kind} does",
-            "choose another objective",
+            fixes[0] if fixes else "choose another objective",
         )
 
     def check_data(self, signature: Signature, *, source: str) -> None:
@@ -361,23 +311,12 @@ class SupervisedSpec(ObjectiveSpec):
         return Reported(train, (*train, *gathered), self.objective.best)
 
 
-class ClassificationSpec(SupervisedSpec):
-    """Predict one of several classes: cross entropy and accuracy, with weights for the classes where they are rare."""
+class RowObjectiveSpec(SupervisedSpec):
+    """Base of the objectives that predict a row of outputs for each row, and have metrics of whole splits."""
 
-    reads = reading(target=Label)
     takes = frozenset({"row"})
-    objective = Classification
     fuses = True
-    kind: Literal["classification"] = "classification"
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread evenly over all classes")
-    class_weights: ClassWeights = Field(
-        None,
-        description="how often a row of a class counts in the loss, 1 on average: balanced (each class as much), or "
-        "class: weight, relative to 1 for the others",
-    )
-    metrics: tuple[Literal["balanced_accuracy", "macro_f1", "auroc", "top5_accuracy"], ...] = Field(
-        (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
-    )
+    metrics: tuple[str, ...] = ()
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -387,17 +326,3 @@ class ClassificationSpec(SupervisedSpec):
     def outputs(self, signature: Signature) -> tuple[int, ...]:
         """See SupervisedSpec."""
         return (signature.num_outputs,)
-
-    def build(self, signature: Signature) -> Classification:
-        """The objective. Raises UserError where there are too few classes."""
-        if signature.num_outputs < 2:
-            raise UserError(
-                "objective.kind",
-                f"classification needs at least 2 classes, but the data has {signature.num_outputs}",
-                "choose another data set",
-            )
-        label = signature["target"]
-        weights = None if self.class_weights is None else weights_of(self.class_weights, cast(Label, label))
-        if "top5_accuracy" in self.metrics and label.num_outputs <= TOP:
-            raise UserError("objective.metrics", f"top5_accuracy of {label.num_outputs} classes is always 1", "drop it")
-        return Classification(label_smoothing=self.label_smoothing, weights=weights, gathered=self.metrics)

@@ -15,8 +15,8 @@ from nn_models.columns import Features, Numbers
 from nn_models.evidence import Evidence, NumberEvidence
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
-from nn_models.model import reading
-from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.model import ModelSpec, reading
+from nn_models.objectives import Across, Baseline, Measured, Objective, RowObjectiveSpec, at_least_float32, only_here
 from nn_models.signature import Signature
 
 MOST_FEATURES = 2000  # of a linear regression: its normal equations hold the square of this
@@ -64,7 +64,7 @@ class Regression(Objective):
         """See Objective."""
         return NumberFigures() if self.gathered or num_rows is not None else None
 
-    def baseline(self, signature: Signature) -> Baseline:
+    def baseline(self, signature: Signature, model: ModelSpec) -> Baseline:
         """See Objective: the mean, and a linear regression of features."""
         column = signature["input"]
         features = column.size if isinstance(column, Features) and column.size <= MOST_FEATURES else 0
@@ -126,7 +126,7 @@ class Affine(nn.Module):
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weights", weights)
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D), or rows of D numbers in any shape -> (B, K)."""
@@ -134,23 +134,12 @@ class Affine(nn.Module):
         return constant if len(self.weights) == 1 else constant + x.flatten(1).to(self.weights.dtype) @ self.weights[1:]
 
 
-class PredictsNumbers(SupervisedSpec):
+class PredictsNumbers(RowObjectiveSpec):
     """Base of the objectives that predict a row of numbers."""
 
-    takes = frozenset({"row"})
-    fuses = True
     metrics: tuple[Literal["r2"], ...] = Field(
         (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
     )
-
-    @property
-    def gathered(self) -> tuple[str, ...]:
-        """See ObjectiveSpec."""
-        return self.metrics
-
-    def outputs(self, signature: Signature) -> tuple[int, ...]:
-        """See SupervisedSpec."""
-        return (signature.num_outputs,)
 
 
 class RegressionSpec(PredictsNumbers):

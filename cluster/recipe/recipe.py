@@ -9,8 +9,8 @@ from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.recipe.adversarial import AdversarialTrainSpec
 from cluster.recipe.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
 from cluster.recipe.sweep import SweepSpec
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Scale
-from nn_models.objectives import ClassificationSpec
 from nn_models.spec import Spec, override
 from nn_models.zoo import AnyModelSpec, AnyObjectiveSpec
 
@@ -110,8 +110,8 @@ class Recipe(Spec):
 
     @property
     def columns(self) -> frozenset[str]:
-        """The columns of the data that model and objective read."""
-        return frozenset({"input", *self.model.reads, *self.objective.reads})
+        """The columns of the data that model and objective read, and those that are shown where the rows have them."""
+        return frozenset({"input", *self.model.reads, *self.objective.reads, *self.objective.shows})
 
     @property
     def scale(self) -> Scale:

@@ -3,7 +3,19 @@
 import json
 
 from jobs.report.files import AbsentError, Tensors, left_out
-from jobs.report.sections import classes, filters, forecast, game, gates, gradients, numbers, steps, text
+from jobs.report.sections import (
+    classes,
+    filters,
+    forecast,
+    game,
+    gates,
+    gradients,
+    numbers,
+    parses,
+    steps,
+    text,
+    trees,
+)
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 SECTIONS: tuple[Section, ...] = (
@@ -12,6 +24,8 @@ SECTIONS: tuple[Section, ...] = (
     forecast.SECTION,
     steps.SECTION,
     text.SECTION,
+    trees.SECTION,
+    parses.SECTION,
     game.SECTION,
     filters.SECTION,
     gradients.SECTION,
