@@ -23,7 +23,7 @@ from nn_models.coding import (
     smallest_side,
 )
 from nn_models.columns import Image
-from nn_models.model import reading
+from nn_models.model import Batching, reading
 from nn_models.signature import Signature
 
 
@@ -137,7 +137,6 @@ class ConvAutoencoder(CodingNet):
 class AutoencoderSpec(CodingSpec):
     """Dense autoencoder: layers to a code and, mirrored, back; flattens images."""
 
-    batches = "vmap"
     kind: Literal["autoencoder"] = "autoencoder"
     hidden: tuple[PositiveInt, ...] = Field((256,), description="units of each layer before the code; [] for none")
     activation: UnitName = Field("relu", description="what follows each hidden layer")
@@ -147,6 +146,11 @@ class AutoencoderSpec(CodingSpec):
     def build(self, signature: Signature) -> Autoencoder:
         """The module: rows of `signature.input_shape` -> the same shape."""
         return Autoencoder(signature.input_shape, **self.settings())
+
+    @property
+    def batches(self) -> Batching:
+        """See ModelSpec."""
+        return "vmap"
 
 
 class ConvAutoencoderSpec(CodingSpec):

@@ -14,9 +14,12 @@ from nn_models.activations import ACTIVATIONS, ActivationName, initialise
 from nn_models.columns import Image
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
-from nn_models.model import ModelSpec, reading
+from nn_models.model import Batching, ModelSpec, reading
 from nn_models.signature import Signature
 from nn_models.spec import invalid
+
+# Activations of one trial after the first convolution up to which fused CNNs were quicker.
+MOST_ACTIVATION_BYTES = 4 << 20
 
 POOLINGS: dict[str, type[nn.MaxPool2d] | type[nn.AvgPool2d]] = {"max": nn.MaxPool2d, "average": nn.AvgPool2d}
 
@@ -192,7 +195,6 @@ class CNNSpec(ModelSpec):
     """Plain convolutional net: blocks of convolution, activation and pooling, then dense layers."""
 
     reads = reading(input=Image)
-    batches = "wide"
     kind: Literal["cnn"] = "cnn"
     channels: tuple[PositiveInt, ...] = Field((32, 64), min_length=1, description="kernels of each block")
     convolutions_per_block: int = Field(1, gt=0, description="convolutions before each pooling")
@@ -225,17 +227,21 @@ class CNNSpec(ModelSpec):
         """The module: images of `signature.input_shape` -> (B, num_outputs)."""
         return CNN(signature.input_shape, signature.num_outputs, **self.settings())
 
-    def feature_map_size(self, signature: Signature) -> int:
+    @property
+    def batches(self) -> Batching:
         """See ModelSpec."""
+        return "wide"
+
+    def quicker_fused(self, signature: Signature, num_rows: int) -> bool:
+        """See ModelSpec. While the activations of all trials fit a cache."""
         _, height, width = signature.input_shape
-        return self.channels[0] * height * width
+        return 4 * num_rows * self.channels[0] * height * width <= MOST_ACTIVATION_BYTES
 
 
 class AlexNetSpec(ModelSpec):
     """AlexNet (Krizhevsky et al. 2012): five convolutions and three dense layers."""
 
     reads = reading(input=Image)
-    batches = "wide"
     kind: Literal["alexnet"] = "alexnet"
     variant: Literal["imagenet", "small"] = Field(
         "imagenet",
@@ -263,3 +269,8 @@ class AlexNetSpec(ModelSpec):
         if self.variant == "imagenet":
             return AlexNet(signature.input_shape[0], signature.num_outputs, dropout=self.dropout)
         return SmallAlexNet(signature.input_shape, signature.num_outputs, dropout=self.dropout)
+
+    @property
+    def batches(self) -> Batching:
+        """See ModelSpec."""
+        return "wide"

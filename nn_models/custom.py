@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from nn_models.errors import UserError, did_you_mean
-from nn_models.model import ModelSpec, reading
+from nn_models.model import Batching, ModelSpec, reading
 from nn_models.signature import Signature
 from nn_models.spec import invalid, short
 
@@ -30,7 +30,6 @@ class CustomSpec(ModelSpec):
     """
 
     reads = reading()  # whatever there is: only it knows
-    batches = "vmap"
     kind: Literal["custom"] = "custom"
     target: Annotated[str, AfterValidator(_module_and_name)] = Field(
         description="such as my_package.nets:MyNet: a torch.nn.Module class, or a function annotated to return one"
@@ -39,6 +38,11 @@ class CustomSpec(ModelSpec):
         {},
         description="what it is called with; a parameter named signature also gets the data's Signature",
     )
+
+    @property
+    def batches(self) -> Batching:
+        """See ModelSpec."""
+        return "vmap"
 
     def check(self, signature: Signature) -> None:
         """Raise UserError where there is no such target or it does not take the arguments; any input will do."""

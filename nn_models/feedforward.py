@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import ACTIVATIONS, ActivationName, initialise
-from nn_models.model import ModelSpec
+from nn_models.model import Batching, ModelSpec
 from nn_models.signature import Signature
 
 
@@ -60,7 +60,6 @@ class MLP(nn.Module):
 class MLPSpec(ModelSpec):
     """Multilayer perceptron: dense layers with an activation between them; flattens images."""
 
-    batches = "wide"
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[PositiveInt, ...] = Field((128,), description="units of each hidden layer; [] for none")
     activation: ActivationName = Field("relu", description="what follows each hidden layer")
@@ -71,6 +70,11 @@ class MLPSpec(ModelSpec):
         """The module: rows of `signature.input_shape` -> (B, num_outputs)."""
         return MLP(signature.input_size, signature.num_outputs, **self.settings())
 
-    def feature_map_size(self, signature: Signature) -> int:
+    @property
+    def batches(self) -> Batching:
         """See ModelSpec."""
-        return 0
+        return "wide"
+
+    def quicker_fused(self, signature: Signature, num_rows: int) -> bool:
+        """See ModelSpec."""
+        return True

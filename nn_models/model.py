@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # descriptions need no torch
 # outputs for each element where elements have labels, else a row.
 Gives = Literal["row", "elements", "reconstruction", "posterior", "tree", "halves"]
 
+# How fused trials compute it: by layers that are as many times as wide, or by vmap.
+Batching = Literal["wide", "vmap"]
+
 Reads = Mapping[str, tuple[type[Column], ...]]  # a column's name -> the kinds of it that will do
 
 
@@ -34,8 +37,6 @@ class ModelSpec(Spec):
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
-    # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
-    batches: ClassVar[Literal["wide", "vmap"] | None] = None
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found
     sections: ClassVar[tuple[str, ...]] = ("filters",)
     # fields that are paths of the user's files, whose numbers its weights begin with: see `wanted_vectors`
@@ -46,6 +47,11 @@ class ModelSpec(Spec):
     def scale(self) -> Scale:
         """Of the numbers it reads; an objective may ask for another."""
         return "standard"
+
+    @property
+    def batches(self) -> Batching | None:
+        """How fused trials compute it; None: not at all."""
+        return None
 
     @property
     def sees_ahead(self) -> bool:
@@ -87,13 +93,13 @@ class ModelSpec(Spec):
         """Let a new module's rows of these words, (n,), be these vectors, (n, size)."""
         raise NotImplementedError
 
-    def feature_map_size(self, signature: Signature) -> int | None:
-        """Numbers that the first convolution makes of one row, 0 without convolutions.
+    def quicker_fused(self, signature: Signature, num_rows: int) -> bool:
+        """Whether fused trials are quicker on a CPU than one after the other, with batches of so many rows.
 
-        Fused trials are quicker than one after the other while all of theirs fit a cache. None where they are not, or
-        where that was not measured: such models are fused only where that is asked for.
+        False also where that was not measured: such models are fused only where that is asked for. The figures stand
+        in `cluster.tuning.fused.groups.pays`.
         """
-        return None
+        return False
 
     def settings(self) -> dict[str, Any]:
         """All fields but the kind, as the module's constructor takes them."""

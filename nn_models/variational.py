@@ -16,7 +16,7 @@ from nn_models.activations import ACTIVATIONS, ActivationName, initialise
 from nn_models.coding import CodingSpec, ConvolutionalDecoder, ConvolutionalEncoder, Unit, smallest_side
 from nn_models.columns import Features, Image, Label, Scale
 from nn_models.errors import UserError
-from nn_models.model import reading
+from nn_models.model import Batching, reading
 from nn_models.noise import CODE, normal
 from nn_models.signature import Signature
 
@@ -219,8 +219,12 @@ class _VariationalSpec(CodingSpec):
 class VAESpec(_VariationalSpec):
     """Variational autoencoder (Kingma & Welling 2014): codes are drawn; dense or convolutional."""
 
-    batches = "vmap"
     kind: Literal["vae"] = "vae"
+
+    @property
+    def batches(self) -> Batching:
+        """See ModelSpec."""
+        return "vmap"
 
 
 class ConditionalVAESpec(_VariationalSpec):

@@ -16,6 +16,7 @@ from measuring import Case, in_turn, options, publish, scratch
 
 from cluster.data.prepare import prepare
 from cluster.data.shards import DataSet
+from cluster.data.sources.memory import AddingSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
@@ -28,10 +29,14 @@ from cluster.tuning.fused.loop import FusedLoop
 CPU = torch.device("cpu")
 MLP = {"kind": "mlp", "hidden": [128]}
 CNN = {"kind": "cnn", "channels": [16, 32], "hidden": [64]}
+GRU = {"kind": "gru", "hidden": 32}  # reads an image's rows one after the other
+RNN = {"kind": "rnn", "hidden": 64, "recurrent_init": "uniform"}
 SGD = {"kind": "sgd", "lr": 1e-3, "momentum": 0.9}
 ADAMW = {"kind": "adamw", "lr": 1e-3}
-# name: model, optimizer, image size, batch size, whether seeds differ, what is wanted of the ratio
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, bool, str]] = {
+ALL_TRAINING: dict[str, Any] = {"validation_fraction": 0, "test_fraction": 0}
+ADDING = "adding"  # two marked numbers of 100 are to be added
+# name: model, optimizer, image size or ADDING, batch size, whether seeds differ, what is wanted of the ratio
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | str, int, bool, str]] = {
     "mlp 784-128-10": (MLP, ADAMW, 28, 128, False, ">= 3.5"),
     "mlp 784-128-10, sgd": (MLP, SGD, 28, 128, False, ">= 3.5"),
     "mlp 784-128-10, 16 seeds": (MLP, ADAMW, 28, 128, True, ">= 1"),
@@ -39,17 +44,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, bool, str]] = {
     "mlp 64-128-10, 16 seeds": (MLP, ADAMW, 8, 64, True, ">= 1"),
     "cnn on 8x8": (CNN, ADAMW, 8, 64, False, ">= 1"),
     "cnn on 28x28": (CNN, ADAMW, 28, 64, False, ">= 1"),
+    "gru 8-32, 8 steps": (GRU, ADAMW, 8, 64, False, ">= 1.5"),
+    "gru 8-32, 8 steps, 16 seeds": (GRU, ADAMW, 8, 64, True, ">= 1"),
+    "rnn 2-64, 100 steps": (RNN, SGD, ADDING, 100, False, ">= 1"),
+    "gru 2-64, 100 steps": (RNN | {"kind": "gru"}, SGD, ADDING, 100, False, ">= 1"),
 }
 
 
-def made_rows(folder: Path, size: int, rows: int) -> DataSet:
-    """Images of noise of `size` x `size` pixels in ten classes, all to train on."""
+def made_rows(folder: Path, size: int | str, rows: int) -> DataSet:
+    """Images of noise of `size` x `size` pixels in ten classes, or the adding problem; all to train on."""
+    if isinstance(size, str):
+        prepare(AddingSpec(rows=rows, **ALL_TRAINING), Folder(folder / "shards"))
+        return DataSet(Folder(folder / "shards"))
     generator = np.random.default_rng(0)
     pixels = pa.array(generator.integers(0, 256, rows * size * size, dtype=np.uint8))
     columns = {"x": pa.FixedSizeListArray.from_arrays(pixels, size * size), "y": pa.array(np.arange(rows) % 10)}
     folder.mkdir()
     pq.write_table(pa.table(columns), folder / "rows.parquet")
-    options: dict[str, Any] = {"validation_fraction": 0, "test_fraction": 0, "image_shape": (1, size, size)}
+    options: dict[str, Any] = {"image_shape": (1, size, size), **ALL_TRAINING}
     spec = ParquetSpec(path=str(folder / "rows.parquet"), input="x", target="y", **options)
     prepare(spec, Folder(folder / "shards"))
     return DataSet(Folder(folder / "shards"))
@@ -57,10 +69,11 @@ def made_rows(folder: Path, size: int, rows: int) -> DataSet:
 
 def recipes(name: str, data: DataSet, trials: int) -> list[Recipe]:
     """Trials that differ in their learning rates, and in their seeds where the case says so."""
-    model, optimizer, _, batch, seeds, _ = CASES[name]
+    model, optimizer, rows, batch, seeds, _ = CASES[name]
     content = {
         "model": model,
         "data": {"kind": "shards", "path": str(data.folder)},
+        "objective": {"kind": "regression" if rows == ADDING else "classification"},
         "optimizer": optimizer,
         "train": {"global_batch_size": batch, "epochs": 10**6},
     }
@@ -116,11 +129,11 @@ def measured(name: str, folder: Path, trials: int, repetitions: int, steps: int)
 
 
 def main() -> None:
-    chosen = options(__doc__, repetitions=7, trials=16, steps=50)
+    chosen = options(__doc__, repetitions=7, trials=16, steps=50, only="")
     torch.set_num_threads(1)
     with scratch() as folder:
         cases = []
-        for number, name in enumerate(CASES):
+        for number, name in enumerate(name for name in CASES if chosen.only in name):
             place = folder / str(number)
             place.mkdir()
             cases.append(measured(name, place, chosen.trials, chosen.repetitions, chosen.steps))

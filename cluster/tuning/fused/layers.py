@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nn_models.recurrence import FusedLayers
+
 # Multiply-adds of one matrix product from which oneDNN's are faster than bmm's, one call for each trial included.
 # Measured on one core of an AMD EPYC (Zen 5), where MKL does without AVX-512: 0.5 M half as fast, 3 M 1.3 times as
 # fast, 13 M twice as fast. On Intel both are alike.
@@ -42,6 +44,13 @@ def widen(template: nn.Module) -> None:
         else:
             continue
         _replace(template, name, wide)
+
+
+def step_by_step(model: nn.Module) -> None:
+    """Replace recurrent layers that torch's kernels compute, which vmap cannot batch, by cells of the same weights."""
+    for name, layers in list(model.named_modules()):
+        if isinstance(layers, FusedLayers):
+            _replace(model, name, layers.by_cells())
 
 
 def free_dropout(template: nn.Module, members: list[nn.Module]) -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import NUM_AVERAGED, PREFIX, average_into, decay_at
 from cluster.training.beginning import new_model
-from cluster.tuning.fused.layers import free_dropout, widen
+from cluster.tuning.fused.layers import free_dropout, step_by_step, widen
 from nn_models.batch import Batch
 from nn_models.objectives import Asked, Objective
 from nn_models.signature import Signature
@@ -38,6 +38,8 @@ class FusedModel:
         self.plain = copy.deepcopy(models[0])  # not batched: to evaluate one trial's best weights with
         self._template = models[0]
         self._wide = recipes[0].model.batches == "wide" if wide is None else wide
+        for model in models:
+            step_by_step(model)
         free_dropout(self._template, models)
         self.parameters, self.buffers = stack_module_state(models)
         if self._wide:
@@ -46,7 +48,8 @@ class FusedModel:
         self.objective = cast(Objective, recipes[0].objective.build(signature))
         self._each = _differing(recipes, device)
 
-        named = dict(self.plain.named_parameters()) | dict(self.plain.named_buffers())
+        # layers step by step have the plain ones' parameters in the same order, by other names
+        named = dict(zip(self.parameters, self.plain.parameters(), strict=True)) | dict(self.plain.named_buffers())
         names = {id(tensor): name for name, tensor in named.items()}
         # a tied weight has two names in a state dict and one among the parameters
         self._names = {key: names[id(tensor)] for key, tensor in self.plain.state_dict(keep_vars=True).items()}
