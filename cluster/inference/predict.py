@@ -41,6 +41,8 @@ def predict_tree(
         what = signature["input"].describe()
         raise UserError(run, f"its model predicts no classes of trees (input: {what})", "give the run of a tree model")
     if is_tree(text):
+        if parser is not None and "(" in text:
+            raise UserError("--parser", "the text is a tree already", "leave it out, or the brackets")
         tree = read_tree(text, path="--text")
     elif parser is None:
         fix = "put it in brackets, such as ((It works) .), or name the run of a parser with --parser"

@@ -131,6 +131,7 @@ def test_words_that_the_model_does_not_know_are_told(runs, caplog):
         ("nodes", "[MAX 2 9 ]", None, "--text: a sentence, where the model reads trees; put it in brackets, such as"),
         ("nodes", " ", None, "--text: no words; put it in brackets"),
         ("nodes", "[MAX 2 9 ]", "root", "--parser: {root} has a tree_lstm, which parses nothing; give a parser's"),
+        ("nodes", "(2 3)", "parser", "--parser: the text is a tree already; leave it out, or the brackets"),
         ("nodes", "(2 3 4)", None, "input: a node of 3 children, where the model has learned from trees of at most 2"),
         ("nodes", "((2 3)", None, "--text, column 1: a bracket is opened and not closed"),
         ("nary", "(2 3)", None, "input: the model reads a word at every node, and brackets have them at the leaves"),
