@@ -107,6 +107,9 @@ def test_a_parser_finds_the_tree_of_a_sentence(runs):
     sentence = "[MAX 2 [MIN 4 7 ] ]"
     tree = cluster.open_model(runs["parser"]).parse(sentence)
     assert [word for word in tree.words if word] == sentence.split()
+    model = cluster.open_model(runs["parser"])
+    assert model.predict([sentence, "2 3"]) == [spelled(tree.words, tree.children), "(2 3)"]
+    assert model([tree, "(2 3)"]).brackets.shape == (2, 6, 2)
     alone = predict_tree(runs["parser"], sentence)
     assert alone.tree == tree
     assert set(alone.labels) == {None}
