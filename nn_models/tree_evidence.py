@@ -74,11 +74,12 @@ def _of_nodes(values: Tensor, forest: Forest) -> Ragged:
 
 
 def _flips(forest: Forest, predictions: Tensor, right: Tensor) -> Tensor:
-    """(B,): nodes above the leaves that rightly have another class than each of their children."""
+    """(B,): nodes above the leaves that have another class than each of their children, all of them rightly."""
     of_nodes, is_right = predictions[forest.places], right[forest.places]
     there = forest.children >= 0
+    below_right = (is_right[forest.children.clamp(min=0)] | ~there).all(1)
     same = (of_nodes[forest.children.clamp(min=0)] == of_nodes[:, None]) & there
-    turned = (is_right & there.any(1) & ~same.any(1)).long()
+    turned = (is_right & below_right & there.any(1) & ~same.any(1)).long()
     stored = torch.empty_like(turned).index_copy_(0, forest.places, turned)
     return torch.zeros_like(forest.lengths).index_add(0, _of_nodes(stored, forest).rows(), stored)
 

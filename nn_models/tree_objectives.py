@@ -24,7 +24,7 @@ from nn_models.tree_evidence import TreeEvidence
 
 Classes = tuple[NonNegativeInt, ...]
 NODES, ROOTS, POLES = (
-    Metric("accuracy", "more", words="accuracy of nodes"),
+    Metric("accuracy", "more"),  # of nodes; in words it is what other objectives call theirs
     Metric("root_accuracy", "more", words="accuracy of whole trees"),
     Metric("binary_accuracy", "more", words="accuracy of whole trees between two poles"),
 )

@@ -34,13 +34,15 @@ def predict_tree(
     if isinstance(model, Parser):
         if parser is not None:
             raise UserError("--parser", f"{run} is a parser itself", "leave it out")
-        tree = model.parse(_words(text), path="--text")
+        tree = model.parse(text, path="--text")
         return PredictedTree(tree, [None] * len(tree.words), [None] * len(tree.words))
     signature = model.manifest.signature
     if not isinstance(model, Predictor) or not isinstance(signature["input"], Tree) or not model.classes:
         what = signature["input"].describe()
         raise UserError(run, f"its model predicts no classes of trees (input: {what})", "give the run of a tree model")
     if is_tree(text):
+        if parser is not None and "(" in text:
+            raise UserError("--parser", "the text is a tree already", "leave it out, or the brackets")
         tree = read_tree(text, path="--text")
     elif parser is None:
         fix = "put it in brackets, such as ((It works) .), or name the run of a parser with --parser"
@@ -60,18 +62,3 @@ def _parsed(run: str, text: str, device: torch.device | None) -> FlatTree:
     if not isinstance(model, Parser):
         raise UserError("--parser", f"{run} has a {model.recipe.model.kind}, which parses nothing", "give a parser's")
     return model.parse(text, path="--text")
-
-
-def _words(text: str) -> list[str]:
-    """Of a sentence, or of a tree in brackets, which a parser does without."""
-    if "(" not in text and ")" not in text:
-        return text.split()
-    tree = read_tree(text, path="--text")
-    words: list[str] = []
-    open_ = [len(tree.words) - 1]
-    while open_:
-        node = open_.pop()
-        open_ += reversed(tree.children[node])
-        if (word := tree.words[node]) is not None:
-            words.append(word)
-    return words

@@ -41,11 +41,29 @@ def read_tree(text: str, *, path: str) -> FlatTree:
 
 
 def read_sentence(text: str | Sequence[str], *, path: str) -> FlatTree:
-    """Its words, which spaces separate, joined from left to right: as one that is still to be parsed."""
-    words = text.split() if isinstance(text, str) else list(text)
+    """Its words, which spaces separate, joined from left to right: as one that is still to be parsed.
+
+    Of a tree in brackets the words alone are read. Raises UserError.
+    """
+    if isinstance(text, str):
+        words = _words_of(read_tree(text, path=path)) if "(" in text or ")" in text else text.split()
+    else:
+        words = list(text)
     if not words:
         raise UserError(path, "no words", "give a sentence")
     return of_joins(words, [(0, end) for end in range(2, len(words) + 1)])
+
+
+def _words_of(tree: FlatTree) -> list[str]:
+    """From left to right."""
+    words: list[str] = []
+    open_ = [len(tree.words) - 1]
+    while open_:
+        node = open_.pop()
+        open_ += reversed(tree.children[node])
+        if (word := tree.words[node]) is not None:
+            words.append(word)
+    return words
 
 
 def tree_rows(name: str, column: Tree, rows: Sequence[Any]) -> Sequence[Any]:

@@ -13,7 +13,7 @@ from cluster.adversarial.halves import described, sample
 from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
-from cluster.data.sources.flat_trees import FlatTree, of_joins
+from cluster.data.sources.flat_trees import FlatTree, of_joins, spelled
 from cluster.data.vocabulary import Vocabulary, told
 from cluster.recipe.recipe import Recipe
 from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
@@ -269,7 +269,17 @@ class Parser(Predictor):
     @property
     def gives(self) -> str:
         """See OpenedModel."""
-        return "brackets (rows, joins, 2): first word, and that behind the last; parse() the tree of a sentence"
+        return "brackets (rows, joins, 2): first word, and that behind the last; predict() trees; parse() one"
+
+    @torch.no_grad()
+    def forward(self, input: Any, **columns: Any) -> Any:
+        """Rows of trees, whose words alone are read -> nn_models.parser.Parsed, all rows at once."""
+        return self._outputs({"input": input, **columns})
+
+    def predict(self, input: Any, **columns: Any) -> list[str]:
+        """Sentences -> their trees in brackets."""
+        trees = [self.parse(sentence, path="input") for sentence in input]
+        return [spelled(tree.words, tree.children) for tree in trees]
 
     def parse(self, sentence: str | list[str], *, path: str = "sentence") -> FlatTree:
         """The tree of a sentence, of words that spaces separate, or that a list has. Raises UserError for no words."""

@@ -153,6 +153,13 @@ def runs(tmp_path_factory):
         "optimizer": {"kind": "adagrad", "lr": 0.1},
         "train": {**LISTOPS["train"], "clip_norm": 1.0},
     }
+    parser = {
+        **LISTOPS,
+        "model": {"kind": "parser", "hidden": 6, "embedding": 5, "dropout": 0.1},
+        "data": {**LISTOPS["data"], "form": "binary"},
+        "objective": {"kind": "parsing"},
+    }
+    plain_parser = {**parser, "model": {**parser["model"], "dropout": 0.0}}
     without = {**sst, "model": {**sst["model"], "dropout": 0.0}}
     jobs = []
     for name, recipe, *worlds in (
@@ -168,6 +175,10 @@ def runs(tmp_path_factory):
         ("roots 1", LISTOPS, 1),
         ("roots 2", LISTOPS, 2),
         ("roots 2 again", LISTOPS, 2, 2),
+        ("parser 0", plain_parser, 0),
+        ("parser 2", plain_parser, 2),
+        ("joins 2", parser, 2),
+        ("joins 2 again", parser, 2, 2),
     ):
         for turn, world in enumerate(worlds):
             dies = {"dies_at": 5} if turn + 1 < len(worlds) else {}
@@ -185,7 +196,7 @@ def lines_of(path: Path, split: str):
 
 
 def figures(path: Path, split: str) -> np.ndarray:
-    names = ("loss", "accuracy", "root_accuracy", "binary_accuracy")
+    names = ("loss", "accuracy", "root_accuracy", "binary_accuracy", "bracket_f1")
     return np.array([[line[name] for name in names if name in line] for line in lines_of(path, split)])
 
 
@@ -205,6 +216,7 @@ def weights(path: Path):
         ("nodes 0", "nodes 2 then 0"),
         ("roots 0", "roots 1"),
         ("roots 0", "roots 2"),
+        ("parser 0", "parser 2"),
     ],
 )
 def test_any_number_of_ranks_sees_the_same_trees_and_comes_to_the_same(runs, one, other):
@@ -215,7 +227,7 @@ def test_any_number_of_ranks_sees_the_same_trees_and_comes_to_the_same(runs, one
         np.testing.assert_allclose(figures(runs / other, split), figures(runs / one, split), rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["dropped 0", "dropped 2", "roots 2"])
+@pytest.mark.parametrize("name", ["dropped 0", "dropped 2", "roots 2", "joins 2"])
 def test_killed_in_mid_epoch_it_ends_bit_for_bit_the_same(runs, name):
     whole, again = runs / name, runs / f"{name} again"
     assert digests(whole) == digests(again)
@@ -251,6 +263,15 @@ def test_listops_from_trees_and_flat(tmp_path):
          "model.kind: tree_lstm reads binary trees, but nodes have up to 3 children; set model.kind to child_sum"),
         ({"model": {"kind": "rntn"}}, {"input": Tree(size=9, words_at="nodes"), "target": Label(size=2)},
          "model.kind: rntn reads words at the leaves, but other nodes have some too; set model.kind to child_sum"),
+        ({"model": {"kind": "parser"}, "objective": {"kind": "parsing"}},
+         {"input": Tree(size=9, arity=3), "target": Label(size=2)},
+         "model.kind: parser learns from binary trees with words at the leaves, but nodes have up to 3 children"),
+        ({"model": {"kind": "parser"}, "objective": {"kind": "parsing"}},
+         {"input": Tree(size=9, words_at="nodes"), "target": Label(size=2)},
+         "model.kind: parser learns from binary trees with words at the leaves, but nodes with children have words"),
+        ({"model": {"kind": "parser"}, "objective": {"kind": "parsing"}},
+         {"input": Tokens(size=9), "target": Label(size=3)},
+         "objective.kind: parsing needs a tree to predict, but listops has tokens"),
         ({"model": {"kind": "lstm"}}, {"input": Tree(size=9), "target": Label(size=2)},
          "model.kind: lstm reads image or sequence or tokens input, but the data has tree input over 9 words"),
         ({"model": {"kind": "recursive"}}, {"input": Tree(size=9), "target": Labels(size=2)},
@@ -291,3 +312,21 @@ def test_a_net_for_labels_of_roots_is_trained_by_classification_alone():
     data = prepared(load_recipe(LISTOPS).data)
     assert isinstance(load_recipe(LISTOPS).objective, ClassificationSpec)
     check(load_recipe(LISTOPS), data.manifest)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "message"),
+    [
+        ("parser", "classification", "objective.kind: classification takes no model that gives tree, as parser does"),
+        (
+            "tree_lstm",
+            "parsing",
+            "objective.kind: parsing takes no model that gives elements or row, as tree",
+        ),
+    ],
+)
+def test_only_parsing_trains_a_parser(model, objective, message):
+    recipe = load_recipe({"model": {"kind": model}, "data": {"kind": "listops"}, "objective": {"kind": objective}})
+    with pytest.raises(UserError) as caught:
+        recipe.objective.check(recipe.model)
+    assert str(caught.value).startswith(message)

@@ -112,9 +112,10 @@ def _picture(tree: Tree, mark: _Marker) -> Picture:
         true, predicted = int(targets[node]), int(predictions[node])
         wrong = true != predicted
         under = [int(predictions[child]) for child in below if child >= 0]
+        all_right = not wrong and all(targets[child] == predictions[child] for child in below if child >= 0)
         title = f"predicted {mark.name(predicted)}, {100 * sure[node]:.0f} %" + f"; true {mark.name(true)}" * wrong
         text = f"{mark.short(predicted)} ({mark.short(true)})" if wrong else mark.short(predicted)
-        flips = bool(under) and predicted not in under and not wrong
+        flips = bool(under) and predicted not in under and all_right
         marks.append(Mark(text, f"{100 * sure[node]:.0f}", title, wrong, float(sure[node]), flips))
     return picture(tree.words, tree.children.tolist(), marks)
 
