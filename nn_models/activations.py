@@ -21,7 +21,7 @@ ACTIVATIONS: dict[ActivationName, type[nn.Module]] = {
 SATURATING = frozenset({"sigmoid", "tanh"})
 
 
-def initialise(layer: nn.Linear | nn.Conv2d, *, activation: ActivationName | None) -> None:
+def initialise(layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, *, activation: ActivationName | None) -> None:
     """Draw a layer's weights for the activation that follows it (None for an output layer); zero its biases.
 
     With n_in inputs and n_out outputs a unit, weights are uniform in [-a, a]:

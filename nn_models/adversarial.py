@@ -23,7 +23,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import initialise, initialise_like_dcgan, normalise_spectrum
-from nn_models.columns import Image, Label
+from nn_models.columns import Image, Label, Scale
 from nn_models.errors import UserError
 from nn_models.feedforward import MLP
 from nn_models.model import ModelSpec, reading
@@ -57,11 +57,15 @@ class AdversarialSpec(ModelSpec):
     given: ClassVar[str | None] = None  # the column that says what is to be made of the noise; None for noise alone
     norm_field: ClassVar[tuple[str, str]] = ("discriminator_norm", "layer")  # and the value that mixes no rows
     gives = frozenset({"halves"})
-    scale = "symmetric"
     noise_size: PositiveInt = Field(100, description="standard normal numbers that a row is made from")
     spectral_norm: bool = Field(
         False, description="divide each weight matrix of the discriminator by its largest singular value"
     )
+
+    @property
+    def scale(self) -> Scale:
+        """See ModelSpec."""
+        return "symmetric"
 
     @property
     def discriminator_mixes_rows(self) -> bool:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
     from nn_models.batch import Value
 
 # How numbers are given to a model: (x - mean) / std of the training rows; bytes as 0 to 1, other numbers as they are;
-# -1 to 1 (images; other numbers as "standard").
-Scale = Literal["standard", "unit", "symmetric"]
+# -1 to 1 (images; other numbers as "standard"); bytes as 0 to 1, other numbers as "standard"; bytes as 0 to 1, and
+# nothing else: what is no byte may lie anywhere.
+Scale = Literal["standard", "unit", "symmetric", "pixels", "bounded"]
 Layout = Literal["dense", "ragged"]
 TextUnit = Literal["characters", "bytes", "words"]
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length

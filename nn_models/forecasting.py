@@ -16,7 +16,7 @@ from nn_models.errors import UserError
 from nn_models.examples import Examples, Gather, gather_here
 from nn_models.figures import Gathered
 from nn_models.metrics import Metric
-from nn_models.model import reading
+from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across
 from nn_models.regression import MOST_FEATURES, LeastSquares, PredictsNumbers, Regression
 from nn_models.signature import Signature
@@ -56,7 +56,7 @@ class Persistence(nn.Module):
         """
         super().__init__()
         self.ahead, self.season = ahead, season
-        self.register_buffer("units", units)
+        self.register_buffer("units", units, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H * K)."""
@@ -126,7 +126,7 @@ class Forecast(Regression):
         self._changes = self._changes.to(errors.device)  # once
         return (*super().sums(errors), (errors.abs() / self._changes).sum())
 
-    def baseline(self, signature: Signature) -> Compared:
+    def baseline(self, signature: Signature, model: ModelSpec) -> Compared:
         """See Objective."""
         return Compared(signature, self._ahead)
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:  # descriptions need no torch
 
     from nn_models.batch import Batch
 
-# What a model makes of the rows: a row of outputs each, one for each element, the input again, or it has two halves.
-# One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
-Gives = Literal["row", "elements", "reconstruction", "halves"]
+# What a model makes of the rows: a row of outputs each, one for each element, the input again, a distribution of codes
+# and of the input again, or it has two halves. One that can do several follows the rows' target: outputs for each
+# element where elements have labels, else a row.
+Gives = Literal["row", "elements", "reconstruction", "posterior", "halves"]
 
 Reads = Mapping[str, tuple[type[Column], ...]]  # a column's name -> the kinds of it that will do
 
@@ -31,13 +32,17 @@ class ModelSpec(Spec):
     """Base of every model's description."""
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
-    scale: ClassVar[Scale] = "standard"  # of the numbers it reads; an objective may ask for another
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
     # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found
     sections: ClassVar[tuple[str, ...]] = ("filters",)
     kind: str
+
+    @property
+    def scale(self) -> Scale:
+        """Of the numbers it reads; an objective may ask for another."""
+        return "standard"
 
     @property
     def sees_ahead(self) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 # The uses of a row's key. What needs several streams adds small numbers to its own.
 AUGMENTATION = 1 << 16
+CORRUPTION = 2 << 16  # of what a denoising autoencoder is given
+CODE = 3 << 16  # of codes that are drawn
 
 
 def uniform(keys: Tensor, shape: int | Sequence[int], *, stream: int) -> Tensor:

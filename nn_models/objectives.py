@@ -34,6 +34,9 @@ from nn_models.model import Gives, ModelSpec, Reads, check_column, reading
 from nn_models.signature import Signature
 from nn_models.spec import Spec
 
+# The objective that is named where another one does not take what a model gives.
+TRAINED_BY: Mapping[Gives, str] = {"reconstruction": "reconstruction", "posterior": "variational"}
+
 Across = Callable[[Tensor], Tensor]  # sums a detached tensor over all ranks
 
 
@@ -65,7 +68,10 @@ class Baseline(Protocol):
         """Take in a batch of training rows; not of rows that stand in."""
 
     def models(self, across: Across, device: torch.device) -> Mapping[str, Any]:
-        """Modules by name, on the device. Called by all ranks; `across` sums a tensor on the device over them."""
+        """Modules by name, on the device. Called by all ranks; `across` sums a tensor on the device over them.
+
+        What they keep as persistent buffers stands beside the evidence, as `NAME.BUFFER`.
+        """
 
 
 class Objective(ABC):
@@ -120,9 +126,14 @@ class Objective(ABC):
         """Metrics of a whole split: those that were asked for; of a test of so many rows all that there are."""
         return None
 
-    def baseline(self, signature: Signature) -> Baseline | None:
-        """What the test's figures are compared with; None for nothing."""
+    def baseline(self, signature: Signature, model: ModelSpec) -> Baseline | None:
+        """What the test's figures of such a model are compared with; None for nothing."""
         return None
+
+    @property
+    def compared(self) -> tuple[Metric, ...]:
+        """The metrics that are measured of the baseline's models too."""
+        return self.metrics
 
     def evidence(self, signature: Signature) -> Evidence | None:
         """What there is to see of a test beside its figures; None for nothing."""
@@ -225,7 +236,7 @@ class ObjectiveSpec(Spec):
     reads: ClassVar[Reads] = reading()
     takes: ClassVar[frozenset[Gives]]
     counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
-    scale: ClassVar[Scale | None] = None  # where the model's would not do
+    shows: ClassVar[frozenset[str]] = frozenset()  # columns that its evidence takes too, where the rows have them
     # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
     # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
     # sums nothing over ranks.
@@ -233,6 +244,11 @@ class ObjectiveSpec(Spec):
     writes: ClassVar[bool] = False  # whether outputs say which token comes next, so that a text can be written on
     forecasts: ClassVar[bool] = False  # whether outputs are the next steps of a series
     kind: str
+
+    @property
+    def scale(self) -> Scale | None:
+        """At which numbers are given to the model; None where the model's own will do."""
+        return None
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -256,9 +272,10 @@ class ObjectiveSpec(Spec):
                 f"{self.kind} trains one net, but {model.kind} is a generator and a discriminator",
                 "set objective.kind to adversarial",
             )
+        fixes = [f"set objective.kind to {TRAINED_BY[gives]}" for gives in model.gives if gives in TRAINED_BY]
         return (
             f"{self.kind} takes no model that gives {_or(model.gives)}, as {model.kind} does",
-            "choose another objective",
+            fixes[0] if fixes else "choose another objective",
         )
 
     def check_data(self, signature: Signature, *, source: str) -> None:

@@ -15,7 +15,7 @@ from nn_models.columns import Features, Numbers
 from nn_models.evidence import Evidence, NumberEvidence
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
-from nn_models.model import reading
+from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.signature import Signature
 
@@ -64,7 +64,7 @@ class Regression(Objective):
         """See Objective."""
         return NumberFigures() if self.gathered or num_rows is not None else None
 
-    def baseline(self, signature: Signature) -> Baseline:
+    def baseline(self, signature: Signature, model: ModelSpec) -> Baseline:
         """See Objective: the mean, and a linear regression of features."""
         column = signature["input"]
         features = column.size if isinstance(column, Features) and column.size <= MOST_FEATURES else 0
@@ -126,7 +126,7 @@ class Affine(nn.Module):
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weights", weights)
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D), or rows of D numbers in any shape -> (B, K)."""

@@ -8,19 +8,27 @@ from torch import nn
 
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
+from nn_models.autoencoder import AutoencoderSpec, ConvAutoencoderSpec
+from nn_models.contractive import ContractiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.custom import CustomSpec
+from nn_models.denoising import DenoisingSpec
 from nn_models.feedforward import MLPSpec
 from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ClassificationSpec, ObjectiveSpec
 from nn_models.pix2pix import Pix2PixSpec
+from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
 from nn_models.regression import RegressionSpec
+from nn_models.sequence_autoencoder import SequenceAutoencoderSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
+from nn_models.sparse import SparseSpec
 from nn_models.spec import validate
+from nn_models.variational import ConditionalVAESpec, VAESpec
+from nn_models.variational_objective import VariationalSpec
 
 AnyModelSpec = Annotated[
     MLPSpec
@@ -30,6 +38,11 @@ AnyModelSpec = Annotated[
     | LSTMSpec
     | PeepholeLSTMSpec
     | GRUSpec
+    | AutoencoderSpec
+    | ConvAutoencoderSpec
+    | SequenceAutoencoderSpec
+    | VAESpec
+    | ConditionalVAESpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -39,7 +52,17 @@ AnyModelSpec = Annotated[
 ]
 
 AnyObjectiveSpec = Annotated[
-    ClassificationSpec | ForecastSpec | RegressionSpec | StepLabelsSpec | NextTokenSpec | AdversarialObjectiveSpec,
+    ClassificationSpec
+    | ForecastSpec
+    | RegressionSpec
+    | StepLabelsSpec
+    | NextTokenSpec
+    | ReconstructionSpec
+    | SparseSpec
+    | DenoisingSpec
+    | ContractiveSpec
+    | VariationalSpec
+    | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]
 

@@ -83,7 +83,14 @@ def _scaling(stored: StoredColumn, scale: Scale, device: torch.device, *, name: 
     dims = 2 if image else 0
     if stored.column.predicted:  # whatever the model reads; not by the manifests of earlier versions
         return _Affine(stored.mean, stored.std, stored.unit, dims, device) if stored.mean else None
-    if scale == "unit":
+    if scale == "bounded" and stored.dtype != "uint8":
+        raise UserError(
+            "data",
+            f"its {name} has {stored.dtype} numbers, which may lie outside 0 to 1, where the objective or the model "
+            "reads bytes as 0 to 1",
+            "choose a loss, or a decoder, of any numbers, or data of bytes such as pixels",
+        )
+    if scale in ("unit", "bounded") or (scale == "pixels" and stored.dtype == "uint8"):
         return _Affine((0.0,), (1.0,), stored.unit, dims, device) if stored.unit != 1 else None
     if scale == "symmetric" and image:
         if not stored.moments and stored.dtype == "uint8":

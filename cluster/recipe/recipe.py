@@ -110,8 +110,8 @@ class Recipe(Spec):
 
     @property
     def columns(self) -> frozenset[str]:
-        """The columns of the data that model and objective read."""
-        return frozenset({"input", *self.model.reads, *self.objective.reads})
+        """The columns of the data that model and objective read, and those that are shown where the rows have them."""
+        return frozenset({"input", *self.model.reads, *self.objective.reads, *self.objective.shows})
 
     @property
     def scale(self) -> Scale:

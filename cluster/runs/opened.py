@@ -118,7 +118,7 @@ class Predictor(OpenedModel):
         super().__init__(net, recipe, saved)
         self.objective = cast(Objective, recipe.objective.build(saved.manifest.signature))
         # what outputs are numbers of: the rows themselves, or what is predicted of them
-        self.of = "input" if "reconstruction" in recipe.model.gives else "target"
+        self.of = "input" if recipe.model.gives & {"reconstruction", "posterior"} else "target"
 
     @property
     def reads(self) -> tuple[str, ...]:

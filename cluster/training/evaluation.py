@@ -96,10 +96,11 @@ def evaluate_best(
     precision = recipe.train.precision
     figures = objective.figures(manifest.signature, num_rows=rows.order.num_rows)
     tested = evaluate(model, rows, objective, context=context, precision=precision, figures=figures, evidence=evidence)
-    tested |= _baselines(objective, rows, recipe=recipe, context=context)
+    compared, beside = _baselines(objective, rows, recipe=recipe, context=context)
+    tested |= compared
     tensors = evidence.tensors(context.sum, context.device, context.gather) if evidence is not None else {}
     if context.rank == 0:
-        tensors |= _inspected(model, objective, recipe=recipe, context=context)
+        tensors |= {**beside, **_inspected(model, objective, recipe=recipe, context=context)}
         inside = [*objective.sections, *recipe.model.sections]
         about = {"split": "test", "class_names": json.dumps(manifest.class_names), "inside": json.dumps(inside)}
         about |= {"section": evidence.section} if evidence is not None else {}
@@ -118,21 +119,25 @@ def _inspected(model: nn.Module, objective: Objective, *, recipe: Recipe, contex
         return {**recipe.model.inspect(model, signature, batch), **objective.inspect(model, signature, batch)}
 
 
-def _baselines(objective: Objective, rows: RowsOfRank, *, recipe: Recipe, context: Context) -> dict[str, float]:
-    """The metrics, on these rows, of what needs no training to speak of: `mean_mse`, `linear_mae`."""
-    baseline = objective.baseline(context.splits.manifest.signature)
+def _baselines(
+    objective: Objective, rows: RowsOfRank, *, recipe: Recipe, context: Context
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """The metrics, on these rows, of what needs no training to speak of: `mean_mse`, `linear_mae`; and its tensors."""
+    baseline = objective.baseline(context.splits.manifest.signature, recipe.model)
     if baseline is None:
-        return {}
+        return {}, {}
     place = {"rank": context.rank, "world_size": context.world_size}
     train = context.splits.training(recipe, device=context.device, **place)
     for (batch,) in train.batches(0):
         if batch.place.num_rows:
             baseline.add(batch)
     found: dict[str, float] = {}
+    beside: dict[str, Tensor] = {}
     for name, model in baseline.models(context.sum, context.device).items():
         metrics = evaluate(model, rows, objective, context=context, precision="fp32")
-        found |= {f"{name}_{metric.name}": metrics[metric.name] for metric in objective.metrics}
-    return found
+        found |= {f"{name}_{metric.name}": metrics[metric.name] for metric in objective.compared}
+        beside |= {f"{name}.{key}": values.cpu() for key, values in model.state_dict().items()}
+    return found, beside
 
 
 def write_evidence(context: Context, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:

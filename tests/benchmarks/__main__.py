@@ -11,6 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ORDER = (
     "training_in_process",
+    "autoencoders",
     "training_two_workers",
     "loader",
     "augmentation",

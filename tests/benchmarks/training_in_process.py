@@ -1,7 +1,7 @@
 """Training in one process: rows a second of manta's loop against a hand-written PyTorch loop."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -69,12 +69,23 @@ class InTurn:
         self.since = self.now()
 
 
-def compare(recipe: Recipe, data: DataSet, *, device: torch.device, name: str, wanted: str = ">= 0.97") -> Case:
+ByHand = Callable[[Recipe, DataSet, torch.device], Iterator[None]]
+
+
+def compare(
+    recipe: Recipe,
+    data: DataSet,
+    *,
+    device: torch.device,
+    name: str,
+    wanted: str = ">= 0.97",
+    by_hand: ByHand = hand_written,
+) -> Case:
     """All epochs but the first, which warms up."""
     splits = open_splits(data, window=None)
     with scratch() as run:
         RunDirectory(Folder(run)).begin(recipe, {})
-        other = hand_written(recipe, data, device)
+        other = by_hand(recipe, data, device)
         loop = Loop(recipe, LocalContext(run=Folder(run), splits=splits, device=device))
         in_turn = InTurn(other, loop)
         for _ in loop.epochs():

@@ -27,6 +27,7 @@ from nn_models.batch import Batch, Place
 from nn_models.columns import Ahead, Numbers, Sequence
 from nn_models.errors import UserError
 from nn_models.forecasting import ForecastSpec, persisted, steps_back
+from nn_models.recurrent import GRUSpec
 from nn_models.signature import Signature
 from tests.unit.test_sequences import lines, ranks
 
@@ -168,7 +169,7 @@ def test_several_columns_are_forecast_step_after_step():
     objective = ForecastSpec().build(signature)
     past, targets = torch.randn(5, 4, 3, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     batch = Batch({"input": past, "target": targets}, Place.of(5), lambda: torch.arange(5), stored={"input": past})
-    baseline = objective.baseline(signature)
+    baseline = objective.baseline(signature, GRUSpec())
     baseline.add(batch)
     naive = baseline.models(lambda values: values, torch.device("cpu"))["naive"]
     torch.testing.assert_close(naive(past), past[:, -1, :2].repeat(1, 3), atol=0, rtol=0)

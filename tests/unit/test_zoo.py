@@ -16,6 +16,7 @@ from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence,
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.signature import Signature
+from nn_models.variational import VAE
 
 NUM_ROWS = 3
 
@@ -168,6 +169,31 @@ FITTING = {
         ({"hidden": 4, "layers": 2, "initial_state": "learned", "pool": "max"}, tagged),
         ({"hidden": 4, "layer_norm": True}, sequences),
     ],
+    "autoencoder": [
+        ({"hidden": [9], "code": 3}, features),
+        ({"hidden": [], "code": 5, "code_activation": "sigmoid"}, digits),
+        ({"hidden": [9, 7], "code": 3, "activation": "tanh", "tied": True}, wide),
+        ({"hidden": [9], "code": 4, "activation": "linear", "code_activation": "softplus"}, fashion),
+    ],
+    "conv_autoencoder": [
+        ({"channels": [4], "code": 5}, digits),
+        ({"channels": [4, 6], "hidden": [9], "code": 5, "activation": "tanh"}, fashion),
+        ({"channels": [4, 6, 8], "code": 5, "activation": "elu", "code_activation": "tanh"}, colour),
+    ],
+    "sequence_autoencoder": [
+        ({"hidden": 5, "code": 3}, digits),
+        ({"hidden": 5, "code": 3, "cell": "lstm", "layers": 2, "code_activation": "tanh"}, colour),
+        ({"hidden": 5, "code": 3, "cell": "rnn"}, sequences),
+    ],
+    "vae": [
+        ({"hidden": [9], "code": 3, "decoder": "gaussian"}, features),
+        ({"hidden": [], "code": 3, "activation": "tanh"}, digits),
+        ({"channels": [4, 6], "hidden": [9, 7], "code": 3, "decoder": "gaussian", "variance": 0.1}, colour),
+    ],
+    "conditional_vae": [
+        ({"hidden": [9], "code": 3}, digits),
+        ({"channels": [4], "hidden": [9], "code": 3, "decoder": "gaussian"}, wide),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -207,6 +233,10 @@ def run(module, model, signature):
     """What the module says of some rows; where it is two halves, what one says of the other's rows."""
     torch.manual_seed(0)  # dropout
     rows = rows_of(signature)
+    if isinstance(module, VAE):
+        keys = torch.arange(NUM_ROWS, device=rows["input"].device)
+        inferred = module(rows["input"].sigmoid(), keys, label=rows["target"])
+        return inferred.outputs + inferred.log_likelihood.mean() + inferred.log_variance.mean()
     if not isinstance(module, Halves):
         return module(rows["input"])
     spec = zoo.validate(zoo.AnyModelSpec, model)
@@ -224,7 +254,7 @@ def check_shape(outputs, model, signature):
         assert outputs.shape == (elements, signature.num_outputs)
     elif "row" in gives:
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
-    elif "reconstruction" in gives:
+    elif gives & {"reconstruction", "posterior"}:
         assert outputs.shape == rows.shape
     else:
         assert outputs.shape[0] == NUM_ROWS
@@ -289,7 +319,7 @@ def test_a_spec_survives_its_dump(model, signature):
     assert zoo.validate(zoo.AnyModelSpec, spec.model_dump(mode="json", exclude_unset=True)) == spec
 
 
-@pytest.mark.parametrize("kind", ["cnn", "alexnet", "dcgan", "conditional_gan", "pix2pix"])
+@pytest.mark.parametrize("kind", ["cnn", "alexnet", "dcgan", "conditional_gan", "pix2pix", "conv_autoencoder"])
 def test_image_models_refuse_features(kind):
     with pytest.raises(UserError) as refusal:
         zoo.build({"kind": kind}, features)
