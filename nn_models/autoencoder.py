@@ -137,6 +137,7 @@ class ConvAutoencoder(CodingNet):
 class AutoencoderSpec(CodingSpec):
     """Dense autoencoder: layers to a code and, mirrored, back; flattens images."""
 
+    batches = "vmap"
     kind: Literal["autoencoder"] = "autoencoder"
     hidden: tuple[PositiveInt, ...] = Field((256,), description="units of each layer before the code; [] for none")
     activation: UnitName = Field("relu", description="what follows each hidden layer")

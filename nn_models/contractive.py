@@ -3,7 +3,7 @@
 Shapes: B rows of the batch, D numbers of a row, K numbers of a code.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -12,8 +12,8 @@ from torch import Tensor
 from nn_models.batch import Batch
 from nn_models.coding import Coded
 from nn_models.metrics import Metric
-from nn_models.objectives import Across
-from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction
+from nn_models.objectives import Across, at_least_float32
+from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction, Values
 from nn_models.signature import Signature
 
 
@@ -25,20 +25,17 @@ class Contractive(Reconstruction):
 
     metrics = (*Reconstruction.metrics, Metric("contraction", "less", words="norm of the code's Jacobian, squared"))
 
+    options = {"contraction": True}  # noqa: RUF012  # of Mapping, which nobody changes
+
     def __init__(self, *, loss: LossName, weight: float) -> None:
         super().__init__(loss=loss)
         self.weight = weight
 
-    def coded(self, model: Any, rows: Tensor) -> Coded:
-        """See Reconstruction."""
-        coded: Coded = model(rows, contraction=True)
-        return coded
-
-    def penalty(self, coded: Coded, batch: Batch, across: Across) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, coded: Coded, batch: Batch, across: Across, values: Values) -> tuple[Tensor, list[Tensor]]:
         """See Reconstruction."""
         assert coded.contraction is not None  # it was asked for
-        norms = coded.contraction
-        return self.weight * norms.sum(), [norms.detach().sum(dtype=torch.float64)]
+        norms = at_least_float32(coded.contraction)
+        return values.get("weight", self.weight) * norms.sum(), [norms.detach().sum(dtype=torch.float64)]
 
 
 class ContractiveSpec(RebuildingSpec):

@@ -3,6 +3,7 @@
 Shapes: B rows of the batch, D numbers of a row.
 """
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -15,7 +16,7 @@ from nn_models.columns import Scale
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.noise import CORRUPTION, normal, uniform
-from nn_models.objectives import Baseline
+from nn_models.objectives import Asked, Baseline
 from nn_models.pca import MOST_NUMBERS, PrincipalComponents
 from nn_models.reconstruction import PCA_MSE, LossName, RebuildingSpec, Reconstruction
 from nn_models.signature import Signature
@@ -31,10 +32,18 @@ def corrupted(rows: Tensor, keys: Tensor, noise: Noise, level: float) -> Tensor:
     gaussian: x + level n, n standard normal; masking: each number is 0 with probability `level`; salt and pepper: it is
     0 or 1, either with probability level / 2 (Vincent et al. 2010, section 3.1).
     """
-    shape = rows.shape[1:]
+    return _mixed(rows, _drawn(rows, keys, noise), noise, level)
+
+
+def _drawn(rows: Tensor, keys: Tensor, noise: Noise) -> Tensor:
+    """(B, *shape): numbers of each row's own."""
+    draw = normal if noise == "gaussian" else uniform
+    return draw(keys, rows.shape[1:], stream=CORRUPTION).to(rows.dtype)
+
+
+def _mixed(rows: Tensor, drawn: Tensor, noise: Noise, level: float | Tensor) -> Tensor:
     if noise == "gaussian":
-        return rows + level * normal(keys, shape, stream=CORRUPTION).to(rows.dtype)
-    drawn = uniform(keys, shape, stream=CORRUPTION)
+        return rows + level * drawn
     if noise == "masking":
         return rows * (drawn >= level)
     return torch.where(drawn < level, (drawn < level / 2).to(rows.dtype), rows)
@@ -54,6 +63,16 @@ class Denoising(Reconstruction):
         """See Reconstruction."""
         return corrupted(batch["input"], batch.keys, self.noise, self.level)
 
+    def asks(self, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]) -> Asked:
+        """See Objective: the same noise for all trials, which may be differently strong."""
+        assert shared  # trials of several seeds are not fused: see ObjectiveSpec.draws
+        if "level" not in each:
+            return Asked(self.given(batch), True, options=self.options)
+        rows = batch["input"]
+        levels = each["level"].view(1, -1, *[1] * (rows.dim() - 1))
+        drawn = _drawn(rows, batch.keys, self.noise)
+        return Asked(_mixed(rows[:, None], drawn[:, None], self.noise, levels), False, options=self.options)
+
     def baseline(self, signature: Signature, model: ModelSpec) -> Baseline | None:
         """See Objective: PCA of the rows without noise, and the noisy row itself."""
         if not isinstance(model, CodingSpec) or signature.input_size > MOST_NUMBERS:
@@ -65,6 +84,7 @@ class DenoisingSpec(RebuildingSpec):
     """Give each row again from what noise has left of it."""
 
     objective = Denoising
+    draws = True
     baselines = (PCA_MSE, IDENTITY_MSE)
     kind: Literal["denoising"] = "denoising"
     noise: Noise = Field("gaussian", description="added numbers, zeros, or zeros and ones (pixels only)")

@@ -61,6 +61,18 @@ class Measured(NamedTuple):
     carry: Any = None
 
 
+class Asked(NamedTuple):
+    """What models of fused trials are called with: rows, and other tensors and options by their names.
+
+    Tensors have (B, ...) the same of all trials where they are `shared`; else each trial's own, (B, R, ...).
+    """
+
+    rows: Tensor
+    shared: bool
+    tensors: Mapping[str, Tensor] = {}
+    options: Mapping[str, Any] = {}
+
+
 class Baseline(Protocol):
     """Models that come from one look at the training rows, for the test's figures to be compared with."""
 
@@ -95,8 +107,12 @@ class Objective(ABC):
         a batch has in common is then that of the global batch.
         """
 
+    def asks(self, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]) -> Asked:
+        """What R models of the same kind are called with, for `measure_each` to be given what they say."""
+        return Asked(batch["input"], shared)
+
     def measure_each(
-        self, outputs: Tensor, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+        self, outputs: Any, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Losses (R,) and sums (R, M) of R models of the same kind, whose outputs (R, B, ...) are there.
 
@@ -238,9 +254,9 @@ class ObjectiveSpec(Spec):
     counts: ClassVar[str | None] = None  # the column whose elements the loss counts; None: rows
     shows: ClassVar[frozenset[str]] = frozenset()  # columns that its evidence takes too, where the rows have them
     # Whether fused trials may be measured by `measure_each`, of outputs that are there: where all that the objective
-    # does with a model is to call it once on the input, and it counts rows, draws no noise, carries nothing on and
-    # sums nothing over ranks.
+    # does with a model is to call it once on what it `asks`, and it counts rows and carries nothing on.
     fuses: ClassVar[bool] = False
+    draws: ClassVar[bool] = False  # whether it draws noise, in tests too: those of trials of several seeds differ
     writes: ClassVar[bool] = False  # whether outputs say which token comes next, so that a text can be written on
     forecasts: ClassVar[bool] = False  # whether outputs are the next steps of a series
     kind: str

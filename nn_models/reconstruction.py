@@ -4,11 +4,13 @@ Shapes: B rows of the batch, D numbers of a row, K numbers of a code.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
 from nn_models.batch import Batch
@@ -16,7 +18,16 @@ from nn_models.coding import Coded, CodingSpec
 from nn_models.columns import Features, Image, Scale, Sequence
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
-from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.objectives import (
+    Across,
+    Asked,
+    Baseline,
+    Measured,
+    Objective,
+    SupervisedSpec,
+    at_least_float32,
+    only_here,
+)
 from nn_models.pca import MOST_NUMBERS, PrincipalComponents
 from nn_models.reconstruction_evidence import ReconstructionEvidence
 from nn_models.signature import Signature
@@ -24,6 +35,7 @@ from nn_models.signature import Signature
 logger = logging.getLogger(__name__)
 
 LossName = Literal["mse", "bce", "l1"]
+Values = Mapping[str, Any]  # of an objective's fields, where they are not its own
 
 MSE = Metric("mse", "less", words="squared error a number")
 ROW_ERROR = Metric("row_error", "less", words="squared error a row")
@@ -60,31 +72,53 @@ class Reconstruction(Objective):
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """Rows (B, *shape) against themselves."""
         rows, given = batch["input"], self.given(batch)
-        coded = self.coded(model, batch["input"] if given is None else given)
-        outputs, target = at_least_float32(coded.outputs), rows.to(at_least_float32(coded.outputs).dtype)
-        penalty, more = self.penalty(coded, batch, across)
-        size = rows[0].numel()
+        coded: Coded = model(rows if given is None else given, **self.options)
+        loss, sums = self._found(coded, rows, batch, across, {})
+        again = self.again(at_least_float32(coded.outputs.detach()))
+        return Measured(loss, sums, outputs=Rebuilt(again, coded.codes.detach(), given))
+
+    def _found(self, coded: Coded, rows: Tensor, batch: Batch, across: Across, values: Values) -> tuple[Tensor, Tensor]:
+        """The loss, and the sums of the metrics."""
+        outputs = at_least_float32(coded.outputs)
+        target, size = rows.to(outputs.dtype), rows[0].numel()
         loss = self.error(outputs, target) / size
-        again = self.again(outputs.detach())
-        mse = loss.detach() if self.loss == "mse" else F.mse_loss(again, target, reduction="sum") / size
-        sums = torch.stack((mse.double(), mse.double() * size, *more))
-        seen = Rebuilt(again, coded.codes.detach(), None if given is None else given.detach())
-        return Measured(loss + penalty, sums, outputs=seen)
+        mse = loss.detach()
+        if self.loss != "mse":
+            mse = F.mse_loss(self.again(outputs.detach()), target, reduction="sum") / size
+        penalty, more = self.penalty(coded, batch, across, values)
+        return loss + penalty, torch.stack((mse.double(), mse.double() * size, *more))
 
     # -- what the other objectives do differently ------------------------------------------------------------------
+
+    options: ClassVar[Mapping[str, bool]] = {"keep_codes": True}  # that the net is called with
 
     def given(self, batch: Batch) -> Tensor | None:
         """The rows (B, *shape) as the net is given them; None for as they are."""
         return None
 
-    def coded(self, model: Any, rows: Tensor) -> Coded:
-        """What the net gives of them."""
-        coded: Coded = model(rows, keep_codes=True)
-        return coded
-
-    def penalty(self, coded: Coded, batch: Batch, across: Across) -> tuple[Tensor | float, list[Tensor]]:
+    def penalty(
+        self, coded: Coded, batch: Batch, across: Across, values: Values
+    ) -> tuple[Tensor | float, list[Tensor]]:
         """What is added to the sum of the rows' errors, and sums of the metrics beside the errors."""
         return 0.0, []
+
+    # -- fused trials: `values` are those of this objective's fields in which they differ -----------------------------
+
+    def asks(self, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]) -> Asked:
+        """See Objective."""
+        return Asked(batch["input"], shared, options=self.options)
+
+    def measure_each(
+        self, outputs: Coded, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """See Objective."""
+        coded = {name: part for name, part in outputs._asdict().items() if part is not None}
+
+        def one(coded: Any, rows: Tensor, values: Any) -> tuple[Tensor, Tensor]:
+            return self._found(Coded(**coded), rows, batch, only_here, values)
+
+        losses, sums = vmap(one, in_dims=(0, None if shared else 1, 0))(coded, batch["input"], dict(each))
+        return losses, sums
 
     # -- errors ----------------------------------------------------------------------------------------------------
 
@@ -124,6 +158,7 @@ class RebuildingSpec(SupervisedSpec):
     reads = reading(input=(Features, Image, Sequence))
     shows = frozenset({"target"})
     takes = frozenset({"reconstruction"})
+    fuses = True
     objective: ClassVar[type[Objective]] = Reconstruction
     baselines: ClassVar[tuple[Metric, ...]] = (PCA_MSE,)
     loss: LossName = Field(

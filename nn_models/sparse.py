@@ -15,7 +15,7 @@ from nn_models.coding import Coded, CodingSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import Across, at_least_float32
-from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction
+from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction, Values
 from nn_models.signature import Signature
 
 Penalty = Literal["kl", "l1"]
@@ -46,17 +46,15 @@ class Sparse(Reconstruction):
         super().__init__(loss=loss)
         self._kind, self.rho, self.weight = penalty, rho, weight
 
-    def penalty(self, coded: Coded, batch: Batch, across: Across) -> tuple[Tensor, list[Tensor]]:
+    def penalty(self, coded: Coded, batch: Batch, across: Across, values: Values) -> tuple[Tensor, list[Tensor]]:
         """See Reconstruction."""
+        weight, rho = values.get("weight", self.weight), values.get("rho", self.rho)
         codes = at_least_float32(coded.codes)
         sizes = codes.detach().abs()
         sums = [sizes.mean(1).sum(dtype=torch.float64), (sizes > ACTIVE).double().mean(1).sum()]
         if self._kind == "l1":
-            return self.weight * codes.abs().sum(), sums
-        return self.weight * of_mean(codes, self._divergence, batch, across), sums
-
-    def _divergence(self, means: Tensor) -> Tensor:
-        return bernoulli_divergence(self.rho, means).sum()
+            return weight * codes.abs().sum(), sums
+        return weight * of_mean(codes, lambda means: bernoulli_divergence(rho, means).sum(), batch, across), sums
 
 
 def of_mean(values: Tensor, function: Callable[[Tensor], Tensor], batch: Batch, across: Across) -> Tensor:
@@ -74,11 +72,10 @@ def of_mean(values: Tensor, function: Callable[[Tensor], Tensor], batch: Batch, 
     return rows * found - ((rows - count) * found.detach()).sum()
 
 
-def bernoulli_divergence(rho: float, means: Tensor) -> Tensor:
+def bernoulli_divergence(rho: float | Tensor, means: Tensor) -> Tensor:
     """KL(rho || m) = rho log(rho / m) + (1 - rho) log((1 - rho) / (1 - m)) of each mean, in nats."""
     means = means.clamp(EDGE, 1 - EDGE)
-    first = torch.special.xlogy(torch.full_like(means, rho), rho / means)
-    return first + torch.special.xlogy(torch.full_like(means, 1 - rho), (1 - rho) / (1 - means))
+    return rho * (rho / means).log() + (1 - rho) * ((1 - rho) / (1 - means)).log()
 
 
 class SparseSpec(RebuildingSpec):

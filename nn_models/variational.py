@@ -219,6 +219,7 @@ class _VariationalSpec(CodingSpec):
 class VAESpec(_VariationalSpec):
     """Variational autoencoder (Kingma & Welling 2014): codes are drawn; dense or convolutional."""
 
+    batches = "vmap"
     kind: Literal["vae"] = "vae"
 
 

@@ -3,12 +3,13 @@
 Shapes: B rows of the batch, N rows of the global batch, D numbers of a row, K numbers of a code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
 from nn_models.batch import Batch
@@ -16,7 +17,7 @@ from nn_models.columns import Features, Image
 from nn_models.figures import Figures
 from nn_models.metrics import Metric
 from nn_models.model import reading
-from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.objectives import Across, Asked, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.reconstruction import MSE
 from nn_models.reconstruction_evidence import ReconstructionEvidence
 from nn_models.signature import Signature
@@ -62,16 +63,37 @@ class Variational(Objective):
         """Rows (B, *shape) against themselves."""
         rows = batch["input"]
         inferred: Inferred = model(rows, batch.keys, samples=self.samples, **_label(batch))
+        loss, sums = self._found(inferred, batch, across, self.beta)
+        seen = Bounded(inferred.outputs.detach(), inferred.mean.detach(), None, inferred.log_bound)
+        return Measured(loss, sums, outputs=seen)
+
+    def _found(self, inferred: Inferred, batch: Batch, across: Across, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the sums of the metrics."""
+        rows = batch["input"]
         kl = divergence(inferred.mean, inferred.log_variance)  # (B, K)
         missing = -inferred.log_likelihood
         counted = of_mean(kl, self._free, batch, across) if self.free_bits else kl.sum()
-        again = inferred.outputs.detach()
         given, code = missing.detach().sum(dtype=torch.float64), kl.detach().sum(dtype=torch.float64)
-        mse = F.mse_loss(again, rows, reduction="sum").double() / rows[0].numel()
-        seen = Bounded(again, inferred.mean.detach(), None, inferred.log_bound)
-        return Measured(
-            missing.sum() + self.beta * counted, torch.stack((given + code, given, code, mse)), outputs=seen
-        )
+        mse = F.mse_loss(inferred.outputs.detach(), rows, reduction="sum").double() / rows[0].numel()
+        return missing.sum() + beta * counted, torch.stack((given + code, given, code, mse))
+
+    def asks(self, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]) -> Asked:
+        """See Objective: the same noise for all trials."""
+        assert shared  # trials of several seeds are not fused: see ObjectiveSpec.draws
+        return Asked(batch["input"], True, {"keys": batch.keys})
+
+    def measure_each(
+        self, outputs: Inferred, batch: Batch, *, shared: bool, each: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """See Objective."""
+        parts = {name: part for name, part in outputs._asdict().items() if part is not None}
+        betas = each.get("beta", outputs.mean.new_full((len(outputs.mean),), self.beta))
+
+        def one(parts: Any, beta: Tensor) -> tuple[Tensor, Tensor]:
+            return self._found(Inferred(**{"log_bound": None, **parts}), batch, only_here, beta)
+
+        losses, sums = vmap(one)(parts, betas)
+        return losses, sums
 
     def _free(self, means: Tensor) -> Tensor:
         return means.clamp(min=self.free_bits).sum()
@@ -128,6 +150,8 @@ class VariationalSpec(SupervisedSpec):
     shows = frozenset({"target"})
     takes = frozenset({"posterior"})
     objective = Variational
+    draws = True
+    fuses = True
     kind: Literal["variational"] = "variational"
     beta: NonNegativeFloat = Field(1.0, description="how often the code's KL counts; 1 for the bound itself")
     free_bits: NonNegativeFloat = Field(0.0, description="nats of each unit's mean KL that cost nothing")

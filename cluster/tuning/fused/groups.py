@@ -13,6 +13,7 @@ from cluster.data.order import shuffle_window
 from cluster.recipe.recipe import Recipe
 from cluster.tuning.fused.model import FusedModel
 from nn_models.errors import Problem
+from nn_models.objectives import Asked
 from nn_models.signature import Signature
 
 # What may differ between the trials of a group.
@@ -25,6 +26,10 @@ FUSABLE = (
     "optimizer.alpha",
     "optimizer.eps",
     "objective.label_smoothing",
+    "objective.beta",
+    "objective.level",
+    "objective.rho",
+    "objective.weight",
     "model.dropout",
     "train.seed",
 )
@@ -54,7 +59,8 @@ def why_not(recipe: Recipe, manifest: Manifest | None = None) -> Problem | None:
     if not objective.fuses or objective.counts is not None:
         return Problem("objective.kind", f"{objective.kind}: it asks more of a model than its outputs for each row")
     if objective.gathered:
-        return Problem("objective.metrics", f"{', '.join(objective.gathered)}: of all of a split's rows together")
+        path = "objective.metrics" if "metrics" in type(objective).model_fields else "objective"
+        return Problem(path, f"{', '.join(objective.gathered)}: of all of a split's rows together")
     if manifest is not None and (ragged := _ragged(recipe, manifest.signature)):
         return Problem("data", f"the rows' {ragged} differ in length, so that those of several trials make no batch")
     if recipe.model.batches == "vmap":
@@ -118,7 +124,7 @@ def _rest(recipe: Recipe, manifest: Manifest | None) -> str:
     streamed = (shuffle_window(manifest, window) if manifest else window) is not None
     for path in FUSABLE:
         section, field = path.split(".")
-        if not (streamed and path == "train.seed"):
+        if not ((streamed or recipe.objective.draws) and path == "train.seed"):
             content[section].pop(field, None)
     return json.dumps(content, sort_keys=True)
 
@@ -138,7 +144,7 @@ def unbatchable(recipe: Recipe, signature: Signature) -> str | None:
             for training in (True, False):
                 batched._template.train(training)
                 own = torch.stack((rows, rows), 1)
-                outputs = batched._outputs(batched.parameters, batched.buffers, own, shared=False)
+                outputs = batched._outputs(batched.parameters, batched.buffers, Asked(own, False))
             expected = batched.plain.eval()(rows)
             torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-5)
         except Exception as error:  # the model may do anything

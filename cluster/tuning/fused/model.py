@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import NUM_AVERAGED, PREFIX, average_into, decay_at
 from cluster.tuning.fused.layers import free_dropout, widen
 from nn_models.batch import Batch
-from nn_models.objectives import Objective
+from nn_models.objectives import Asked, Objective
 from nn_models.signature import Signature
 
 
@@ -86,7 +87,8 @@ class FusedModel:
         All trials get the same rows, values (B, …), or where they are not `shared` each its own: (B, T, …).
         """
         self._template.train()
-        outputs = self._outputs(self.parameters, self.buffers, batch["input"], shared=shared)
+        asked = self.objective.asks(batch, shared=shared, each=self._each)
+        outputs = self._outputs(self.parameters, self.buffers, asked)
         return self.objective.measure_each(outputs, batch, shared=shared, each=self._each)
 
     @torch.no_grad()
@@ -96,23 +98,30 @@ class FusedModel:
         average = (self.average if averaged else None) or {}
         parameters = self.parameters | {name: average[name] for name in self.parameters.keys() & average.keys()}
         buffers = self.buffers | {name: average[name] for name in self.buffers.keys() & average.keys()}
-        outputs = self._outputs(parameters, buffers, batch["input"], shared=True)
+        outputs = self._outputs(parameters, buffers, self.objective.asks(batch, shared=True, each=self._each))
         return self.objective.measure_each(outputs, batch, shared=True, each=self._each)
 
-    def _outputs(
-        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], inputs: Tensor, *, shared: bool
-    ) -> Tensor:
-        """(T, B, outputs)."""
+    def _outputs(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], asked: Asked) -> Any:
+        """(T, B, outputs), or what the model gives of several tensors, each (T, B, ...)."""
         state = (dict(parameters), dict(buffers))
         if self._wide:
-            rows = inputs if shared else inputs.flatten(1, 2)
+            assert not asked.tensors  # nothing that is asked of wide models
+            assert not asked.options
+            rows = asked.rows if asked.shared else asked.rows.flatten(1, 2)
             return functional_call(self._template, state, (rows,)).transpose(1, 2)
+        structure: list[Any] = []
 
-        def one(parameters: Any, buffers: Any, inputs: Tensor) -> Tensor:
-            return functional_call(self._template, (parameters, buffers), (inputs,))
+        def one(parameters: Any, buffers: Any, rows: Tensor, tensors: Any) -> tuple[Tensor, ...]:
+            given = functional_call(self._template, (parameters, buffers), (rows,), {**tensors, **asked.options})
+            leaves, spec = tree_flatten(given)
+            structure[:] = [spec, [isinstance(leaf, Tensor) for leaf in leaves]]
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))  # None, which vmap returns from nothing
 
-        rows_dim = None if shared else 1
-        return vmap(one, in_dims=(0, 0, rows_dim), randomness="different")(*state, inputs)
+        dim = None if asked.shared else 1
+        batched = vmap(one, in_dims=(0, 0, dim, dim), randomness="different")
+        found = iter(batched(*state, asked.rows, dict(asked.tensors)))
+        spec, there = structure
+        return tree_unflatten([next(found) if is_tensor else None for is_tensor in there], spec)
 
     @torch.no_grad()
     def update_average(self) -> None:
