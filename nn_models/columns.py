@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
 Scale = Literal["standard", "unit", "symmetric", "pixels", "bounded"]
 Layout = Literal["dense", "ragged"]
 TextUnit = Literal["characters", "bytes", "words"]
+UNKNOWN = "<unknown>"  # the name of what is not in the vocabulary
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
 
 
@@ -272,6 +273,14 @@ class Tokens(_Elements, _Named):
     dtype = "int32"
     kind: Literal["tokens"] = "tokens"
     unit: TextUnit | None = Field(None, description="what a token of a text is")
+    unknown: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = Field(
+        {}, description="of each split the tokens that are not in the vocabulary, and all, where that is known"
+    )
+
+    @property
+    def unknown_token(self) -> int | None:
+        """The number of what is not in the vocabulary; None where there is no such token."""
+        return self.names.index(UNKNOWN) if UNKNOWN in self.names else None
 
     @property
     def extent(self) -> str:

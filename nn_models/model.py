@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # descriptions need no torch
     from torch import Tensor, nn
 
     from nn_models.batch import Batch
+    from nn_models.word_vectors import WantedVectors
 
 # What a model makes of the rows: a row of outputs each, one for each element, the input again, a distribution of codes
 # and of the input again, or it has two halves. One that can do several follows the rows' target: outputs for each
@@ -37,6 +38,8 @@ class ModelSpec(Spec):
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found
     sections: ClassVar[tuple[str, ...]] = ("filters",)
+    # fields that are paths of the user's files, whose numbers its weights begin with: see `wanted_vectors`
+    files: ClassVar[tuple[str, ...]] = ()
     kind: str
 
     @property
@@ -71,6 +74,18 @@ class ModelSpec(Spec):
         It changes nothing of the module, draws nothing from the global generators, and takes a few seconds at most.
         """
         return {}
+
+    def wanted_vectors(self, signature: Signature) -> "WantedVectors | None":
+        """What the weights of a new model begin with beside what is drawn; None for nothing.
+
+        Models read no files: whoever trains one does, and hands what is found to `take_vectors`. A trained one needs
+        none of it.
+        """
+        return None
+
+    def take_vectors(self, model: Any, words: "Tensor", vectors: "Tensor") -> None:
+        """Let a new module's rows of these words, (n,), be these vectors, (n, size)."""
+        raise NotImplementedError
 
     def feature_map_size(self, signature: Signature) -> int | None:
         """Numbers that the first convolution makes of one row, 0 without convolutions.

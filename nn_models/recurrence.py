@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from nn_models.peepholes import PeepholeRecurrence
+from nn_models.peepholes import PeepholeRecurrence, gate_scales
 
 State = tuple[Tensor, ...]  # h alone, or h and c
 StepActivation = Literal["tanh", "relu", "sigmoid", "linear"]
@@ -131,14 +131,16 @@ class PeepholeCell(LSTMCell):
         return (o * torch.tanh(self.norm_c(c)), c), (i, f, o)
 
     def scan(self, x: Tensor, state: State) -> State:
-        """See Cell. With its derivative written down, which takes a seventh of the time of one operation at a time."""
+        """See Cell. With its derivative written down, which takes a fifth to all of the time of autograd."""
         if self.layer_norm:
             return super().scan(x, state)
-        projected = self.project(x) + self.bias_hh
+        scales = gate_scales(self.num_units, self.weight_hh)
+        biases = (self.bias_ih + self.bias_hh) * scales
+        projected = nn.functional.linear(x, self.weight_ih * scales[:, None], biases)
         # autocast projects in half precision; the recurrence itself stays in that of the weights
-        rows_last = [value.to(self.weight_hh.dtype).transpose(-1, -2) for value in (projected, *state)]
-        h, c = PeepholeRecurrence.apply(*rows_last, self.weight_hh, self.peepholes)
-        return h.transpose(1, 2), c.transpose(1, 2)
+        given = [value.to(self.weight_hh.dtype) for value in (projected, *state)]
+        h, c = PeepholeRecurrence.apply(*given, self.weight_hh * scales[:, None], self.peepholes)
+        return h, c
 
 
 class GRUCell(Cell):

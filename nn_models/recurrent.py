@@ -16,7 +16,7 @@ from nn_models.batch import Batch, Ragged
 from nn_models.columns import Column, Image, Label, Labels, Numbers, Sequence, Tokens
 from nn_models.errors import UserError
 from nn_models.inspection import inspect
-from nn_models.model import ModelSpec, reading
+from nn_models.model import reading
 from nn_models.recurrence import (
     Cell,
     CellLayers,
@@ -34,6 +34,7 @@ from nn_models.recurrence import (
 )
 from nn_models.signature import Signature
 from nn_models.spec import invalid
+from nn_models.word_vectors import WordVectorsSpec
 
 Pool = Literal["last", "mean", "max"]
 ImageSteps = Literal["rows", "pixels"]
@@ -157,7 +158,7 @@ def _extent(column: Column, images: ImageSteps) -> tuple[int | None, int]:
     return column.length, 0
 
 
-class RecurrentSpec(ModelSpec):
+class RecurrentSpec(WordVectorsSpec):
     """Base of the recurrent nets' descriptions."""
 
     reads = reading(input=(Sequence, Tokens, Image))
@@ -177,7 +178,6 @@ class RecurrentSpec(ModelSpec):
     permutation: NonNegativeInt | None = Field(
         None, description="seed of a fixed new order of the steps (Le et al. 2015)"
     )
-    embedding: PositiveInt = Field(128, description="numbers that stand for a word")
     tied: bool = Field(False, description="the output's weights are the embedding's (Press & Wolf 2017)")
 
     @property
@@ -196,6 +196,10 @@ class RecurrentSpec(ModelSpec):
             raise UserError("model.permutation", what, "leave it out")
         if not self.tied:
             return
+        if self.freeze_vectors:
+            raise UserError(
+                "model.freeze_vectors", "tied weights are the output's too, which has to learn", "leave it out"
+            )
         if not isinstance(column, Tokens) or not isinstance(target, Labels) or target.size != column.size:
             raise UserError("model.tied", "only a net that gives words for words has such weights", "leave it out")
         if self.embedding != self.hidden * (1 + self.bidirectional):
@@ -206,7 +210,7 @@ class RecurrentSpec(ModelSpec):
 
     def build(self, signature: Signature) -> RecurrentNet:
         """The module: rows of steps -> (B, num_outputs), or for labels of steps (N, num_outputs)."""
-        return RecurrentNet(
+        net = RecurrentNet(
             signature["input"],
             signature.num_outputs,
             make_layers=self.make_layers,
@@ -219,6 +223,8 @@ class RecurrentSpec(ModelSpec):
             dropout=self.dropout,
             learned_state=self.initial_state == "learned",
         )
+        self.settle(net)
+        return net
 
     def inspect(self, model: nn.Module, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
         """See ModelSpec: beside the net one of each standard kind and of its size, as it is before training."""

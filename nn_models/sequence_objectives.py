@@ -54,6 +54,10 @@ class StepLabels(Objective):
         """See Objective."""
         return StepEvidence(signature["target"].num_outputs)
 
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """See Objective: (N,) of outputs (N, C), row after row."""
+        return outputs.argmax(1)
+
 
 class NextToken(Objective):
     """Language model: the next token, from all that came before it in the text.

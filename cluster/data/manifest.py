@@ -138,6 +138,18 @@ class Manifest(Spec):
         target = self.columns.get("target")
         return getattr(target.column, "names", ()) if target else ()
 
+    def unknown_tokens(self) -> list[str]:
+        """What to say of tokens that are not in the vocabulary: a line for each column and split that has some."""
+        lines = []
+        for name, stored in self.columns.items():
+            for split, (unknown, every) in getattr(stored.column, "unknown", {}).items():
+                if unknown:
+                    share = f"{unknown:,} of {every:,} tokens ({100 * unknown / every:.2g} %)"
+                    lines.append(
+                        f"{share} of {name} in {split} are not in the vocabulary of {stored.column.num_outputs:,}"
+                    )
+        return lines
+
     def absent_classes(self) -> dict[str, list[str]]:
         """Split -> the classes of which it has no row, where their numbers are known."""
         target = self.columns.get("target")

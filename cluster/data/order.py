@@ -1,7 +1,8 @@
 """Order: which rows each global batch holds, as a pure function of (row groups, seed, epoch), never of the world size.
 
 An epoch of N rows takes S = ceil(N / global_batch_size) steps. Step k holds the positions from N*k//S to N*(k+1)//S,
-so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation.
+so global batches differ by at most one row and no epoch ends in a batch too small for batch normalisation. Where a
+recipe puts rows of like length together (data.bucket), the lengths of the rows decide as well.
 """
 
 from abc import ABC, abstractmethod
@@ -115,16 +116,53 @@ class _Sequence(Order):
         return low, high if rank + 1 < world_size else len(ids)
 
 
+@dataclass(frozen=True)
+class Buckets:
+    """Rows of like length together: so many global batches, one after the other, share their rows anew by length.
+
+    Which of them gets the short rows is drawn. With one batch only the order of the rows in it changes.
+    """
+
+    num_steps: int
+    lengths: NDArray[np.int32]  # (rows,)
+
+
 class WholeOrder(_Sequence):
     """Every row shuffled among all: for sets that are held in memory."""
 
-    def __init__(self, num_rows: int, *, global_batch_size: int, seed: int, weights: Weights = 1) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        global_batch_size: int,
+        seed: int,
+        weights: Weights = 1,
+        buckets: Buckets | None = None,
+    ) -> None:
         super().__init__(weights)
         self.num_rows = num_rows
         self.num_steps = -(-num_rows // global_batch_size)
-        self._permutation = lru_cache(maxsize=1)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(num_rows)
-        )
+        self._seed, self._buckets = seed, buckets
+        self._permutation = lru_cache(maxsize=1)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> RowIds:
+        generator = np.random.default_rng([self._seed, epoch])
+        ids = generator.permutation(self.num_rows)
+        return ids if self._buckets is None else self._by_length(ids, self._buckets, generator)
+
+    def _by_length(self, ids: RowIds, buckets: Buckets, generator: np.random.Generator) -> RowIds:
+        """These ids, those of each few steps dealt to them anew; each step keeps its number of rows."""
+        found = np.empty_like(ids)
+        for first in range(0, self.num_steps, buckets.num_steps):
+            steps = range(first, min(first + buckets.num_steps, self.num_steps))
+            rows = ids[self.span(steps[0])[0] : self.span(steps[-1])[1]]
+            rows = rows[np.argsort(buckets.lengths[rows], kind="stable")]
+            taken = 0
+            for step in generator.permutation(steps).tolist():
+                low, high = self.span(step)
+                found[low:high] = rows[taken : taken + high - low]
+                taken += high - low
+        return found
 
     def span(self, step: int) -> tuple[int, int]:
         """See _Sequence."""
@@ -306,14 +344,20 @@ HELD_BYTES = 4 << 30
 
 
 def training_order(
-    manifest: Manifest, *, global_batch_size: int, seed: int, window: int | None, weights: Weights = 1
+    manifest: Manifest,
+    *,
+    global_batch_size: int,
+    seed: int,
+    window: int | None,
+    weights: Weights = 1,
+    buckets: Buckets | None = None,
 ) -> Order:
-    """The order of the training rows."""
+    """The order of the training rows. Buckets are for rows that are shuffled as a whole."""
     num_rows = manifest.rows("train")
     if manifest.order == "streams":
         return StreamOrder(num_rows, num_streams=global_batch_size, weights=weights)
     if (rows := shuffle_window(manifest, window)) is None:
-        return WholeOrder(num_rows, global_batch_size=global_batch_size, seed=seed, weights=weights)
+        return WholeOrder(num_rows, global_batch_size=global_batch_size, seed=seed, weights=weights, buckets=buckets)
     groups = manifest.row_groups("train")
     return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows, weights=weights)
 

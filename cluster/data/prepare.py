@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -23,8 +24,10 @@ from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
 from cluster.limits import machine_bytes, size
 from cluster.storage import Folder, failure
-from nn_models.columns import Label
+from nn_models.columns import Label, Tokens
 from nn_models.errors import Problem, UserError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # part of the cache's key: raise it when prepared data changes its meaning
 STORED_SMALLER = 50  # times that compressed rows may take less than in memory: more is refused before it is tried
@@ -58,6 +61,7 @@ class Converted:
     moments: Mapping[str, Moments]  # of the columns that have mean and std
     elements: Mapping[str, int]  # of those whose rows differ in length
     classes: Mapping[str, Mapping[str, NDArray[np.int64]]]  # of the labels: rows of each class in each split
+    unknown: Mapping[str, Mapping[str, tuple[int, int]]]  # of tokens: those not in the vocabulary, and all, in each
     problems: tuple[Problem, ...] = ()  # of rows that cannot be used: then there is nothing else
 
 
@@ -66,12 +70,17 @@ Mapper = Callable[[Callable[[Slot], Converted], Sequence[Slot]], Iterable[Conver
 
 
 def prepared(spec: DataSpec) -> DataSet:
-    """The spec's data set from the cache, prepared first where it is not there yet.
+    """The spec's data set from the cache, prepared first where it is not there yet; logged is what it does not know.
 
     Raises UserError where the data is missing or damaged.
     """
-    if spec.prepared_at:
-        return DataSet(spec.prepared_at)
+    data = DataSet(spec.prepared_at) if spec.prepared_at else _cached(spec)
+    for line in data.manifest.unknown_tokens():
+        logger.info("data: %s", line)
+    return data
+
+
+def _cached(spec: DataSpec) -> DataSet:
     folder = cache_root() / "data" / f"{spec.kind}-{cache_key(spec)}"
     if not (folder / MANIFEST).exists():
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -114,6 +123,7 @@ def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:
         raise UserError(str(out), "not empty", "choose a new folder, or delete this one")
     _refuse_more_than_there_is(source, out)
     slots = _deal(source, cast(SplitSpec, spec))  # every source is split here
+    source = spec.learned(source, [(slot.part, slot.splits == TRAIN) for slot in slots])
     converted = list(mapper(partial(convert, source, out), slots))
     if problems := [problem for part in converted for problem in part.problems]:
         raise bad_rows(problems)
@@ -221,7 +231,7 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
         loaded = source.load(slot.part)
         _check_lengths(loaded, columns, slot.part.name or f"data, part {slot.index}")
     except BadRows as error:
-        return Converted({}, {}, {}, {}, error.problems)
+        return Converted({}, {}, {}, {}, {}, error.problems)
     rows = Rows(slot.ids, {name: loaded[name] for name in columns})
     parts = {split: rows.at(slot.splits == index) for index, split in enumerate(SPLITS)}
     shards = {
@@ -239,12 +249,23 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
             for name, stored in columns.items()
             if isinstance(stored.column, Label)
         },
+        unknown={
+            name: {split: _unknown(part.columns[name], token) for split, part in parts.items()}
+            for name, stored in columns.items()
+            if isinstance(stored.column, Tokens) and (token := stored.column.unknown_token) is not None
+        },
     )
 
 
 def _counts(labels: Layout, num_classes: int) -> NDArray[np.int64]:
     """Rows of each class."""
     return np.bincount(_numbers(labels), minlength=num_classes)
+
+
+def _unknown(tokens: Layout, unknown: int) -> tuple[int, int]:
+    """Tokens that are not in the vocabulary, and all of them."""
+    numbers = _numbers(tokens)
+    return int((numbers == unknown).sum()), numbers.size
 
 
 def _check_lengths(loaded: Mapping[str, Layout], columns: Mapping[str, StoredColumn], where: str) -> None:
@@ -308,6 +329,10 @@ def _with_statistics(name: str, stored: StoredColumn, converted: Sequence[Conver
         counts = {split: np.sum([part.classes[name][split] for part in converted], axis=0) for split in SPLITS}
         counts = {split: tuple(number.tolist()) for split, number in counts.items() if number.any()}
         found["column"] = stored.column.model_copy(update={"counts": counts})
+    if any(name in part.unknown for part in converted):
+        sums = {split: np.sum([part.unknown[name][split] for part in converted], axis=0).tolist() for split in SPLITS}
+        unknown = {split: tuple(counted) for split, counted in sums.items() if counted[1]}
+        found["column"] = stored.column.model_copy(update={"unknown": unknown})
     return stored.model_copy(update=found)
 
 

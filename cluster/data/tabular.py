@@ -85,12 +85,7 @@ class TabularFile:
 
     @cached_property
     def _content(self) -> pa.Buffer:
-        folder = Folder(self.name)
-        try:
-            with folder.filesystem.open_input_file(folder.path) as file:
-                content = file.read_buffer()
-        except OSError as error:
-            raise UserError(self.name, f"cannot be read ({error})", "check the path and permissions") from None
+        content = read_content(self.name)
         _check_text(self.name, content)
         return content
 
@@ -166,24 +161,37 @@ class TabularFile:
             raise UserError(where, f"no JSON lines that can be read ({what})", "mend the line") from None
 
 
+def read_content(name: str) -> pa.Buffer:
+    """The content of the file at a path or a URI. Raises UserError where it cannot be read."""
+    folder = Folder(name)
+    try:
+        with folder.filesystem.open_input_file(folder.path) as file:
+            return file.read_buffer()
+    except OSError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(name, f"cannot be read ({reason})", "check the path and permissions") from None
+
+
 def found_files(path: str, *, field: str, endings: Sequence[str] = ENDINGS) -> list[tuple[str, fs.FileInfo]]:
     """The file, or all files of a folder whose names end so, sorted: the name, as a user would write it, of each.
+
+    Without endings any name will do; hidden files are left out.
 
     `path` is a path or a URI, `field` where the recipe has it. Raises UserError where there is none.
     """
     folder = Folder(path)
     info = folder.info()
-    what = "Parquet" if tuple(endings) == PARQUET else "such"
+    wanted = "give Parquet files" if tuple(endings) == PARQUET else "check the path"
     if info.type == fs.FileType.File:
         return [(folder.uri, info)]
     if info.type == fs.FileType.NotFound:
-        raise UserError(field, f"{path}: no such file or folder", f"give {what} files" if what == "Parquet" else None)
+        raise UserError(field, f"{path}: no such file or folder", wanted)
     if info.type != fs.FileType.Directory:  # a device or a pipe need not end
         raise UserError(field, f"{path}: neither a file nor a folder", "give a file")
-    files = [(name, info) for name, info in folder.walk() if _ending(name) in endings and info.is_file]
+    files = [(name, info) for name, info in folder.walk() if info.is_file and (not endings or _ending(name) in endings)]
     if not files:
-        listed = endings[0] if what == "Parquet" else " ".join(endings)
-        raise UserError(field, f"{path}: no {listed} files in this folder", "give one that has some")
+        listed = ".parquet " if tuple(endings) == PARQUET else "".join(f"{ending} " for ending in endings)
+        raise UserError(field, f"{path}: no {listed}files in this folder", "give one that has some")
     for name, _ in files:
         folder.check_name(name)
     return [((folder / name).uri, info) for name, info in files]

@@ -30,7 +30,7 @@ def evaluate_run(
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     model, saved = restore_model(folder, recipe)
-    source = data or recipe.data
+    source = data.fitted_to(saved.manifest) if data else recipe.data
     other = prepared(source)
     ours, theirs = saved.manifest, other.manifest
     read = [name for name in ours.columns if name in recipe.columns]

@@ -7,6 +7,7 @@ import torch
 
 from cluster.data.augment import check_augment
 from cluster.data.manifest import Manifest
+from cluster.data.order import shuffle_window
 from cluster.data.scaling import Scaling
 from cluster.recipe.recipe import Recipe
 from cluster.recipe.sweep import CHANGEABLE
@@ -24,6 +25,7 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
     _check_target(recipe, signature)
     _check_halves(recipe)
     _check_changes(recipe)
+    _check_bucket(recipe, manifest)
     if not manifest.rows("train"):
         raise UserError("data", f"{recipe.data.kind} has no training rows", "add some")
     if recipe.adversarial is not None:
@@ -96,6 +98,23 @@ def _check_halves(recipe: Recipe) -> None:
     if recipe.train.record_grad_norm:
         raise UserError(
             "train.record_grad_norm", "the halves of a GAN keep none of their gradients' norms", "leave it out"
+        )
+
+
+def _check_bucket(recipe: Recipe, manifest: Manifest) -> None:
+    """Rows of like length are put together where they differ in length and are shuffled as a whole."""
+    if recipe.data.bucket is None:
+        return
+    what, fix = str(recipe.data.bucket), "leave it out"
+    if manifest.order == "streams":
+        raise UserError("data.bucket", f"{what}: rows are windows of one text, in its order", fix)
+    if all(manifest.signature[name].layout == "dense" for name in recipe.columns):
+        raise UserError("data.bucket", f"{what}: rows of {recipe.data.kind} are all of one length", fix)
+    if shuffle_window(manifest, recipe.data.shuffle_window) is not None:
+        raise UserError(
+            "data.bucket",
+            f"{what}: rows that are streamed are shuffled within their windows only",
+            fix if recipe.data.shuffle_window is None else "leave it or data.shuffle_window out",
         )
 
 

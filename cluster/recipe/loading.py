@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cluster.data.manifest import MANIFEST
-from cluster.data.sources.base import DataSpec
+from cluster.data.sources.base import DataSpec, absolute
 from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -43,7 +43,10 @@ def load_recipe(
     else:
         recipe = _from_file(str(source))
     recipe = override(recipe, overrides) if overrides else recipe
-    return recipe.model_copy(update={"data": recipe.data.resolved(str(Path.cwd()))})
+    here = str(Path.cwd())
+    files = {field: absolute(path, here) for field in recipe.model.files if (path := getattr(recipe.model, field))}
+    model = recipe.model.model_copy(update=files) if files else recipe.model
+    return recipe.model_copy(update={"data": recipe.data.resolved(here), "model": model})
 
 
 def builtin_recipes() -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import training_order
+from cluster.data.word_vectors import read_vectors
 from cluster.limits import machine_bytes, size
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import Summary, summarise
@@ -53,6 +54,13 @@ def refuse_what_cannot_start(recipe: Recipe, splits: Splits, workers: Workers) -
             "normalisation cannot learn from",
             "raise it, or lower train.accumulation or the workers",
         )
+
+
+def refuse_unreadable_files(recipe: Recipe, manifest: Manifest) -> None:
+    """Read what the weights of a new model begin with, and say of how many words there is something."""
+    if wanted := recipe.model.wanted_vectors(manifest.signature):
+        found, num = len(read_vectors(wanted).places), len(wanted.words)
+        logger.info("model.%s: %d of %d words have a vector there, the others are drawn", wanted.field, found, num)
 
 
 def _refuse_more_than_memory(summary: Summary) -> None:

@@ -1,5 +1,6 @@
 """Given: rows that a user has at hand, as they stand in files, laid as models are given them; or refused by name."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,12 @@ from torch import Tensor
 
 from cluster.data.layouts import Ragged, shared
 from cluster.data.manifest import StoredColumn
+from cluster.data.vocabulary import Vocabulary, told
 from nn_models.batch import Value
+from nn_models.columns import Column, Tokens
 from nn_models.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MOST_OF_A_BYTE = 255
 
@@ -21,7 +26,8 @@ def as_stored(name: str, stored: StoredColumn, rows: Any, device: torch.device) 
 
     Rows of one shape are an array or a tensor (rows, *shape) of any numeric type, or lists of numbers; those that
     differ in length a sequence with an array for each row, or a mapping of the column's fields where it has several.
-    Words and classes may be given by their names. Raises UserError for what the column cannot hold.
+    Words and classes may be given by their names, and a row of tokens as a text: what is not in the vocabulary is then
+    counted and logged. Raises UserError for what the column cannot hold.
     """
     if stored.column.layout == "ragged":
         return _ragged(name, stored, rows, device)
@@ -34,7 +40,8 @@ def wanted(stored: StoredColumn) -> str:
     if column.layout == "ragged":
         fields = column.ragged_fields()
         of = f"a mapping of {', '.join(fields)}" if len(fields) > 1 else "an array"
-        return f"a list with {of} for each row"
+        text = ", or a text," * bool(getattr(column, "unit", None))
+        return f"a list with {of}{text} for each row"
     shape = ", ".join(map(str, column.row_shape))
     as_bytes = f", bytes 0 to {MOST_OF_A_BYTE}" if stored.dtype == "uint8" else ""
     units = ", in the units of the file" if column.scaled and stored.dtype != "uint8" else ""
@@ -73,7 +80,7 @@ def _ragged(name: str, stored: StoredColumn, rows: Sequence[Any], device: torch.
     column, fields = stored.column, stored.column.ragged_fields()
     found: dict[str, list[NDArray[Any]]] = {field: [] for field in fields}
     lengths = []
-    for row in rows:
+    for row in _spelled_out(name, column, rows):
         named = row if isinstance(row, Mapping) else dict.fromkeys(list(fields)[:1], row)
         if set(named) != set(fields):
             raise UserError(
@@ -92,6 +99,33 @@ def _ragged(name: str, stored: StoredColumn, rows: Sequence[Any], device: torch.
         for field, described in fields.items()
     }
     return Ragged.of(whole, lengths).collate(column, device)
+
+
+def _spelled_out(name: str, column: Column, rows: Sequence[Any]) -> Sequence[Any]:
+    """The rows, where those of tokens that are texts, or lists of words, are given by their numbers."""
+    if not isinstance(column, Tokens) or not column.unit or not column.names:
+        return rows
+    vocabulary, unknown, num_unknown = Vocabulary.of_column(column), list[str](), 0
+    found = []
+    for row in rows:
+        words = row if isinstance(row, str) else _words(row)
+        if words is not None:
+            row = vocabulary.numbers(words, path=name)
+            if strange := vocabulary.unknown(words):
+                unknown += strange
+                num_unknown += int((row == column.unknown_token).sum())
+        found.append(row)
+    if num_unknown:
+        logger.warning(
+            "%s: %d tokens are not in the vocabulary: %s", name, num_unknown, told([*dict.fromkeys(unknown)])
+        )
+    return found
+
+
+def _words(row: Any) -> list[str] | None:
+    """A row that is a list of words; None for one of numbers."""
+    values = row.tolist() if isinstance(row, np.ndarray) else row
+    return [*values] if isinstance(values, list | tuple) and values and isinstance(values[0], str) else None
 
 
 def _numbers(name: str, stored: StoredColumn, values: Any) -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """open_model: a run's model as files meet it: it takes bytes or numbers in their units, and gives classes by name."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -12,7 +13,7 @@ from cluster.adversarial.halves import described, sample
 from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
-from cluster.data.vocabulary import Vocabulary
+from cluster.data.vocabulary import Vocabulary, told
 from cluster.recipe.recipe import Recipe
 from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
 from cluster.storage import Folder
@@ -23,10 +24,12 @@ from cluster.training.run_directory import RECIPE, RunDirectory
 from cluster.training.splits import EVALUATION_ROWS
 from nn_models.adversarial import Halves
 from nn_models.batch import Batch, Place, Value
-from nn_models.columns import Ahead, Numbers, Sequence, Tokens
+from nn_models.columns import UNKNOWN, Ahead, Numbers, Sequence, Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
 from nn_models.sequence_evidence import first_token, written
+
+logger = logging.getLogger(__name__)
 
 MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 
@@ -197,6 +200,8 @@ class Writer(Predictor):
             raise UserError("--temperature", f"{temperature:g} is below 0", "give 0 for the likeliest, or more")
         vocabulary = self.vocabulary
         start = vocabulary.numbers(prompt, path="--prompt")
+        if unknown := vocabulary.unknown(prompt):
+            logger.warning("--prompt: %s not in the vocabulary, so read as %s", told(unknown), UNKNOWN)
         if not len(start):
             start = np.array([first_token(cast(Tokens, self._column("input").column))], np.int32)
         generator = torch.Generator().manual_seed(seed)

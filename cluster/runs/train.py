@@ -15,7 +15,13 @@ from cluster.errors import Lost, RunFailed
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
-from cluster.runs.admission import refuse_other_data, refuse_other_recipe, refuse_what_cannot_start, workers_of
+from cluster.runs.admission import (
+    refuse_other_data,
+    refuse_other_recipe,
+    refuse_unreadable_files,
+    refuse_what_cannot_start,
+    workers_of,
+)
 from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runs.tail import Listener, Tail
 from cluster.runtime import (
@@ -116,6 +122,8 @@ def train(
         warn_about_classes(data.manifest, recipe)
         splits = open_splits(data, window=recipe.data.shuffle_window)
         refuse_what_cannot_start(recipe, splits, workers)
+        if not began_with:
+            refuse_unreadable_files(recipe, data.manifest)
 
         device = device_name(use_gpu)
         facts = environment(

@@ -11,6 +11,7 @@ from torch import nn
 
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import MovingAverage
+from cluster.training.beginning import new_model
 from cluster.training.carry import gathered, of_rows, on_device
 from cluster.training.checkpoints import Background, Checkpoints, State, name_at, read_model, save_model, to_cpu
 from cluster.training.context import Context
@@ -52,8 +53,10 @@ class Loop:
         self.manifest = context.splits.manifest
         self.objective = cast(Objective, recipe.objective.build(self.manifest.signature))
 
-        torch.manual_seed(self.train.seed)  # the same weights on all ranks
-        self.model = recipe.model.build(self.manifest.signature)
+        self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
+        # Rank 0 looks: ranks that list an object store on their own might see different files.
+        newest = context.share(self.checkpoints.newest_step() if context.rank == 0 else None)
+        self.model = new_model(recipe, self.manifest.signature, begins=newest is None)
         if self.train.compile:
             self.model.compile()
         wrapped = context.prepare(self.model)
@@ -80,10 +83,10 @@ class Loop:
             pending=self.pending,
             carries=self.rows.order.carries,
         )
-        self.checkpoints = Checkpoints(context.run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         seed_rank(self.train.seed, context.rank, 0)
-        self._resume()
+        if newest is not None:
+            self._resume(newest)
         self.journal.open(began=started)
         self._using: Recipe | None = None
 
@@ -271,12 +274,7 @@ class Loop:
             self.background.submit(lambda: self.checkpoints.save(step, state))
         self.journal.flush()
 
-    def _resume(self) -> None:
-        context = self.context
-        # Rank 0 looks: ranks that list an object store on their own might see different files.
-        step = context.share(self.checkpoints.newest_step() if context.rank == 0 else None)
-        if step is None:
-            return
+    def _resume(self, step: int) -> None:
         state = self.checkpoints.at(step)
         with self.checkpoints.restoring(name_at(step)):
             self._take_up(state)

@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from cluster.data.augment import Augmentation, augmentation_of
 from cluster.data.layouts import LENGTH
 from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRows
 from cluster.data.manifest import SPLITS, Manifest
-from cluster.data.order import InOrder, LaneOrder, Order, StreamOrder, Weights, held, training_order
+from cluster.data.order import Buckets, InOrder, LaneOrder, Order, StreamOrder, Weights, held, training_order
 from cluster.data.shards import DataSet
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
@@ -38,6 +40,7 @@ class Splits:
             seed=train.seed,
             window=recipe.data.shuffle_window,
             weights=self._weights(recipe, "train"),
+            buckets=self._buckets(recipe),
         )
         if isinstance(order, LaneOrder):
             data = DataSet(Folder(self.where))
@@ -101,8 +104,20 @@ class Splits:
         column = self.manifest.signature[name]
         if column.layout == "dense":
             return column.row_shape[0]
+        return self._lengths(split, name)
+
+    def _buckets(self, recipe: Recipe) -> Buckets | None:
+        """Which training batches share their rows by length: that of all that is read of a row."""
+        signature = self.manifest.signature
+        read = [name for name in sorted(recipe.columns) if signature[name].layout != "dense"]
+        if recipe.data.bucket is None or not read:
+            return None
+        return Buckets(recipe.data.bucket, np.sum([self._lengths("train", name) for name in read], 0))
+
+    def _lengths(self, split: str, name: str) -> NDArray[np.int32]:
+        """(rows,): elements of each row of a ragged column."""
         if split in self.tables:
-            lengths: Weights = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
+            lengths: NDArray[np.int32] = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
             return lengths
         return DataSet(Folder(self.where)).lengths(split, name)
 

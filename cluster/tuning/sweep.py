@@ -16,7 +16,13 @@ from cluster.errors import Lost
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
-from cluster.runs.admission import refuse_differences, refuse_other_data, refuse_what_cannot_start, workers_of
+from cluster.runs.admission import (
+    refuse_differences,
+    refuse_other_data,
+    refuse_unreadable_files,
+    refuse_what_cannot_start,
+    workers_of,
+)
 from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runtime import RaySession, ray_session
 from cluster.storage import Folder
@@ -170,6 +176,7 @@ class _Sweep:
         self.needs = needs_of(self.workers)
         self.data = OpenData()
         refuse_what_cannot_start(self.base, self.data.of(self.base)[1], self.workers)
+        refuse_unreadable_files(self.base, self.manifest)
         self.most_fused, self.fuse_asked = 1, False
         self.num_workers = num_workers
         self.environment = environment(

@@ -106,6 +106,8 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool, verified: b
     if manifest.class_names:
         more = ", …" if len(manifest.class_names) > 20 else ""
         console.print(f"classes          {', '.join(manifest.class_names[:20])}{more}", markup=False)
+    for line in manifest.unknown_tokens():
+        console.print(f"unknown          {line}", markup=False)
     for stored in manifest.columns.values():
         if 0 < len(stored.mean) <= 4:
             console.print(f"mean, deviation  {_numbers(stored.mean)}; {_numbers(stored.std)}")

@@ -15,6 +15,7 @@ ORDER = (
     "training_two_workers",
     "loader",
     "augmentation",
+    "sequences",
     "startup_in_process",
     "startup_ray",
     "reporting",

@@ -91,11 +91,13 @@ def _print(line: Mapping[str, Any]) -> None:
     print(json.dumps({**line, **machine}), flush=True)
 
 
-def options(description: str | None, **defaults: int) -> argparse.Namespace:
-    """Whole numbers that the command line may change, such as `--repetitions 3`."""
+def options(description: str | None, **defaults: int | str) -> argparse.Namespace:
+    """Whole numbers and words that the command line may change, such as `--repetitions 3`."""
     parser = argparse.ArgumentParser(description=description)
     for name, default in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
+        )
     return parser.parse_args()
 
 

@@ -49,3 +49,44 @@ def test_what_cannot_be_is_refused(manta, run, arguments, message):
     code, _, err = manta("generate", run, *arguments)
     assert code == 2
     assert message in err
+
+
+def test_words_of_a_prompt_that_are_not_in_the_vocabulary_are_told(manta, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat.\n" * 100)
+    words = {**FEW, "data": {**FEW["data"], "unit": "words", "max_words": 5, "path": str(tmp_path / "a.txt")}}
+    run = cluster.train("docs-lstm", overrides=words, run=str(tmp_path / "run")).run
+    code, out, err = manta("generate", run, "--prompt", "the dog cat", "--num", 3)
+    assert code == 0
+    assert out.startswith("the dog cat")
+    assert "--prompt: 'dog' not in the vocabulary, so read as <unknown>" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "data.path: {path}: no text in there; give a file that has some"),
+        (
+            b"abc",
+            "data.window: 128 characters and the one that follows, but the text has 3; set a smaller window, or give",
+        ),
+        (b"good\xff", "{path}: no UTF-8 text (byte 4); convert or remove it, or set data.unit to bytes"),
+        (None, "data.path: {path}: no such file or folder; check the path"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(refused, tmp_path, content, message):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    told = refused("data", "prepare", f"{{kind: text, path: {path}}}", "--out", tmp_path / "out")
+    assert told.startswith(message.format(path=path))
+    assert "\n" not in told
+
+
+def test_another_text_is_read_with_the_models_tokens(manta, refused, run, tmp_path):
+    (tmp_path / "b.txt").write_text("cats on mats sat.\n" * 20)
+    code, out, _ = manta("evaluate", run, "--data", f"{{kind: text, path: {tmp_path}/b.txt}}", "--json")
+    assert code == 0
+    assert json.loads(out)["metrics"]["test/bits_per_token"] > 0
+    (tmp_path / "c.txt").write_text("What a text!\n" * 20)
+    told = refused("evaluate", run, "--data", f"{{kind: text, path: {tmp_path}/c.txt}}")
+    assert told == "data: 'W', 'x', '!' not in the text that the model has learned from; leave them out"

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from cluster.data.keys import digest_part, digest_text
 from cluster.data.manifest import Manifest, StoredColumn
-from cluster.data.order import InOrder, LaneOrder, StreamOrder, WholeOrder, bounds, held, shuffle_window, training_order
+from cluster.data.order import (
+    Buckets,
+    InOrder,
+    LaneOrder,
+    StreamOrder,
+    WholeOrder,
+    bounds,
+    held,
+    shuffle_window,
+    training_order,
+)
 from nn_models.columns import Image, Label, Tokens
 from nn_models.errors import UserError
 
@@ -24,9 +34,13 @@ def orders(draw):
     weights = draw(st.sampled_from([1, 7, "elements"]))
     if weights == "elements":
         weights = np.random.default_rng(seed).integers(0, 9, num_rows, dtype=np.int32)
-    match draw(st.sampled_from(["whole", "in order", "streams", "lanes"])):
+    match draw(st.sampled_from(["whole", "buckets", "in order", "streams", "lanes"])):
         case "whole":
             return WholeOrder(num_rows, global_batch_size=batch, seed=seed, weights=weights), 7
+        case "buckets":
+            lengths = np.random.default_rng(seed + 1).integers(0, 9, num_rows, dtype=np.int32)
+            buckets = Buckets(draw(st.integers(1, 9)), lengths)
+            return WholeOrder(num_rows, global_batch_size=batch, seed=seed, weights=weights, buckets=buckets), 7
         case "in order":
             return InOrder(num_rows, batch_size=batch, weights=weights), 7
         case "streams":

@@ -95,9 +95,24 @@ def test_a_folders_files_come_by_their_names(tmp_path):
     spec = TextSpec(path=str(tmp_path / "texts"), window=4, validation_fraction=0, test_fraction=0)
     names = prepared(spec).manifest.signature["input"].names
     assert "".join(names[token] for token in tokens(prepared(spec), "train")[:-1]) == "aaaabbbbzzzz"
+    uri = spec.model_copy(update={"path": (tmp_path / "texts").as_uri()})
+    assert uri.text() == spec.text()
     before = spec.fingerprint()
     written(tmp_path / "texts", "other", "b.txt")
     assert spec.fingerprint() != before
+
+
+def test_files_come_in_the_order_of_their_folders(tmp_path):
+    for name in ("a.txt", "a/z.txt", "a-b/c.txt"):
+        written(tmp_path / "texts", f"{name} ", name)
+    assert TextSpec(path=str(tmp_path / "texts")).text() == "a/z.txt a-b/c.txt a.txt "
+
+
+def test_a_folder_without_files_is_named(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / ".hidden").write_text("text")
+    with pytest.raises(UserError, match=r"data.path: .*: no files in this folder; give one that has some"):
+        TextSpec(path=str(tmp_path)).text()
 
 
 def test_pythons_own_help_is_english():
@@ -121,7 +136,7 @@ def test_pythons_own_help_is_english():
             "data.window: 2 words and the one that follows, but the text has 2",
         ),
         (None, {}, "data.path: {path}: no such file or folder; check the path"),
-        (None, {"path": "/dev/zero"}, "data.path: /dev/zero: neither a file nor a folder; give a text file"),
+        (None, {"path": "/dev/zero"}, "data.path: /dev/zero: neither a file nor a folder; give a file"),
         (None, {"path": ""}, "data.path: "),
         ("text", {"window": 0}, "data.window: must be greater than 0, not 0"),
         ("text", {"unit": "letters"}, "data.unit: must be 'characters', 'bytes' or 'words', not 'letters'"),

@@ -1,15 +1,17 @@
 """What every source is: a DataSpec that opens to a Source, whose parts are converted to shards one by one."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
-from cluster.data.manifest import StoredColumn
+from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.split import Traits
 from nn_models.columns import Column, Image, Label
 from nn_models.errors import Problem, UserError
@@ -83,7 +85,7 @@ class DataSpec(Spec):
     """Base of every data section: which rows, and how they are used in training."""
 
     # Fields about how rows are used; all others decide what is prepared.
-    TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window"})
+    TRAINING_FIELDS: ClassVar[frozenset[str]] = frozenset({"augment", "shuffle_window", "bucket"})
 
     # "streams": rows are windows of one text, in its order, and a split is a stretch of it
     order: ClassVar[Literal["shuffled", "streams"]] = "shuffled"
@@ -91,6 +93,11 @@ class DataSpec(Spec):
     augment: tuple[AnyAugmentSpec, ...] = Field((), description="random changes to training images, in order")
     shuffle_window: PositiveInt | None = Field(
         None, description="rows shuffled together; all rows where the set is small enough to be held in memory"
+    )
+    bucket: PositiveInt | None = Field(
+        None,
+        description="global batches that share their rows anew, by length, so that little is padded; with 1 each keeps "
+        "its own",
     )
 
     def identity(self) -> dict[str, Any]:
@@ -113,6 +120,14 @@ class DataSpec(Spec):
     def prepared_at(self) -> str | None:
         """The folder of data that is prepared already; None for a source."""
         return None
+
+    def fitted_to(self, manifest: Manifest) -> "DataSpec":
+        """The same data with what a model has learned to read, of whose data this is the manifest, as a vocabulary."""
+        return self
+
+    def learned(self, source: Source, training: Sequence[tuple[Part, NDArray[np.bool_]]]) -> Source:
+        """The opened source with what it takes from training rows alone, as a vocabulary: those of parts by a mask."""
+        return source
 
     def open(self) -> Source:
         """Find the data. Raises UserError, naming path and fix, where it is missing or unfit."""

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.data.sources.docstrings import DocstringsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
 from cluster.data.sources.memory import AddingSpec, CopySpec
@@ -12,6 +13,7 @@ from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
 from cluster.data.sources.series import ElNinoSpec, SeriesSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
+from cluster.data.sources.text_files import SequenceLabellingSpec, TextClassificationSpec
 
 AnyDataSpec = Annotated[
     DigitsSpec
@@ -25,6 +27,9 @@ AnyDataSpec = Annotated[
     | PythonDocsSpec
     | SeriesSpec
     | ElNinoSpec
+    | DocstringsSpec
+    | TextClassificationSpec
+    | SequenceLabellingSpec
     | AddingSpec
     | CopySpec
     | ShardsSpec,

@@ -216,14 +216,15 @@ def label_texts(column: pa.ChunkedArray, where: str, *, or_numbers: bool) -> pa.
             raise UserError(
                 where, "fractions are no labels", f"{fix}make them whole numbers", names=("data.target_kind",)
             ) from None
-    elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or _is_text(kind)):
+    elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or is_text(kind)):
         or_numbers = or_numbers and are_numbers(column)
         fix = "make them text or whole numbers" + (", or set data.target_kind to number" if or_numbers else "")
         raise UserError(where, f"values of type {column.type} are no labels", fix, names=("data.target_kind",))
     return column.cast(pa.string())
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether values of a type are texts."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
@@ -231,13 +232,14 @@ def _is_encoded(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
 
 
-def _is_any_list(kind: pa.DataType) -> bool:
+def is_any_list(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _innermost(kind: pa.DataType) -> pa.DataType:
     """The type of the values in lists of any depth."""
-    return _innermost(kind.value_type) if _is_any_list(kind) else kind
+    return _innermost(kind.value_type) if is_any_list(kind) else kind
 
 
 def _encoded(value: Any) -> bytes:
@@ -250,7 +252,7 @@ def _numbers(column: pa.ChunkedArray, where: str) -> NDArray[np.float32]:
     """A numeric column, or one of equally long lists (of lists), as (rows, numbers) float32."""
     array = pa.concat_arrays(column.chunks)
     rows = len(array)
-    while _is_any_list(array.type):
+    while is_any_list(array.type):
         lengths = pc.list_value_length(array).unique()
         if len(lengths) != 1:
             sizes = ", ".join(map(str, lengths.to_pylist()))

@@ -1,21 +1,20 @@
 """Text: a user's files, or the standard library's own, as windows of one long stream of tokens."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, PrivateAttr
 
 from cluster.data.layouts import Dense, Layout
-from cluster.data.manifest import StoredColumn
+from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Part, Source, absolute, even_parts
 from cluster.data.split import Traits
+from cluster.data.tabular import found_files, read_content
 from cluster.data.vocabulary import UNKNOWN, Vocabulary
 from nn_models.columns import Labels, TextUnit, Tokens
 from nn_models.errors import UserError
@@ -33,6 +32,9 @@ class _StreamSpec(DrawnTestSpec):
         30_000, description=f"words of the vocabulary, the most frequent ones; all others become {UNKNOWN}"
     )
 
+    # what a model has learned, where this is other data for it
+    _known: Vocabulary | None = PrivateAttr(None)
+
     def text(self) -> str | bytes:
         """All of it; bytes where these are the tokens. Raises UserError where there is none."""
         raise NotImplementedError
@@ -40,7 +42,7 @@ class _StreamSpec(DrawnTestSpec):
     def open(self) -> Source:
         """See DataSpec."""
         text = self.text()
-        vocabulary = Vocabulary.of_text(text, self.unit, max_words=self.max_words)
+        vocabulary = self._known or Vocabulary.of_text(text, self.unit, max_words=self.max_words)
         tokens = vocabulary.numbers(text, path="data")
         if len(tokens) < self.window + 1:
             raise UserError(
@@ -49,6 +51,19 @@ class _StreamSpec(DrawnTestSpec):
                 "set a smaller window, or give more text",
             )
         return _Stream(tokens, vocabulary, self.window)
+
+    def identity(self) -> dict[str, Any]:
+        """See DataSpec."""
+        return {**super().identity(), **({} if self._known is None else {"known": self._known.names})}
+
+    def fitted_to(self, manifest: Manifest) -> DataSpec:
+        """See DataSpec: with the tokens of the model, and windows as it has read them."""
+        tokens = manifest.columns["input"].column
+        if not isinstance(tokens, Tokens) or not tokens.unit or tokens.length is None:
+            return self  # a model of other rows: it refuses these
+        fitted = self.model_copy(update={"unit": tokens.unit, "window": tokens.length})
+        fitted._known = Vocabulary.of_column(tokens)
+        return fitted
 
     def fingerprint(self) -> str:
         """See DataSpec."""
@@ -60,7 +75,7 @@ class TextSpec(_StreamSpec):
     """Your own text: a file, or all files of a folder, one after the other by their names."""
 
     kind: Literal["text"] = "text"
-    path: str = Field(min_length=1, description="a text file in UTF-8, or a folder of such files")
+    path: str = Field(min_length=1, description="a text file in UTF-8, or a folder of such files; or a URI")
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
@@ -68,14 +83,8 @@ class TextSpec(_StreamSpec):
 
     def text(self) -> str | bytes:
         """See _StreamSpec."""
-        place = Path(self.path)
-        if not os.path.exists(place):  # which says no where a name is too long
-            raise UserError("data.path", f"{self.path}: no such file or folder", "check the path")
-        if not place.is_dir() and not place.is_file():  # a device or a pipe need not end
-            raise UserError("data.path", f"{self.path}: neither a file nor a folder", "give a text file")
-        inside = sorted(path for path in place.rglob("*") if path.is_file() and not path.name.startswith("."))
-        files = inside if place.is_dir() else [place]
-        parts = [_read(path, self.unit) for path in files]
+        files = sorted((name for name, _ in found_files(self.path, field="data.path", endings=())), key=_in_order)
+        parts = [_read(name, self.unit) for name in files]
         text: str | bytes = b"".join(parts) if self.unit == "bytes" else "".join(parts)  # type: ignore[arg-type]
         if not text:
             raise UserError("data.path", f"{self.path}: no text in there", "give a file that has some")
@@ -131,13 +140,16 @@ class _Stream:
         }
 
 
-def _read(path: Path, unit: TextUnit) -> str | bytes:
+def _in_order(name: str) -> list[str]:
+    """What files are ordered by: the names of their folders, and then their own."""
+    return name.split("/")
+
+
+def _read(name: str, unit: TextUnit) -> str | bytes:
+    content = bytes(read_content(name))
     try:
-        content = path.read_bytes()
         return content if unit == "bytes" else content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            str(path), f"no UTF-8 text (byte {error.start})", "convert or remove it, or set data.unit to bytes"
+            name, f"no UTF-8 text (byte {error.start})", "convert or remove it, or set data.unit to bytes"
         ) from None
-    except OSError as error:
-        raise UserError(str(path), error.strerror or str(error), "check that it can be read") from None

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import NUM_AVERAGED, PREFIX, average_into, decay_at
+from cluster.training.beginning import new_model
 from cluster.tuning.fused.layers import free_dropout, widen
 from nn_models.batch import Batch
 from nn_models.objectives import Asked, Objective
@@ -33,8 +34,7 @@ class FusedModel:
         """`wide` models have the layers of `fused.layers`, others run by vmap; by default, as the Spec says."""
         models = []
         for recipe in recipes:
-            torch.manual_seed(recipe.train.seed)  # the weights that the trial would start with alone
-            models.append(recipe.model.build(signature).to(device))
+            models.append(new_model(recipe, signature).to(device))  # what the trial would start with alone
         self.plain = copy.deepcopy(models[0])  # not batched: to evaluate one trial's best weights with
         self._template = models[0]
         self._wide = recipes[0].model.batches == "wide" if wide is None else wide
