@@ -34,6 +34,8 @@ class ModelSpec(Spec):
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
+    # whether the module makes codes of rows and rows of codes: it has `encode` and `decode` (CodingNet)
+    codes: ClassVar[bool] = False
     # how fused trials compute it: by layers that are as many times as wide, by vmap, or not at all
     batches: ClassVar[Literal["wide", "vmap"] | None] = None
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found

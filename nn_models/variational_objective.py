@@ -103,6 +103,10 @@ class Variational(Objective):
         outputs: Tensor = model(batch["input"], **_label(batch))
         return at_least_float32(outputs)
 
+    def again(self, outputs: Tensor) -> Tensor:
+        """The rows again that these outputs of a decoder mean."""
+        return outputs
+
     def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
         """See Objective: at each validation too."""
         return BoundFigures() if self.samples else None
