@@ -223,7 +223,7 @@ class _Sweep:
 
     def fuse(self, most: int | None) -> None:
         """Settle whether trials train together, and how many. Raises UserError where they were to, and cannot."""
-        reason = why_not(self.base)
+        reason = why_not(self.base, self.manifest)
         if self.grouped:
             reason = Problem("--workers", "each trial has several processes")
         elif self.spec.scheduler == "pbt":
