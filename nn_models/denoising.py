@@ -18,7 +18,7 @@ from nn_models.model import ModelSpec
 from nn_models.noise import CORRUPTION, normal, uniform
 from nn_models.objectives import Asked, Baseline
 from nn_models.pca import MOST_NUMBERS, PrincipalComponents
-from nn_models.reconstruction import PCA_MSE, LossName, RebuildingSpec, Reconstruction
+from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction
 from nn_models.signature import Signature
 from nn_models.spec import invalid
 
@@ -85,7 +85,7 @@ class DenoisingSpec(RebuildingSpec):
 
     objective = Denoising
     draws = True
-    baselines = (PCA_MSE, IDENTITY_MSE)
+    baselines = (*RebuildingSpec.baselines, IDENTITY_MSE)
     kind: Literal["denoising"] = "denoising"
     noise: Noise = Field("gaussian", description="added numbers, zeros, or zeros and ones (pixels only)")
     level: PositiveFloat = Field(

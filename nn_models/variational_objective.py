@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
+from nn_models.anomaly import FOUND, NORMAL_ERROR, anomaly_figures, with_threshold
 from nn_models.batch import Batch
 from nn_models.columns import Features, Image
-from nn_models.figures import Figures
-from nn_models.metrics import Metric
-from nn_models.model import reading
+from nn_models.figures import Figures, Several
+from nn_models.metrics import Metric, Reported
+from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Asked, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.reconstruction import MSE
 from nn_models.reconstruction_evidence import ReconstructionEvidence
@@ -54,7 +55,7 @@ class Variational(Objective):
     """
 
     metrics = (*NATS, MSE)
-    whole = (BOUND,)
+    whole = (BOUND, *FOUND, NORMAL_ERROR)
 
     def __init__(self, *, beta: float, free_bits: float, samples: int) -> None:
         self.beta, self.free_bits, self.samples = beta, free_bits, samples
@@ -109,7 +110,8 @@ class Variational(Objective):
 
     def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
         """See Objective: at each validation too."""
-        return BoundFigures() if self.samples else None
+        found = [*([BoundFigures()] if self.samples else []), *anomaly_figures(signature, num_rows)]
+        return Several(found) if found else None
 
     def evidence(self, signature: Signature) -> ReconstructionEvidence:
         """See Objective: codes are the means of q."""
@@ -167,6 +169,15 @@ class VariationalSpec(SupervisedSpec):
     def gathered(self) -> tuple[str, ...]:
         """See ObjectiveSpec."""
         return (BOUND.name,) if self.samples else ()
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """See ObjectiveSpec: what there is of anomalies follows from the data."""
+        return (BOUND.name,)
+
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """See ObjectiveSpec."""
+        return with_threshold(super().reported(model, signature), signature)
 
     def build(self, signature: Signature) -> Variational:
         """The objective."""

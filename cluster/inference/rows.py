@@ -37,6 +37,11 @@ class Piece:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def at(self, where: NDArray[np.int64]) -> "Piece":
+        """The rows at these places."""
+        labels = None if self.labels is None else self.labels[where]
+        return replace(self, ids=self.ids[where], input=self.input[where], labels=labels)
+
 
 @dataclass(frozen=True)
 class RowsUsed:
@@ -169,9 +174,3 @@ def told(model: OpenedModel, names: Sequence[str], piece: Piece) -> dict[str, An
     if piece.labels is None:
         raise UserError(WHERE, f"rows without labels, which {model.recipe.model.kind} is told", "give labelled rows")
     return dict.fromkeys(names, piece.labels.astype(str))
-
-
-def without(piece: Piece, left_out: NDArray[np.bool_]) -> Piece:
-    """The rows that are not left out."""
-    labels = None if piece.labels is None else piece.labels[~left_out]
-    return replace(piece, ids=piece.ids[~left_out], input=piece.input[~left_out], labels=labels)

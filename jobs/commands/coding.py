@@ -31,9 +31,7 @@ LabelOption = Annotated[str | None, typer.Option(metavar="COLUMN", help="The col
 def encode(
     run: RunArgument,
     data: DataArgument = None,
-    out: Annotated[
-        str, typer.Option(metavar="FILE", help="File to write, or to replace, whatever the rows are many.")
-    ] = "codes.parquet",
+    out: Annotated[str, typer.Option(metavar="FILE", help="File to write, or to replace.")] = "codes.parquet",
     split: SplitOption = None,
     label: LabelOption = None,
     gpu: GpuOption = False,
@@ -52,6 +50,57 @@ def encode(
     tables = encode_rows(run, data=_data(data), splits=_splits(split), label=label, device=local_device(gpu))
     path, rows = stream_rows(tables, place, out=out)
     print(json.dumps({"path": path, "rows": rows}) if as_json else path)
+
+
+@app.command()
+def detect(
+    run: RunArgument,
+    data: DataArgument = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="File to write, or to replace: scores.parquet, a row a row.")
+    ] = None,
+    anomaly: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS",
+            help="The label of anomalies, to count them by; repeatable. By default those that training had no row of.",
+        ),
+    ] = None,
+    label: LabelOption = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of normal rows that may be taken for anomalies, by default 0.05."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, help="The error above which a row is an anomaly, in the place of a rate.")
+    ] = None,
+    split: SplitOption = None,
+    gpu: GpuOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Detect anomalies: rows that a run's autoencoder gives again worse than its normal validation rows.
+
+    Of labelled rows it says precision, recall, AUROC and average precision; by default of the run's test split.
+    """
+    from cluster.inference.detect import Detector
+    from cluster.runtime import local_device
+    from jobs.commands.detecting import print_found
+    from jobs.commands.rows import parquet_place, stream_rows
+
+    import_from_here()
+    if rate is not None and threshold is not None:
+        raise UserError("--rate", "a threshold is given, which needs none", "leave one of them out")
+    place = None if out is None else parquet_place(out)
+    detector = Detector(run, anomaly=anomaly or (), rate=rate, given=threshold, device=local_device(gpu))
+    detection = detector.detect(_data(data), splits=_splits(split), label=label)
+    path = None
+    if place is not None:
+        path, _ = stream_rows(detection.tables(), place, out=str(out))
+    else:
+        for _ in detection.tables():
+            pass
+    found = detection.found()
+    print(json.dumps({"path": path, **found})) if as_json else print_found(found, path)
 
 
 def _data(given: str | None) -> "DataSpec | str | None":
