@@ -42,8 +42,8 @@ def threshold(errors: Tensor, rate: float) -> float | None:
     (n + 1 - j) / (n + 1), at most `rate`, lie above it, however errors are distributed (Vovk, Gammerman & Shafer
     2005, conformal prediction). None where n rows are too few for such a rate.
     """
-    place = math.ceil(round((1 - rate) * (len(errors) + 1), 9))
-    return float(errors.sort().values[place - 1]) if 0 < place <= len(errors) else None
+    place = max(1, math.ceil(round((1 - rate) * (len(errors) + 1), 9)))
+    return float(errors.sort().values[place - 1]) if place <= len(errors) else None
 
 
 def false_positives(num_normal: int, *, above: int, validation: int) -> tuple[int, int]:

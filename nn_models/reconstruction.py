@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from nn_models.anomaly import FOUND, NORMAL_ERROR, PCA_FOUND, anomaly_figures, with_threshold
 from nn_models.batch import Batch
+from nn_models.code_inspection import traversals
 from nn_models.coding import Coded, CodingSpec
 from nn_models.columns import Features, Image, Scale, Sequence
 from nn_models.figures import Figures, Several
@@ -67,6 +68,7 @@ class Reconstruction(Objective):
     """
 
     metrics: tuple[Metric, ...] = (MSE, ROW_ERROR)
+    sections = ("codes",)
     whole = (*FOUND, NORMAL_ERROR)  # where the data has classes that are not trained on
 
     def __init__(self, *, loss: LossName) -> None:
@@ -158,6 +160,10 @@ class Reconstruction(Objective):
     def evidence(self, signature: Signature) -> ReconstructionEvidence:
         """See Objective."""
         return ReconstructionEvidence()
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective."""
+        return traversals(model, self.again, signature, batch)
 
 
 class RebuildingSpec(SupervisedSpec):

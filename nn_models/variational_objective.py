@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nn_models.anomaly import FOUND, NORMAL_ERROR, anomaly_figures, with_threshold
 from nn_models.batch import Batch
+from nn_models.code_inspection import traversals
 from nn_models.columns import Features, Image
 from nn_models.figures import Figures, Several
 from nn_models.metrics import Metric, Reported
@@ -55,6 +56,7 @@ class Variational(Objective):
     """
 
     metrics = (*NATS, MSE)
+    sections = ("codes",)
     whole = (BOUND, *FOUND, NORMAL_ERROR)
 
     def __init__(self, *, beta: float, free_bits: float, samples: int) -> None:
@@ -116,6 +118,11 @@ class Variational(Objective):
     def evidence(self, signature: Signature) -> ReconstructionEvidence:
         """See Objective: codes are the means of q."""
         return ReconstructionEvidence()
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective."""
+        told = _label(batch) if getattr(model, "num_classes", 0) else {}
+        return traversals(model, self.again, signature, batch, **told)
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

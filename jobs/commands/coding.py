@@ -1,6 +1,7 @@
 """`manta encode`, `detect`: what a trained autoencoder is used for."""
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,6 +91,8 @@ def detect(
     import_from_here()
     if rate is not None and threshold is not None:
         raise UserError("--rate", "a threshold is given, which needs none", "leave one of them out")
+    if threshold is not None and not math.isfinite(threshold):
+        raise UserError("--threshold", f"{threshold} is no error of rows", "give a number from 0 on")
     place = None if out is None else parquet_place(out)
     detector = Detector(run, anomaly=anomaly or (), rate=rate, given=threshold, device=local_device(gpu))
     detection = detector.detect(_data(data), splits=_splits(split), label=label)

@@ -3,7 +3,20 @@
 import json
 
 from jobs.report.files import AbsentError, Tensors, left_out
-from jobs.report.sections import classes, filters, forecast, game, gates, gradients, numbers, steps, text
+from jobs.report.sections import (
+    classes,
+    codes,
+    components,
+    filters,
+    forecast,
+    game,
+    gates,
+    gradients,
+    numbers,
+    reconstructions,
+    steps,
+    text,
+)
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 SECTIONS: tuple[Section, ...] = (
@@ -13,6 +26,9 @@ SECTIONS: tuple[Section, ...] = (
     steps.SECTION,
     text.SECTION,
     game.SECTION,
+    reconstructions.SECTION,
+    codes.SECTION,
+    components.SECTION,
     filters.SECTION,
     gradients.SECTION,
     gates.SECTION,
