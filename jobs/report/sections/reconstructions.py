@@ -46,7 +46,7 @@ def _read(run: Run) -> dict[str, Any]:
     }
     with left_out(run.notes, "The reconstructions", file=tensors.name):
         errors = tensors["errors"]
-        found["rows"] = len(errors)
+        found |= {"rows": len(errors), "noisy": "example_given" in tensors}
         anomalous = _anomalous(tensors)
         limit = metrics.get(f"validation/{NORMAL_ERROR.name}")
         found["histogram"] = _histogram(errors, anomalous, float(limit) if is_number(limit) else None)
