@@ -24,6 +24,7 @@ from nn_models.anomaly import average_precision, false_positives, novel, separat
 from nn_models.errors import UserError
 from nn_models.zoo import METRICS
 from tests.unit import made
+from tests.unit.test_sequences import lines, ranks
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -230,3 +231,21 @@ def test_ordinary_data_has_no_figures_of_anomalies(tmp_path):
     recipe["data"] = {"kind": "digits", "anomaly": 3}
     outcome = cluster.train(recipe, run=str(tmp_path / "vae"), num_workers=0)
     assert {"test/auroc", "validation/normal_error"} <= set(outcome.metrics)
+
+
+@pytest.mark.parametrize("objective", [{"kind": "denoising"}, {"kind": "variational", "samples": 2}])
+def test_any_number_of_ranks_comes_to_the_same_figures(objective, tmp_path):
+    kind = "vae" if objective["kind"] == "variational" else "autoencoder"
+    recipe = {
+        "model": {"kind": kind, "hidden": [8], "code": 2},
+        "data": {"kind": "digits", "anomaly": 8},
+        "objective": objective,
+        "train": {"epochs": 1},
+    }
+    jobs = [{"recipe": recipe, "world_size": size, "run": str(tmp_path / str(size))} for size in (0, 2)]
+    assert all(code == 0 for codes in ranks(jobs) for code in codes)
+    for split, name in (("test", "auroc"), ("test", "average_precision"), ("validation", "normal_error")):
+        one, two = ([line[name] for line in lines(tmp_path / str(size), split) if name in line] for size in (0, 2))
+        assert one
+        assert two == pytest.approx(one, rel=2e-3)  # an epoch of float32 sums in another order may swap two rows
+    assert all(name in METRICS for line in lines(tmp_path / "0", "test") for name in line if "identity" in name)
