@@ -15,6 +15,7 @@ PALETTE = (
 BEYOND = "#8a8f98"
 NUM_BINS = 40
 HIGHEST = 0.995  # the share of values that a histogram of many sizes shows; the rest stand in its last bar
+WIDEST = 30.0  # times a sort's middle value that the highest is, from which on only a logarithmic axis shows both
 
 
 class Group(NamedTuple):
@@ -68,26 +69,35 @@ def dots(title: str, x: Array, y: Array, labels: Array | None, names: Sequence[s
 
 
 def histogram(
-    title: str, sorts: Sequence[tuple[str, str, Array]], *, x_label: str, guide: tuple[float, str] | None = None
+    title: str,
+    sorts: Sequence[tuple[str, str, Array]],
+    *,
+    x_label: str,
+    guide: tuple[float, str] | None = None,
+    highest: float = HIGHEST,
 ) -> Shapes:
     """Shares of rows by value, of each (label, colour, values) by itself; `guide` is a value to point out.
 
-    Values beyond what HIGHEST of all lie below are counted in the last bar.
+    Values beyond what the share `highest` of all lie below are counted in the last bar. Where positive values differ
+    so much that most would stand in the first bars, the axis is logarithmic.
     """
     sorts = [(label, colour, values[np.isfinite(values)]) for label, colour, values in sorts]
     everything = np.concatenate([values for _, _, values in sorts])
     if not everything.size:
         raise AbsentError(f"{title} holds no finite value")
-    low, high = float(everything.min()), float(np.quantile(everything, HIGHEST))
+    low, high = float(everything.min()), float(np.quantile(everything, highest))
     high = max(high, 1.05 * guide[0]) if guide else high
     high = high if high > low else low + 1
-    edges = np.linspace(low, high, NUM_BINS + 1)
+    middle = min(float(np.median(values)) for _, _, values in sorts if values.size)
+    log = low > 0 and high > WIDEST * middle
+    edges = np.geomspace(low, high, NUM_BINS + 1) if log else np.linspace(low, high, NUM_BINS + 1)
+    edges[0], edges[-1] = low, high  # not rounded
     counted = []
     for label, colour, values in sorts:
         if values.size:
             shares = np.histogram(np.minimum(values, high), edges)[0] / values.size
             counted.append((label, colour, shares, values))
-    x_axis = Axis(edges, X_PIXELS)
+    x_axis = Axis(edges, X_PIXELS, log=log)
     y_axis = Axis(np.concatenate([[0.0], *(shares for _, _, shares, _ in counted)]), Y_PIXELS)
     base = float(y_axis.place(0.0))
     groups = []
@@ -98,6 +108,7 @@ def histogram(
         groups.append(Group(label, colour, f"{path}V{base}Z"))
     told = "; ".join(f"{label} {number(float(np.median(values)))} in the middle" for label, _, _, values in counted)
     beyond = int((everything > high).sum())
+    remarks = [f"{beyond} beyond {number(high)} stand in the last bar"] * bool(beyond) + ["logarithmic"] * log
     return Shapes(
         title,
         f"{title}: {told}" + (f"; {guide[1]} {number(guide[0])}" if guide else ""),
@@ -109,5 +120,5 @@ def histogram(
         guide=f"M{x_axis.place(guide[0])} {Y_PIXELS[0]}V{Y_PIXELS[1]}" if guide else "",
         guide_label=f"{guide[1]} {number(guide[0])}" if guide else "",
         bars=True,
-        remark=f"{beyond} beyond {number(high)} stand in the last bar" if beyond else "",
+        remark=", ".join(remarks),
     )

@@ -122,6 +122,12 @@ def test_histograms_count_every_value():
     assert shown.groups[0].path.count("L") == NUM_BINS
 
 
+def test_a_histogram_of_very_different_sizes_is_logarithmic():
+    sorts = [("small", "#000", np.full(50, 0.1)), ("large", "#111", np.linspace(1, 100, 50))]
+    assert histogram("Some", sorts, x_label="x", highest=1.0).remark == "logarithmic"
+    assert histogram("Some", sorts[1:], x_label="x", highest=1.0).remark == ""
+
+
 def test_dots_have_the_names_of_their_classes():
     shown = dots("Codes", np.arange(4.0), np.arange(4.0), np.array([0, 1, 1, 12]), ["zero", "one"], axes=("a", "b"))
     assert [group.label for group in shown.groups] == ["zero", "one", "12"]

@@ -42,7 +42,10 @@ def _read(run: Run) -> dict[str, Any]:
                 "Activations", [("all units of all rows", colour_of(0), codes.ravel())], x_label="value"
             ),
             "usage": histogram(
-                "How often units are active", [("units", colour_of(4), used)], x_label=f"share of rows, |h| > {ACTIVE}"
+                "How often units are active",
+                [("units", colour_of(4), used)],
+                x_label=f"share of rows, |h| > {ACTIVE}",
+                highest=1.0,
             ),
             "traversals": _traversals(tensors),
         }
