@@ -6,6 +6,7 @@ Shapes: B rows of the batch, N elements (tokens, nodes) of all its rows, T of th
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,9 @@ class Forest:
 
     `words` (N,) of nodes, -1 for none; `children` (N, arity) places among the N, -1 for none; `levels` the first node
     of each level; `places` (N,) where a node's labels stand in a Ragged of one label a node; `roots` (B,); `lengths`
-    (B,) how many nodes each tree has. All are int64.
+    (B,) how many nodes each tree has, and `longest` the most of them. `arcs` (A,) are all children, those of a node one
+    after the other, level after level, `parents` (A,) their parents, and `arc_levels` the first arc to each level's
+    nodes. All are int64.
     """
 
     words: Tensor
@@ -83,6 +86,10 @@ class Forest:
     places: Tensor
     roots: Tensor
     lengths: Tensor
+    arcs: Tensor
+    parents: Tensor
+    arc_levels: tuple[int, ...]
+    longest: int
 
     @classmethod
     def of(cls, words: Tensor, children: Tensor, level: Tensor, lengths: Tensor) -> "Forest":
@@ -93,16 +100,31 @@ class Forest:
         ends = lengths.cumsum(0)
         first = torch.repeat_interleave(ends - lengths, lengths, output_size=len(words))
         children = children.long()
-        shifted = torch.where(children < 0, -1, place[(children + first[:, None]).clamp(min=0)])
+        shifted = torch.where(children < 0, -1, place[(children + first[:, None]).clamp(min=0)])[order]
         counts = torch.bincount(level.long()) if len(level) else torch.zeros(1, dtype=torch.int64)
+        levels = counts.cumsum(0) - counts
+        there = shifted >= 0
+        arcs_before = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0))
         return cls(
             words=words.long()[order],
-            children=shifted[order],
-            levels=tuple((counts.cumsum(0) - counts).tolist()),
+            children=shifted,
+            levels=tuple(levels.tolist()),
             places=order,
             roots=place[ends - 1],
             lengths=lengths,
+            arcs=shifted[there],
+            parents=there.nonzero()[:, 0],
+            arc_levels=tuple(arcs_before[levels].tolist()),
+            longest=int(lengths.max()) if len(lengths) else 0,
         )
+
+    def spans(self) -> list[tuple[int, int]]:
+        """(first, past-the-last) node of each level, the leaves first."""
+        return list(pairwise((*self.levels, len(self.words))))
+
+    def arc_spans(self) -> list[tuple[int, int]]:
+        """(first, past-the-last) arc to the nodes of each level."""
+        return list(pairwise((*self.arc_levels, len(self.arcs))))
 
     def stored(self) -> dict[str, Tensor]:
         """The nodes of tree after tree, as stored: words (N,), children (N, arity) in their own tree, level (N,)."""
@@ -121,9 +143,13 @@ class Forest:
         return found
 
     def to(self, device: torch.device) -> "Forest":
-        """The same on a device."""
-        names = ("words", "children", "places", "roots", "lengths")
-        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
+        """The same on a device, in one copy."""
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        packed = _moved(torch.cat([values.flatten() for values in fields.values()]), device)
+        parts = packed.split([values.numel() for values in fields.values()])
+        moved: dict[str, Any] = {
+            name: part.view(values.shape) for (name, values), part in zip(fields.items(), parts, strict=True)
+        }
         return replace(self, **moved)
 
 

@@ -9,6 +9,8 @@ from nn_models.errors import UserError
 from nn_models.spec import Spec, invalid
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from nn_models.batch import Value
@@ -20,6 +22,8 @@ Scale = Literal["standard", "unit", "symmetric", "pixels", "bounded"]
 Layout = Literal["dense", "ragged"]
 TextUnit = Literal["characters", "bytes", "words"]
 UNKNOWN = "<unknown>"  # the name of what is not in the vocabulary
+Unknown = dict[str, tuple[NonNegativeInt, NonNegativeInt]]
+UNKNOWN_WORDS: Any = Field({}, description="of each split words that are not in the vocabulary, and all, where known")
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
 
 
@@ -61,6 +65,18 @@ class Column(Spec):
     @property
     def labels_of(self) -> str | None:
         """The column whose elements it labels, one by one; None where it stands alone."""
+        return None
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that a model can tell from each other, in the order of their vectors; none where it reads no words.
+
+        Where they have no names, or what is counted is no word, there are none either.
+        """
+        return ()
+
+    def unknown_words(self, values: "NDArray[Any]") -> "NDArray[np.bool_] | None":
+        """Of stored words (n,), which are not in the vocabulary; None where none can be."""
         return None
 
     def ragged_fields(self) -> Mapping[str, RaggedField]:
@@ -273,9 +289,16 @@ class Tokens(_Elements, _Named):
     dtype = "int32"
     kind: Literal["tokens"] = "tokens"
     unit: TextUnit | None = Field(None, description="what a token of a text is")
-    unknown: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = Field(
-        {}, description="of each split the tokens that are not in the vocabulary, and all, where that is known"
-    )
+    unknown: Unknown = UNKNOWN_WORDS
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """See Column."""
+        return self.names
+
+    def unknown_words(self, values: "NDArray[Any]") -> "NDArray[np.bool_] | None":
+        """See Column."""
+        return None if (token := self.unknown_token) is None else values == token
 
     @property
     def unknown_token(self) -> int | None:
@@ -321,12 +344,30 @@ class Tree(_Named):
     """A tree whose leaves are words: nodes in an order in which children come before parents, so the root last.
 
     Each node has a word (-1 for none), the places of its children (-1 for none) and its level, 1 more than the highest
-    of its children's; leaves have 0.
+    of its children's; leaves have 0. Words that the training trees do not have, or seldom, come after the `known` ones:
+    they keep their names, but all of them have one vector.
     """
 
     noun = "a tree"
     kind: Literal["tree"] = "tree"
     arity: PositiveInt = Field(2, description="children of a node at most")
+    known: PositiveInt | None = Field(None, description="how many words have a vector of their own, the first ones")
+    words_at: Literal["leaves", "nodes"] = Field("leaves", description="which nodes have words")
+    unknown: Unknown = UNKNOWN_WORDS
+
+    @property
+    def num_known(self) -> int:
+        """Words that have a vector of their own; all others have one together."""
+        return self.size if self.known is None else self.known
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """See Column."""
+        return self.names[: self.num_known]
+
+    def unknown_words(self, values: "NDArray[Any]") -> "NDArray[np.bool_] | None":
+        """See Column."""
+        return None if self.num_known == self.size else values >= self.num_known
 
     @property
     def layout(self) -> Layout:
@@ -362,7 +403,7 @@ class Tree(_Named):
             none = [-1] * self.arity
             root, level = ([0, 1, *none[2:]], [0, 0, 1]) if self.arity > 1 else ([1], [0, 1, 2])
             children = [none, none if self.arity > 1 else [0], root]
-            words = [0 if height == 0 else -1 for height in level]
+            words = [0 if height == 0 or self.words_at == "nodes" else -1 for height in level]
             fields = {
                 name: torch.tensor(values * rows, dtype=torch.int32)
                 for name, values in (("words", words), ("children", children), ("level", level))

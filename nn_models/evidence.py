@@ -9,6 +9,7 @@ from torch import Tensor
 from nn_models.batch import Batch
 from nn_models.examples import Examples, Gather, gather_here
 from nn_models.figures import Gathered
+from nn_models.likeliest import likeliest
 
 MAX_CONFUSION_CLASSES = 1000  # of 100,000 classes the matrix would take 80 GB
 
@@ -96,7 +97,7 @@ class NumberEvidence:
 
 def confusion(outputs: Tensor, targets: Tensor, num_classes: int) -> Tensor:
     """(C, C), int64: rows of true class i taken for class j. Matrices of batches add up."""
-    pairs = targets * num_classes + outputs.argmax(1)
+    pairs = targets * num_classes + likeliest(outputs)
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 

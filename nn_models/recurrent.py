@@ -164,6 +164,7 @@ class RecurrentSpec(WordVectorsSpec):
     reads = reading(input=(Sequence, Tokens, Image))
     gives = frozenset({"row", "elements"})
     sections = ("gradients", "gates")
+    embedding: PositiveInt = Field(128, description="numbers that stand for a word")
     hidden: PositiveInt = Field(128, description="units of each layer, in each direction")
     layers: PositiveInt = Field(1, description="layers of cells, one on the other")
     bidirectional: bool = Field(False, description="a second set of cells reads each row from its end")

@@ -16,7 +16,7 @@ from nn_models.evidence import Evidence, NumberEvidence
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
-from nn_models.objectives import Across, Baseline, Measured, Objective, SupervisedSpec, at_least_float32, only_here
+from nn_models.objectives import Across, Baseline, Measured, Objective, RowObjectiveSpec, at_least_float32, only_here
 from nn_models.signature import Signature
 
 MOST_FEATURES = 2000  # of a linear regression: its normal equations hold the square of this
@@ -134,23 +134,12 @@ class Affine(nn.Module):
         return constant if len(self.weights) == 1 else constant + x.flatten(1).to(self.weights.dtype) @ self.weights[1:]
 
 
-class PredictsNumbers(SupervisedSpec):
+class PredictsNumbers(RowObjectiveSpec):
     """Base of the objectives that predict a row of numbers."""
 
-    takes = frozenset({"row"})
-    fuses = True
     metrics: tuple[Literal["r2"], ...] = Field(
         (), description="figures that each validation measures too, for sweeps and curves; the test has them anyway"
     )
-
-    @property
-    def gathered(self) -> tuple[str, ...]:
-        """See ObjectiveSpec."""
-        return self.metrics
-
-    def outputs(self, signature: Signature) -> tuple[int, ...]:
-        """See SupervisedSpec."""
-        return (signature.num_outputs,)
 
 
 class RegressionSpec(PredictsNumbers):

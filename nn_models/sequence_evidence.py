@@ -15,6 +15,7 @@ from nn_models.batch import Batch, Ragged, Value
 from nn_models.columns import Tokens
 from nn_models.evidence import MAX_CONFUSION_CLASSES, confusion
 from nn_models.examples import Examples, Gather, gather_here
+from nn_models.likeliest import likeliest
 
 
 class StepEvidence:
@@ -34,7 +35,7 @@ class StepEvidence:
         if size <= MAX_CONFUSION_CLASSES:
             counted = confusion(outputs, targets, size)
             self._confusion = counted if self._confusion is None else self._confusion + counted
-        predictions = outputs.argmax(1)
+        predictions = likeliest(outputs)
         wrong = _of_rows((predictions != targets).double(), labels)
         columns = {
             "inputs": batch.stored["input"],

@@ -16,6 +16,7 @@ from nn_models.batch import Batch, Ragged
 from nn_models.columns import Labels, Tokens
 from nn_models.errors import UserError
 from nn_models.evidence import Evidence
+from nn_models.likeliest import likeliest
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, at_least_float32, only_here
@@ -47,7 +48,7 @@ class StepLabels(Objective):
         """Outputs (N, C) against labels (N,)."""
         outputs, labels = model(batch["input"]), step_labels(batch)
         loss = F.cross_entropy(at_least_float32(outputs), labels, reduction="sum")
-        right = (outputs.detach().argmax(1) == labels).sum(0, keepdim=True, dtype=torch.float64)
+        right = (likeliest(outputs) == labels).sum(0, keepdim=True, dtype=torch.float64)
         return Measured(loss, right, outputs=outputs.detach())
 
     def evidence(self, signature: Signature) -> Evidence:
@@ -56,7 +57,7 @@ class StepLabels(Objective):
 
     def predicted(self, outputs: Tensor) -> Tensor:
         """See Objective: (N,) of outputs (N, C), row after row."""
-        return outputs.argmax(1)
+        return likeliest(outputs)
 
 
 class NextToken(Objective):
@@ -79,7 +80,7 @@ class NextToken(Objective):
         outputs, state = model(batch["input"], carry if self.carry_state else None, keep_state=True)
         following = step_labels(batch)
         loss = F.cross_entropy(at_least_float32(outputs), following, reduction="sum")
-        right = (outputs.detach().argmax(1) == following).sum(dtype=torch.float64)
+        right = (likeliest(outputs) == following).sum(dtype=torch.float64)
         sums = torch.stack((loss.detach().double() / math.log(2), right))
         kept = tuple(part.detach() for part in state) if self.carry_state else None
         return Measured(loss, sums, carry=kept)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nn_models.errors import UserError
@@ -27,14 +27,15 @@ class WantedVectors(NamedTuple):
 
 
 class _Embeds(Protocol):
-    embedding: nn.Embedding | None
+    @property
+    def embedding(self) -> nn.Embedding | None: ...
 
 
 class WordVectorsSpec(ModelSpec):
     """Base of the descriptions of models that embed words: modules with an `embedding`, a row a word."""
 
     files: ClassVar[tuple[str, ...]] = ("vectors",)
-    embedding: PositiveInt = Field(128, description="numbers that stand for a word")
+    vector_size: ClassVar[str] = "embedding"  # the field that says how many numbers stand for a word
     vectors: str | None = Field(
         None, min_length=1, description="file of word vectors that the embedding begins with: text (GloVe), safetensors"
     )
@@ -49,14 +50,15 @@ class WordVectorsSpec(ModelSpec):
     def check(self, signature: Signature) -> None:
         """See ModelSpec."""
         super().check(signature)
-        if self.vectors is not None and not _words(signature):
+        if self.vectors is not None and not signature["input"].vocabulary:
             raise UserError("model.vectors", "the input has no words by name", "leave it out, or choose texts")
 
     def wanted_vectors(self, signature: Signature) -> WantedVectors | None:
         """See ModelSpec."""
         if self.vectors is None:
             return None
-        return WantedVectors("vectors", self.vectors, _words(signature), self.embedding, "embedding")
+        words, size = signature["input"].vocabulary, getattr(self, self.vector_size)
+        return WantedVectors("vectors", self.vectors, words, size, self.vector_size)
 
     def take_vectors(self, model: Any, words: Tensor, vectors: Tensor) -> None:
         """See ModelSpec."""
@@ -68,7 +70,3 @@ class WordVectorsSpec(ModelSpec):
         """To be called of each module that is built: its embedding is frozen where that is asked for."""
         if self.freeze_vectors and model.embedding is not None:
             model.embedding.weight.requires_grad_(False)
-
-
-def _words(signature: Signature) -> Sequence[str]:
-    return getattr(signature["input"], "names", ())

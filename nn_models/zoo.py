@@ -9,6 +9,7 @@ from torch import nn
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.adversarial_losses import AdversarialObjectiveSpec
 from nn_models.autoencoder import AutoencoderSpec, ConvAutoencoderSpec
+from nn_models.classification import ClassificationSpec
 from nn_models.contractive import ContractiveSpec
 from nn_models.convolutional import AlexNetSpec, CNNSpec
 from nn_models.custom import CustomSpec
@@ -17,16 +18,20 @@ from nn_models.feedforward import MLPSpec
 from nn_models.forecasting import ForecastSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
-from nn_models.objectives import ClassificationSpec, ObjectiveSpec
+from nn_models.objectives import ObjectiveSpec
+from nn_models.parser import ParserSpec
+from nn_models.parser_objective import ParsingSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
+from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
 from nn_models.regression import RegressionSpec
 from nn_models.sequence_autoencoder import SequenceAutoencoderSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
 from nn_models.sparse import SparseSpec
 from nn_models.spec import validate
+from nn_models.tree_objectives import NodeLabelsSpec
 from nn_models.variational import ConditionalVAESpec, VAESpec
 from nn_models.variational_objective import VariationalSpec
 
@@ -43,6 +48,11 @@ AnyModelSpec = Annotated[
     | SequenceAutoencoderSpec
     | VAESpec
     | ConditionalVAESpec
+    | RecursiveSpec
+    | RNTNSpec
+    | TreeLSTMSpec
+    | ChildSumTreeLSTMSpec
+    | ParserSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -62,6 +72,8 @@ AnyObjectiveSpec = Annotated[
     | DenoisingSpec
     | ContractiveSpec
     | VariationalSpec
+    | NodeLabelsSpec
+    | ParsingSpec
     | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]

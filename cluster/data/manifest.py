@@ -146,7 +146,7 @@ class Manifest(Spec):
                 if unknown:
                     share = f"{unknown:,} of {every:,} tokens ({100 * unknown / every:.2g} %)"
                     lines.append(
-                        f"{share} of {name} in {split} are not in the vocabulary of {stored.column.num_outputs:,}"
+                        f"{share} of {name} in {split} are not in the vocabulary of {len(stored.column.vocabulary):,}"
                     )
         return lines
 

@@ -40,16 +40,17 @@ class Order(ABC):
     """The order of rows of one split.
 
     Where the loss counts elements of rows, `weights` says how many each row has: the weight of a whole global batch is
-    then known to each rank before the step, and where all rows are one sequence the ranks' slices are cut where they
-    weigh about the same.
+    then known to each rank before the step. `work` says the same of what a row takes to compute: where all rows are one
+    sequence the ranks' slices are cut where they take about the same. Where it is not said, it is what rows weigh.
     """
 
     num_rows: int
     num_steps: int
     carries: ClassVar[bool] = False  # whether each row goes on from where the same place of the step before ended
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, work: Weights | None = None) -> None:
         self.weights = weights
+        self.work = weights if work is None else work
         self._global_weight = lru_cache(maxsize=1)(self._weigh_all)
 
     @abstractmethod
@@ -108,9 +109,9 @@ class _Sequence(Order):
         return first + low, ids[low:high]
 
     def _bounds(self, ids: RowIds, rank: int, world_size: int) -> tuple[int, int]:
-        if isinstance(self.weights, int):
+        if isinstance(self.work, int):
             return bounds(len(ids), world_size, rank)
-        ends = np.cumsum(self.weights[ids], dtype=np.int64)
+        ends = np.cumsum(self.work[ids], dtype=np.int64)
         middles = 2 * ends - np.diff(ends, prepend=0)  # twice the place of a row's middle
         low, high = np.searchsorted(middles * world_size, 2 * ends[-1] * np.array([rank, rank + 1])).tolist()
         return low, high if rank + 1 < world_size else len(ids)
@@ -137,9 +138,10 @@ class WholeOrder(_Sequence):
         global_batch_size: int,
         seed: int,
         weights: Weights = 1,
+        work: Weights | None = None,
         buckets: Buckets | None = None,
     ) -> None:
-        super().__init__(weights)
+        super().__init__(weights, work)
         self.num_rows = num_rows
         self.num_steps = -(-num_rows // global_batch_size)
         self._seed, self._buckets = seed, buckets
@@ -176,8 +178,8 @@ class WholeOrder(_Sequence):
 class InOrder(_Sequence):
     """Rows as they stand, so many a step: for evaluation. The steps do not depend on the number of ranks either."""
 
-    def __init__(self, num_rows: int, *, batch_size: int, weights: Weights = 1) -> None:
-        super().__init__(weights)
+    def __init__(self, num_rows: int, *, batch_size: int, weights: Weights = 1, work: Weights | None = None) -> None:
+        super().__init__(weights, work)
         self.num_rows = num_rows
         self.num_steps = -(-num_rows // batch_size)
         self._batch_size = batch_size
@@ -350,6 +352,7 @@ def training_order(
     seed: int,
     window: int | None,
     weights: Weights = 1,
+    work: Weights | None = None,
     buckets: Buckets | None = None,
 ) -> Order:
     """The order of the training rows. Buckets are for rows that are shuffled as a whole."""
@@ -357,7 +360,9 @@ def training_order(
     if manifest.order == "streams":
         return StreamOrder(num_rows, num_streams=global_batch_size, weights=weights)
     if (rows := shuffle_window(manifest, window)) is None:
-        return WholeOrder(num_rows, global_batch_size=global_batch_size, seed=seed, weights=weights, buckets=buckets)
+        return WholeOrder(
+            num_rows, global_batch_size=global_batch_size, seed=seed, weights=weights, work=work, buckets=buckets
+        )
     groups = manifest.row_groups("train")
     return LaneOrder(groups, global_batch_size=global_batch_size, seed=seed, window=rows, weights=weights)
 

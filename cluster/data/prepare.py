@@ -24,7 +24,7 @@ from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
 from cluster.limits import machine_bytes, size
 from cluster.storage import Folder, failure
-from nn_models.columns import Label, Tokens
+from nn_models.columns import Column, Label
 from nn_models.errors import Problem, UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Converted:
     moments: Mapping[str, Moments]  # of the columns that have mean and std
     elements: Mapping[str, int]  # of those whose rows differ in length
     classes: Mapping[str, Mapping[str, NDArray[np.int64]]]  # of the labels: rows of each class in each split
-    unknown: Mapping[str, Mapping[str, tuple[int, int]]]  # of tokens: those not in the vocabulary, and all, in each
+    unknown: Mapping[str, Mapping[str, tuple[int, int]]]  # of words: those not in the vocabulary, and all, in each
     problems: tuple[Problem, ...] = ()  # of rows that cannot be used: then there is nothing else
 
 
@@ -283,9 +283,9 @@ def convert(source: Source, out: Folder, slot: Slot) -> Converted:
             if isinstance(stored.column, Label)
         },
         unknown={
-            name: {split: _unknown(part.columns[name], token) for split, part in parts.items()}
+            name: {split: _unknown(part.columns[name], stored.column) for split, part in parts.items()}
             for name, stored in columns.items()
-            if isinstance(stored.column, Tokens) and (token := stored.column.unknown_token) is not None
+            if stored.column.unknown_words(np.empty(0, np.int32)) is not None
         },
     )
 
@@ -295,10 +295,13 @@ def _counts(labels: Layout, num_classes: int) -> NDArray[np.int64]:
     return np.bincount(_numbers(labels), minlength=num_classes)
 
 
-def _unknown(tokens: Layout, unknown: int) -> tuple[int, int]:
-    """Tokens that are not in the vocabulary, and all of them."""
-    numbers = _numbers(tokens)
-    return int((numbers == unknown).sum()), numbers.size
+def _unknown(layout: Layout, column: Column) -> tuple[int, int]:
+    """Words that are not in the vocabulary, and all of them; nodes of trees without a word do not count."""
+    stored = layout.fields["words"] if isinstance(layout, Ragged) and "words" in layout.fields else _numbers(layout)
+    words = np.asarray(stored, np.int64)
+    words = words[words >= 0]
+    unknown = column.unknown_words(words)
+    return 0 if unknown is None else int(unknown.sum()), words.size
 
 
 def _check_lengths(loaded: Mapping[str, Layout], columns: Mapping[str, StoredColumn], where: str) -> None:

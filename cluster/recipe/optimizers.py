@@ -13,7 +13,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Parameters = Iterable[torch.nn.Parameter]
 
 
-class SGDSpec(Spec):
+class OptimizerSpec(Spec):
+    """Base of the optimizers."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether a weight whose gradient is 0 stays as it is: then embeddings need only the rows that are used."""
+        return False
+
+
+class SGDSpec(OptimizerSpec):
     """Stochastic gradient descent with momentum (Polyak 1964; Nesterov as in Sutskever et al. 2013)."""
 
     kind: Literal["sgd"] = "sgd"
@@ -28,6 +37,11 @@ class SGDSpec(Spec):
             raise invalid("nesterov needs a momentum", "set momentum, for instance to 0.9, or nesterov to false")
         return self
 
+    @property
+    def rests(self) -> bool:
+        """See OptimizerSpec."""
+        return not self.momentum and not self.weight_decay
+
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""
         return torch.optim.SGD(
@@ -35,7 +49,7 @@ class SGDSpec(Spec):
         )
 
 
-class AdamSpec(Spec):
+class AdamSpec(OptimizerSpec):
     """Adam (Kingma & Ba 2015), weight decay added to the gradient."""
 
     kind: Literal["adam"] = "adam"
@@ -49,7 +63,7 @@ class AdamSpec(Spec):
         return torch.optim.Adam(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
 
-class AdamWSpec(Spec):
+class AdamWSpec(OptimizerSpec):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -63,7 +77,7 @@ class AdamWSpec(Spec):
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
 
-class RMSpropSpec(Spec):
+class RMSpropSpec(OptimizerSpec):
     """RMSprop (Hinton's lecture 6e, 2012)."""
 
     kind: Literal["rmsprop"] = "rmsprop"
@@ -78,13 +92,18 @@ class RMSpropSpec(Spec):
         return torch.optim.RMSprop(parameters, self.lr, self.alpha, self.eps, self.weight_decay, self.momentum)
 
 
-class AdagradSpec(Spec):
+class AdagradSpec(OptimizerSpec):
     """Adagrad (Duchi, Hazan & Singer 2011)."""
 
     kind: Literal["adagrad"] = "adagrad"
     lr: PositiveFloat = Field(1e-2, description="learning rate")
     eps: PositiveFloat = 1e-10
     weight_decay: NonNegativeFloat = 0.0
+
+    @property
+    def rests(self) -> bool:
+        """See OptimizerSpec."""
+        return not self.weight_decay
 
     def build(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimizer of these parameters."""

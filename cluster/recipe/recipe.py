@@ -9,8 +9,8 @@ from cluster.data.sources.catalogue import AnyDataSpec
 from cluster.recipe.adversarial import AdversarialTrainSpec
 from cluster.recipe.optimizers import AdamWSpec, AnyOptimizerSpec, AnyScheduleSpec, ConstantSpec
 from cluster.recipe.sweep import SweepSpec
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Scale
-from nn_models.objectives import ClassificationSpec
 from nn_models.spec import Spec, override
 from nn_models.zoo import AnyModelSpec, AnyObjectiveSpec
 

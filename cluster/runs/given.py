@@ -12,8 +12,9 @@ from torch import Tensor
 from cluster.data.layouts import Ragged, shared
 from cluster.data.manifest import StoredColumn
 from cluster.data.vocabulary import Vocabulary, told
+from cluster.runs.given_trees import tree_rows
 from nn_models.batch import Value
-from nn_models.columns import Column, Tokens
+from nn_models.columns import Column, Tokens, Tree
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def wanted(stored: StoredColumn) -> str:
         fields = column.ragged_fields()
         of = f"a mapping of {', '.join(fields)}" if len(fields) > 1 else "an array"
         text = ", or a text," * bool(getattr(column, "unit", None))
+        text = ", or brackets such as ((It works) .)," if isinstance(column, Tree) else text
         return f"a list with {of}{text} for each row"
     shape = ", ".join(map(str, column.row_shape))
     as_bytes = f", bytes 0 to {MOST_OF_A_BYTE}" if stored.dtype == "uint8" else ""
@@ -102,7 +104,9 @@ def _ragged(name: str, stored: StoredColumn, rows: Sequence[Any], device: torch.
 
 
 def _spelled_out(name: str, column: Column, rows: Sequence[Any]) -> Sequence[Any]:
-    """The rows, where those of tokens that are texts, or lists of words, are given by their numbers."""
+    """The rows, where those that are texts, trees in brackets, or lists of words are given by their numbers."""
+    if isinstance(column, Tree):
+        return tree_rows(name, column, rows)
     if not isinstance(column, Tokens) or not column.unit or not column.names:
         return rows
     vocabulary, unknown, num_unknown = Vocabulary.of_column(column), list[str](), 0

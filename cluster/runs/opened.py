@@ -13,9 +13,11 @@ from cluster.adversarial.halves import described, sample
 from cluster.data.keys import row_keys
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
+from cluster.data.sources.flat_trees import FlatTree, of_joins
 from cluster.data.vocabulary import Vocabulary, told
 from cluster.recipe.recipe import Recipe
 from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
+from cluster.runs.given_trees import read_sentence
 from cluster.storage import Folder
 from cluster.training.carry import joined
 from cluster.training.checkpoints import SavedModel, restore_model
@@ -27,6 +29,7 @@ from nn_models.batch import Batch, Place, Value
 from nn_models.columns import UNKNOWN, Ahead, Numbers, Sequence, Tokens
 from nn_models.errors import UserError, did_you_mean
 from nn_models.objectives import Objective
+from nn_models.parser import ParserNet
 from nn_models.sequence_evidence import first_token, written
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     """The best model of a run or a sweep, from RUN/model alone.
 
     It is a Generator where the run is a GAN's, a Writer where it is a language model's, a Forecaster where it forecasts
-    a series, a Coder where it is an autoencoder's, else a Predictor.
+    a series, a Parser where it finds trees, a Coder where it is an autoencoder's, else a Predictor.
 
     It takes what the files of its data hold: pixels as bytes 0 to 255, features in their units; `print` it to see.
     Raises UserError where there is no model or its weights do not fit.
@@ -50,7 +53,8 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     net, saved = restore_model(folder, recipe)
     objective, model = recipe.objective, recipe.model
     other = Writer if objective.writes else Forecaster if objective.forecasts else Predictor
-    kind = Generator if "halves" in model.gives else Coder if model.codes else other
+    other = Parser if "tree" in model.gives else Coder if model.codes else other
+    kind = Generator if "halves" in model.gives else other
     return kind(net.to(device or "cpu"), recipe, saved)
 
 
@@ -261,6 +265,23 @@ class Forecaster(Predictor):
         following = self(rows - level).view(-1, ahead.steps, ahead.targets)
         following = following + level[..., : ahead.targets].to(following.device)
         return following[0] if steps.dim() == 2 else following
+
+
+class Parser(Predictor):
+    """A parser: `parse` says which tree a sentence has."""
+
+    net: ParserNet
+
+    @property
+    def gives(self) -> str:
+        """See OpenedModel."""
+        return "brackets (rows, joins, 2): first word, and that behind the last; parse() the tree of a sentence"
+
+    def parse(self, sentence: str | list[str], *, path: str = "sentence") -> FlatTree:
+        """The tree of a sentence, of words that spaces separate, or that a list has. Raises UserError for no words."""
+        given = read_sentence(sentence, path=path)
+        words = [word for word in given.words if word is not None]
+        return of_joins(words, [(first, end) for first, end in self([given]).brackets[0].tolist()])
 
 
 class Generator(OpenedModel):

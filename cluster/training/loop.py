@@ -16,6 +16,7 @@ from cluster.training.carry import gathered, of_rows, on_device
 from cluster.training.checkpoints import Background, Checkpoints, State, name_at, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import evaluate, evaluate_best, names_of
+from cluster.training.gradients import touch_only_used_rows
 from cluster.training.identity import data_facts, described_rows
 from cluster.training.journal import Journal, Pending
 from cluster.training.memory import keep_freed_memory
@@ -57,6 +58,7 @@ class Loop:
         # Rank 0 looks: ranks that list an object store on their own might see different files.
         newest = context.share(self.checkpoints.newest_step() if context.rank == 0 else None)
         self.model = new_model(recipe, self.manifest.signature, begins=newest is None)
+        touch_only_used_rows(self.model, recipe, device=context.device)
         if self.train.compile:
             self.model.compile()
         wrapped = context.prepare(self.model)

@@ -40,6 +40,7 @@ class Splits:
             seed=train.seed,
             window=recipe.data.shuffle_window,
             weights=self._weights(recipe, "train"),
+            work=self._work("train"),
             buckets=self._buckets(recipe),
         )
         if isinstance(order, LaneOrder):
@@ -67,7 +68,7 @@ class Splits:
         if self.manifest.order == "streams":  # as many as in training: each begins without what came before it
             order = StreamOrder(rows.num_rows, num_streams=recipe.train.global_batch_size, weights=weights)
         else:
-            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights)
+            order = InOrder(rows.num_rows, batch_size=batch_size, weights=weights, work=self._work(split))
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
     def first(self, split: str, recipe: Recipe, num: int, *, device: torch.device) -> Batch:
@@ -120,6 +121,12 @@ class Splits:
             lengths: NDArray[np.int32] = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
             return lengths
         return DataSet(Folder(self.where)).lengths(split, name)
+
+    def _work(self, split: str) -> Weights | None:
+        """What each row of a split that is held takes to compute: its input's elements, where rows differ in length."""
+        column = self.manifest.signature.columns.get("input")
+        ragged = column is not None and column.layout == "ragged"
+        return self._lengths(split, "input") if ragged and split in self.tables else None
 
 
 def open_splits(data: DataSet, *, window: int | None) -> Splits:

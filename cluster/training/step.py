@@ -12,6 +12,7 @@ from cluster.training.average import MovingAverage
 from cluster.training.carry import joined, kept, of_rows
 from cluster.training.context import Context
 from cluster.training.evaluation import autocast
+from cluster.training.gradients import clip, total_norm
 from cluster.training.journal import Pending
 from nn_models.batch import Batch
 from nn_models.objectives import Objective
@@ -57,10 +58,9 @@ class Step:
             first += piece.place.num_rows
         self.carry = joined(carried) if self._carries else None
         if self._train.clip_norm:
-            self._pending.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._train.clip_norm)
+            self._pending.grad_norm = clip([*self.model.parameters()], self._train.clip_norm)
         elif self._train.record_grad_norm:
-            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
-            self._pending.grad_norm = nn.utils.get_total_norm(gradients)
+            self._pending.grad_norm = total_norm([*self.model.parameters()])
         self.optimizer.step()
         if self.average:
             self.average.update()

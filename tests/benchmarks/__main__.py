@@ -25,6 +25,7 @@ ORDER = (
     "sweeps",
     "fused",
     "gpu",
+    "trees",
 )
 
 

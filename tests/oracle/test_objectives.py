@@ -8,10 +8,10 @@ from sklearn import metrics
 from torch import nn
 
 from nn_models.batch import Batch, Place
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Label, Numbers
 from nn_models.errors import UserError
 from nn_models.evidence import confidence, confusion
-from nn_models.objectives import ClassificationSpec
 from nn_models.regression import RegressionSpec
 from nn_models.signature import Signature
 from nn_models.spec import validate

@@ -24,11 +24,12 @@ from cluster.data.split import Traits
 from cluster.recipe.recipe import Recipe
 from nn_models import batch as batches
 from nn_models.batch import Batch
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Labels, Tokens
 from nn_models.feedforward import MLPSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
-from nn_models.objectives import Across, ClassificationSpec, Measured, Objective, SupervisedSpec, only_here
+from nn_models.objectives import Across, Measured, Objective, SupervisedSpec, only_here
 from nn_models.signature import Signature
 
 WORDS, CLASSES = 11, 3

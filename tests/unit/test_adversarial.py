@@ -7,10 +7,10 @@ from torch import nn
 from nn_models import zoo
 from nn_models.adversarial import ConditionalGANSpec, DCGANSpec, GANSpec
 from nn_models.adversarial_losses import GAMES, METRICS, AdversarialObjectiveSpec
+from nn_models.classification import ClassificationSpec
 from nn_models.columns import Image
 from nn_models.errors import UserError
 from nn_models.feedforward import MLPSpec
-from nn_models.objectives import ClassificationSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.signature import Signature
 from nn_models.spec import override, validate

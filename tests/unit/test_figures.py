@@ -23,10 +23,10 @@ from cluster.tuning.fused.groups import why_not
 from cluster.tuning.target import target
 from nn_models.batch import Batch, Place
 from nn_models.class_weights import weights_of
+from nn_models.classification import Classification, ClassificationSpec
 from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.figures import ClassFigures, NumberFigures
-from nn_models.objectives import Classification, ClassificationSpec
 from nn_models.signature import Signature
 
 pytestmark = [

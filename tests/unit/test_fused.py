@@ -33,9 +33,9 @@ from cluster.tuning.fused.member import Member, Weights
 from cluster.tuning.fused.model import FusedModel
 from cluster.tuning.fused.optimizers import FusedOptimizers
 from nn_models.batch import Batch, Place
+from nn_models.classification import Classification, ClassificationSpec
 from nn_models.columns import Image, Sequence
 from nn_models.errors import UserError
-from nn_models.objectives import Classification, ClassificationSpec
 from nn_models.spec import validate
 from tests.unit import made
 

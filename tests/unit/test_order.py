@@ -197,6 +197,26 @@ def test_ranks_are_cut_where_they_weigh_about_the_same(num_rows, batch, world_si
                 assert abs(place.weight - place.global_weight / world_size) <= largest
 
 
+@pytest.mark.parametrize("weights", [1, 35])
+def test_ranks_are_cut_by_the_work_of_rows_that_weigh_the_same(weights):
+    work = np.random.default_rng(0).integers(1, 60, 90, dtype=np.int32)
+    orders = (
+        WholeOrder(90, global_batch_size=30, seed=2, weights=weights, work=work),
+        InOrder(90, batch_size=30, weights=weights, work=work),
+    )
+    for order in orders:
+        by_number = []
+        for step in range(order.num_steps):
+            places = [order.place(0, step, rank, 2) for rank in range(2)]
+            taken = [int(work[place.ids].sum()) for place in places]
+            assert abs(taken[0] - taken[1]) <= work.max()
+            by_number.append(len(places[0].ids) == len(places[1].ids))
+            assert [place.weight for place in places] == [weights * len(place.ids) for place in places]
+            assert {place.global_weight for place in places} == {weights * 30}
+            assert np.array_equal(np.concatenate([place.ids for place in places]), order.rows(0, step, 0, 1))
+        assert not all(by_number)
+
+
 @settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(1, 60), st.integers(1, 9), st.sampled_from([1, 35]))
 def test_rows_of_one_weight_are_cut_by_their_number(num_rows, batch, world_size, weight):

@@ -363,8 +363,22 @@ def test_what_does_not_fit_is_refused(content, data, message):
     assert message in str(caught.value)
 
 
-# of the data sets that might have to be downloaded
+def treebank() -> Manifest:
+    """As the Stanford Sentiment Treebank is prepared."""
+    shard = {"file": "a", "rows": 8544, "row_groups": [8544], "bytes": 1, "sha256": ""}
+    tree = {"kind": "tree", "size": 21_701, "known": 18_280}
+    columns = {
+        "input": {"column": tree, "elements": 37.3},
+        "target": {"column": {"kind": "labels", "size": 5}, "dtype": "int32", "elements": 37.3},
+    }
+    return validate(
+        Manifest, {"source": "sst", "columns": columns, "splits": {"train": [shard], "validation": [shard]}}
+    )
+
+
+# of the data sets that might have to be downloaded, or are the user's own
 SHAPES = {
+    "sst": treebank(),
     "fashion_mnist": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000),
     "cifar10": manifest((3, 32, 32), num_outputs=10, dtype="uint8", rows=45_000),
     "pairs": manifest((1, 28, 28), num_outputs=10, dtype="uint8", rows=54_000, condition_shape=(1, 28, 28)),

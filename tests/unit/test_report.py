@@ -19,8 +19,9 @@ from jobs.report import charts, sections, write_report
 from jobs.report.charts import metric_charts
 from jobs.report.sections import SECTIONS
 from nn_models.batch import Batch, Place
+from nn_models.classification import ClassificationSpec
 from nn_models.errors import UserError
-from nn_models.objectives import ClassificationSpec, SupervisedSpec, only_here
+from nn_models.objectives import SupervisedSpec, only_here
 from nn_models.regression import RegressionSpec
 from nn_models.signature import Signature
 from nn_models.zoo import METRICS, OBJECTIVES

@@ -15,7 +15,7 @@ import cluster
 from cluster.data.word_vectors import read_vectors
 from cluster.recipe.loading import load_recipe
 from cluster.training.beginning import new_model
-from nn_models.columns import Label, Tokens
+from nn_models.columns import Label, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.signature import Signature
 from nn_models.word_vectors import WantedVectors
@@ -131,6 +131,25 @@ def test_a_new_model_begins_with_them(tmp_path):
     for name, weight in drawn.named_parameters():
         if name != "embedding.weight":
             assert torch.equal(model.get_parameter(name), weight)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("recursive", "hidden"), ("rntn", "hidden"), ("tree_lstm", "embedding"),
+                       ("child_sum_tree_lstm", "embedding")]
+)  # fmt: skip
+def test_so_do_nets_over_trees_at_the_words_they_know(kind, size, tmp_path):
+    (tmp_path / "vectors.txt").write_text(TEXT)
+    known = Tree(names=("cat", "ä", "sat", "dog"), size=4, known=3)  # dog is in the file, but not in the training trees
+    signature = Signature(columns={"input": known, "target": Label(size=2)})
+    model = {"kind": kind, size: 2, "vectors": str(tmp_path / "vectors.txt"), "freeze_vectors": True}
+    recipe = load_recipe({"model": model, "data": {"kind": "listops"}})
+    net, drawn = new_model(recipe, signature), new_model(recipe, signature, begins=False)
+    torch.testing.assert_close(net.embedding(torch.arange(2)), torch.tensor([[1, 2], [-0.5, 1e-3]]))  # by a factor
+    assert torch.equal(net.embedding.weight[2:], drawn.embedding.weight[2:])
+    assert [name for name, weight in net.named_parameters() if not weight.requires_grad] == ["embedding.weight"]
+    wrong = load_recipe({"model": {**model, size: 3}, "data": {"kind": "listops"}})
+    with pytest.raises(UserError, match=rf"model.{size}: 3, but the vectors of .* have 2 numbers; set model.{size} to"):
+        new_model(wrong, signature)
 
 
 def test_a_run_does_without_the_file_once_it_has_begun(tmp_path, caplog):

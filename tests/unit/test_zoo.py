@@ -11,10 +11,11 @@ from torch import nn
 import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
-from nn_models.batch import Ragged
+from nn_models.batch import Forest, Ragged
 from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
+from nn_models.parser import Parsed
 from nn_models.signature import Signature
 from nn_models.variational import VAE
 
@@ -86,6 +87,9 @@ sequences = Signature(columns={"input": Sequence(width=4, length=5), "target": N
 texts = Signature(columns={"input": Tokens(size=9), "target": Label(size=3)})
 tagged = Signature(columns={"input": Sequence(width=3), "target": Labels(size=2)})
 stream = Signature(columns={"input": Tokens(size=9, length=6), "target": Labels(size=9, length=6)})
+trees = Signature(columns={"input": Tree(size=9), "target": Label(size=3)})
+labelled_trees = Signature(columns={"input": Tree(size=9, known=1), "target": Labels(size=3)})
+dependencies = Signature(columns={"input": Tree(size=9, arity=3, words_at="nodes"), "target": Numbers(size=2)})
 FITTING = {
     "mlp": [
         ({}, features),
@@ -194,6 +198,27 @@ FITTING = {
         ({"hidden": [9], "code": 3}, digits),
         ({"channels": [4], "hidden": [9], "code": 3, "decoder": "gaussian"}, wide),
     ],
+    "recursive": [
+        ({"hidden": 4}, trees),
+        ({"hidden": 4, "dropout": 0.5}, labelled_trees),
+    ],
+    "rntn": [
+        ({"hidden": 4}, labelled_trees),
+        ({"hidden": 4, "dropout": 0.5}, trees),
+    ],
+    "tree_lstm": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "dropout": 0.5, "forget_bias": 0}, labelled_trees),
+    ],
+    "child_sum_tree_lstm": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "dropout": 0.5, "forget_bias": 0}, labelled_trees),
+        ({"hidden": 4}, dependencies),
+    ],
+    "parser": [
+        ({"hidden": 4, "embedding": 5}, trees),
+        ({"hidden": 4, "beam": 3, "train_beam": 2, "dropout": 0.5}, labelled_trees),
+    ],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -238,7 +263,8 @@ def run(module, model, signature):
         inferred = module(rows["input"].sigmoid(), keys, label=rows["target"])
         return inferred.outputs + inferred.log_likelihood.mean() + inferred.log_variance.mean()
     if not isinstance(module, Halves):
-        return module(rows["input"])
+        outputs = module(rows["input"])
+        return torch.stack((outputs.score, outputs.true_score), 1) if isinstance(outputs, Parsed) else outputs
     spec = zoo.validate(zoo.AnyModelSpec, model)
     condition = rows[spec.given or "target"]  # not looked at where the model is given none
     made = module(torch.randn(NUM_ROWS, spec.noise_size, device=condition.device), condition)
@@ -250,12 +276,17 @@ def check_shape(outputs, model, signature):
     """What the spec says that the model gives is what comes out."""
     gives, rows = zoo.validate(zoo.AnyModelSpec, model).gives, rows_of(signature)["input"]
     if "elements" in gives and isinstance(signature["target"], Labels):
-        elements = len(rows.values) if hasattr(rows, "lengths") else NUM_ROWS * rows.shape[1]
+        if isinstance(rows, Forest):
+            elements = len(rows.words)
+        else:
+            elements = len(rows.values) if isinstance(rows, Ragged) else NUM_ROWS * rows.shape[1]
         assert outputs.shape == (elements, signature.num_outputs)
     elif "row" in gives:
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
     elif gives & {"reconstruction", "posterior"}:
         assert outputs.shape == rows.shape
+    elif "tree" in gives:
+        assert outputs.shape == (NUM_ROWS, 2)
     else:
         assert outputs.shape[0] == NUM_ROWS
         assert outputs.dim() == 1 or (outputs.dim() == 4 and outputs.shape[1] == 1)  # a logit a row, or a patch

@@ -8,6 +8,7 @@ from cluster.data.sources.bundled import SklearnSpec
 from cluster.data.sources.docstrings import DocstringsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
+from cluster.data.sources.listops import ListOpsSpec
 from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
@@ -15,6 +16,8 @@ from cluster.data.sources.prepared import ShardsSpec
 from cluster.data.sources.series import ElNinoSpec, SeriesSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
 from cluster.data.sources.text_files import SequenceLabellingSpec, TextClassificationSpec
+from cluster.data.sources.treebank import SSTSpec
+from cluster.data.sources.trees import TreesSpec
 
 AnyDataSpec = Annotated[
     DigitsSpec
@@ -34,6 +37,9 @@ AnyDataSpec = Annotated[
     | SequenceLabellingSpec
     | AddingSpec
     | CopySpec
+    | SSTSpec
+    | ListOpsSpec
+    | TreesSpec
     | ShardsSpec,
     Field(discriminator="kind"),
 ]

@@ -13,9 +13,11 @@ from jobs.report.sections import (
     gates,
     gradients,
     numbers,
+    parses,
     reconstructions,
     steps,
     text,
+    trees,
 )
 from jobs.report.sections.section import EVALUATION, Run, Section
 
@@ -25,6 +27,8 @@ SECTIONS: tuple[Section, ...] = (
     forecast.SECTION,
     steps.SECTION,
     text.SECTION,
+    trees.SECTION,
+    parses.SECTION,
     game.SECTION,
     reconstructions.SECTION,
     codes.SECTION,

@@ -1,0 +1,77 @@
+"""predict: what a run's best model says of a tree, node by node, from RUN/model alone."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from cluster.data.sources.flat_trees import FlatTree
+from cluster.runs.given_trees import is_tree, read_tree
+from cluster.runs.opened import Parser, Predictor, open_model
+from nn_models.columns import Labels, Tree
+from nn_models.errors import UserError
+from nn_models.evidence import confidence
+
+
+@dataclass(frozen=True)
+class PredictedTree:
+    """A tree with what is predicted of its nodes: their classes and the probabilities of these, None for no class."""
+
+    tree: FlatTree
+    labels: list[str | None]
+    confidences: list[float | None]
+
+
+def predict_tree(
+    run: str, text: str, *, parser: str | None = None, device: torch.device | None = None
+) -> PredictedTree:
+    """The tree of a text, and what the run's model says of its nodes, or of its root where only that was learned.
+
+    The text is a tree in brackets, `((It works) .)`, or a sentence, whose tree the run `parser` finds; a parser's own
+    run finds the tree alone. Raises UserError where there is no such model, or the text is no tree.
+    """
+    model = open_model(run, device=device)
+    if isinstance(model, Parser):
+        if parser is not None:
+            raise UserError("--parser", f"{run} is a parser itself", "leave it out")
+        tree = model.parse(_words(text), path="--text")
+        return PredictedTree(tree, [None] * len(tree.words), [None] * len(tree.words))
+    signature = model.manifest.signature
+    if not isinstance(model, Predictor) or not isinstance(signature["input"], Tree) or not model.classes:
+        what = signature["input"].describe()
+        raise UserError(run, f"its model predicts no classes of trees (input: {what})", "give the run of a tree model")
+    if is_tree(text):
+        tree = read_tree(text, path="--text")
+    elif parser is None:
+        fix = "put it in brackets, such as ((It works) .), or name the run of a parser with --parser"
+        raise UserError("--text", "a sentence, where the model reads trees" if text.strip() else "no words", fix)
+    else:
+        tree = _parsed(parser, text, device)
+    predictions, sure = (values.tolist() for values in confidence(model([tree])))
+    labels = [model.classes[number] for number in predictions]
+    if isinstance(signature["target"], Labels):
+        return PredictedTree(tree, cast(list[str | None], labels), sure)
+    none = [None] * (len(tree.words) - 1)
+    return PredictedTree(tree, [*none, *labels], [*none, *sure])
+
+
+def _parsed(run: str, text: str, device: torch.device | None) -> FlatTree:
+    model = open_model(run, device=device)
+    if not isinstance(model, Parser):
+        raise UserError("--parser", f"{run} has a {model.recipe.model.kind}, which parses nothing", "give a parser's")
+    return model.parse(text, path="--text")
+
+
+def _words(text: str) -> list[str]:
+    """Of a sentence, or of a tree in brackets, which a parser does without."""
+    if "(" not in text and ")" not in text:
+        return text.split()
+    tree = read_tree(text, path="--text")
+    words: list[str] = []
+    open_ = [len(tree.words) - 1]
+    while open_:
+        node = open_.pop()
+        open_ += reversed(tree.children[node])
+        if (word := tree.words[node]) is not None:
+            words.append(word)
+    return words
