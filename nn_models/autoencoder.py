@@ -3,7 +3,7 @@
 Shapes: B rows of the batch, D numbers of a row, H units of a hidden layer, K numbers of a code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from nn_models.activations import ACTIVATIONS, ActivationName
+from nn_models.batch import Batch
 from nn_models.coding import (
     CodingNet,
     CodingSpec,
@@ -137,6 +138,7 @@ class ConvAutoencoder(CodingNet):
 class AutoencoderSpec(CodingSpec):
     """Dense autoencoder: layers to a code and, mirrored, back; flattens images."""
 
+    sections = ("components", "filters")
     kind: Literal["autoencoder"] = "autoencoder"
     hidden: tuple[PositiveInt, ...] = Field((256,), description="units of each layer before the code; [] for none")
     activation: UnitName = Field("relu", description="what follows each hidden layer")
@@ -151,6 +153,17 @@ class AutoencoderSpec(CodingSpec):
     def batches(self) -> Batching:
         """See ModelSpec."""
         return "vmap"
+
+    @torch.no_grad()
+    def inspect(self, model: nn.Module, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See ModelSpec. Of a linear net `components/decoder` (K, D): what each number of a code adds to a row."""
+        if self.hidden or self.code_activation != "linear":
+            return {}
+        assert isinstance(model, Autoencoder)
+        device = next(model.parameters()).device
+        none = model.decode(torch.zeros(1, self.code, device=device))
+        added = model.decode(torch.eye(self.code, device=device)) - none
+        return {"components/decoder": added.flatten(1).float().cpu().contiguous()}
 
 
 class ConvAutoencoderSpec(CodingSpec):

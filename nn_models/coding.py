@@ -63,6 +63,7 @@ class CodingSpec(ModelSpec):
     """Base of the descriptions of nets that make codes of rows and rows of codes."""
 
     gives: ClassVar[frozenset[Gives]] = frozenset({"reconstruction"})
+    codes = True
     code: PositiveInt = Field(32, description="numbers of a row's code")
 
     def check_code(self, wanted: str, *, kind: str, why: str) -> None:

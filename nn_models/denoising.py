@@ -18,12 +18,16 @@ from nn_models.model import ModelSpec
 from nn_models.noise import CORRUPTION, normal, uniform
 from nn_models.objectives import Asked, Baseline
 from nn_models.pca import MOST_NUMBERS, PrincipalComponents
-from nn_models.reconstruction import PCA_MSE, LossName, RebuildingSpec, Reconstruction
+from nn_models.reconstruction import LossName, RebuildingSpec, Reconstruction
 from nn_models.signature import Signature
 from nn_models.spec import invalid
 
 Noise = Literal["gaussian", "masking", "salt_and_pepper"]
-IDENTITY_MSE = Metric("identity_mse", "less", words="squared error a number of the noisy row")
+IDENTITY = (
+    Metric("identity_mse", "less", words="squared error a number of the noisy row"),
+    Metric("identity_auroc", "more", words="AUROC of the noise itself"),
+    Metric("identity_average_precision", "more", words="average precision of the noise itself"),
+)
 
 
 def corrupted(rows: Tensor, keys: Tensor, noise: Noise, level: float) -> Tensor:
@@ -85,7 +89,7 @@ class DenoisingSpec(RebuildingSpec):
 
     objective = Denoising
     draws = True
-    baselines = (PCA_MSE, IDENTITY_MSE)
+    baselines = (*RebuildingSpec.baselines, *IDENTITY)
     kind: Literal["denoising"] = "denoising"
     noise: Noise = Field("gaussian", description="added numbers, zeros, or zeros and ones (pixels only)")
     level: PositiveFloat = Field(

@@ -4,7 +4,7 @@ Shapes: N rows of the split, C classes, K predicted numbers.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,22 @@ class NumberFigures:
         errors = (targets - predictions).square().sum(0)
         each = torch.where(squares > 0, 1 - errors / squares, (errors == 0).double())
         return {"r2": float(each.mean())}
+
+
+class Several:
+    """Figures that come of the same batches."""
+
+    def __init__(self, figures: Sequence[Figures]) -> None:
+        self._figures = figures
+
+    def add(self, batch: Batch, outputs: Any) -> None:
+        """See Figures."""
+        for figures in self._figures:
+            figures.add(batch, outputs)
+
+    def values(self, across: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """See Figures."""
+        return {name: value for figures in self._figures for name, value in figures.values(across, device).items()}
 
 
 class Gathered:

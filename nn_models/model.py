@@ -37,6 +37,8 @@ class ModelSpec(Spec):
 
     reads: ClassVar[Reads] = reading(input=(Features, Image))
     gives: ClassVar[frozenset[Gives]] = frozenset({"row"})
+    # whether the module makes codes of rows and rows of codes: it has `encode` and `decode` (CodingNet)
+    codes: ClassVar[bool] = False
     # the parts of the report that show what is inside of it, beside those of what its objective's test has found
     sections: ClassVar[tuple[str, ...]] = ("filters",)
     # fields that are paths of the user's files, whose numbers its weights begin with: see `wanted_vectors`

@@ -140,7 +140,7 @@ class Objective(ABC):
 
     @property
     def compared(self) -> tuple[Metric, ...]:
-        """The metrics that are measured of the baseline's models too."""
+        """The metrics that are measured of the baseline's models too, where they are of the model."""
         return self.metrics
 
     def evidence(self, signature: Signature) -> Evidence | None:

@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
+from nn_models.anomaly import FOUND, NORMAL_ERROR, PCA_FOUND, anomaly_figures, with_threshold
 from nn_models.batch import Batch
+from nn_models.code_inspection import traversals
 from nn_models.coding import Coded, CodingSpec
 from nn_models.columns import Features, Image, Scale, Sequence
-from nn_models.metrics import Metric
+from nn_models.figures import Figures, Several
+from nn_models.metrics import Metric, Reported
 from nn_models.model import ModelSpec, reading
 from nn_models.objectives import (
     Across,
@@ -65,6 +68,8 @@ class Reconstruction(Objective):
     """
 
     metrics: tuple[Metric, ...] = (MSE, ROW_ERROR)
+    sections = ("codes",)
+    whole = (*FOUND, NORMAL_ERROR)  # where the data has classes that are not trained on
 
     def __init__(self, *, loss: LossName) -> None:
         self.loss = loss
@@ -139,7 +144,7 @@ class Reconstruction(Objective):
     @property
     def compared(self) -> tuple[Metric, ...]:
         """See Objective."""
-        return (MSE,)
+        return (MSE, *FOUND)
 
     def baseline(self, signature: Signature, model: ModelSpec) -> Baseline | None:
         """See Objective: PCA with as many components as codes, where rows are not too long for it."""
@@ -147,9 +152,18 @@ class Reconstruction(Objective):
             return None
         return PrincipalComponents(signature.input_size, model.code, logits=self.loss == "bce")
 
+    def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
+        """See Objective: of anomalies only."""
+        found = anomaly_figures(signature, num_rows)
+        return Several(found) if found else None
+
     def evidence(self, signature: Signature) -> ReconstructionEvidence:
         """See Objective."""
         return ReconstructionEvidence()
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective."""
+        return traversals(model, self.again, signature, batch)
 
 
 class RebuildingSpec(SupervisedSpec):
@@ -160,7 +174,7 @@ class RebuildingSpec(SupervisedSpec):
     takes = frozenset({"reconstruction"})
     fuses = True
     objective: ClassVar[type[Objective]] = Reconstruction
-    baselines: ClassVar[tuple[Metric, ...]] = (PCA_MSE,)
+    baselines: ClassVar[tuple[Metric, ...]] = (PCA_MSE, *PCA_FOUND)
     loss: LossName = Field(
         "mse", description="of each number: squared error, bce (cross entropy of numbers from 0 to 1), absolute error"
     )
@@ -169,6 +183,15 @@ class RebuildingSpec(SupervisedSpec):
     def scale(self) -> Scale:
         """See ObjectiveSpec: bce is of numbers from 0 to 1 only."""
         return "bounded" if self.loss == "bce" else "pixels"
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """See ObjectiveSpec: what there is of anomalies follows from the data."""
+        return ()
+
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """See ObjectiveSpec."""
+        return with_threshold(super().reported(model, signature), signature)
 
 
 class ReconstructionSpec(RebuildingSpec):

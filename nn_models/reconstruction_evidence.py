@@ -42,9 +42,9 @@ class ReconstructionEvidence:
             kept.append(labels[:, None].double())
         self._rows.add(batch, torch.cat(kept, 1))
         stored = batch.stored["input"]
-        columns = {"inputs": stored, "again": _as_stored(batch, outputs.again), "errors": errors.float()}
+        columns = {"inputs": stored, "again": as_stored(batch, outputs.again), "errors": errors.float()}
         if outputs.given is not None:
-            columns["given"] = _as_stored(batch, outputs.given)
+            columns["given"] = as_stored(batch, outputs.given)
         self._examples.keep(0, batch.place.ids, torch.zeros(len(errors), device=errors.device), columns)
         self._examples.keep(1, batch.place.ids, errors, columns)
 
@@ -62,7 +62,7 @@ class ReconstructionEvidence:
         return {**whole, **self._examples.tensors(gather, device)}
 
 
-def _as_stored(batch: Batch, values: Tensor) -> Tensor:
+def as_stored(batch: Batch, values: Tensor) -> Tensor:
     """Rows of the input's scale as the files hold them: bytes where these are bytes."""
     found, stored = batch.unscale("input", values.float()), batch.stored["input"]
     if isinstance(stored, Tensor) and stored.dtype == torch.uint8:

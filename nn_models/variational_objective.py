@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
+from nn_models.anomaly import FOUND, NORMAL_ERROR, anomaly_figures, with_threshold
 from nn_models.batch import Batch
+from nn_models.code_inspection import traversals
 from nn_models.columns import Features, Image
-from nn_models.figures import Figures
-from nn_models.metrics import Metric
-from nn_models.model import reading
+from nn_models.figures import Figures, Several
+from nn_models.metrics import Metric, Reported
+from nn_models.model import ModelSpec, reading
 from nn_models.objectives import Across, Asked, Measured, Objective, SupervisedSpec, at_least_float32, only_here
 from nn_models.reconstruction import MSE
 from nn_models.reconstruction_evidence import ReconstructionEvidence
@@ -54,7 +56,8 @@ class Variational(Objective):
     """
 
     metrics = (*NATS, MSE)
-    whole = (BOUND,)
+    sections = ("codes",)
+    whole = (BOUND, *FOUND, NORMAL_ERROR)
 
     def __init__(self, *, beta: float, free_bits: float, samples: int) -> None:
         self.beta, self.free_bits, self.samples = beta, free_bits, samples
@@ -103,13 +106,23 @@ class Variational(Objective):
         outputs: Tensor = model(batch["input"], **_label(batch))
         return at_least_float32(outputs)
 
+    def again(self, outputs: Tensor) -> Tensor:
+        """The rows again that these outputs of a decoder mean."""
+        return outputs
+
     def figures(self, signature: Signature, *, num_rows: int | None = None) -> Figures | None:
         """See Objective: at each validation too."""
-        return BoundFigures() if self.samples else None
+        found = [*([BoundFigures()] if self.samples else []), *anomaly_figures(signature, num_rows)]
+        return Several(found) if found else None
 
     def evidence(self, signature: Signature) -> ReconstructionEvidence:
         """See Objective: codes are the means of q."""
         return ReconstructionEvidence()
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective."""
+        told = _label(batch) if getattr(model, "num_classes", 0) else {}
+        return traversals(model, self.again, signature, batch, **told)
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -163,6 +176,15 @@ class VariationalSpec(SupervisedSpec):
     def gathered(self) -> tuple[str, ...]:
         """See ObjectiveSpec."""
         return (BOUND.name,) if self.samples else ()
+
+    @property
+    def optional_metrics(self) -> tuple[str, ...]:
+        """See ObjectiveSpec: what there is of anomalies follows from the data."""
+        return (BOUND.name,)
+
+    def reported(self, model: ModelSpec, signature: Signature | None) -> Reported:
+        """See ObjectiveSpec."""
+        return with_threshold(super().reported(model, signature), signature)
 
     def build(self, signature: Signature) -> Variational:
         """The objective."""

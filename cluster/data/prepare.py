@@ -25,7 +25,7 @@ from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
 from cluster.limits import machine_bytes, size
 from cluster.storage import Folder, failure
 from nn_models.columns import Column, Label
-from nn_models.errors import Problem, UserError
+from nn_models.errors import Problem, UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +159,14 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
     """Decide for every row which split it belongs to, and its id there."""
     slots: list[Slot] = []
     taken = np.zeros(len(SPLITS), np.int64)
+    anomalous = _anomalous(source, spec)
     for pool, parts in source.pools.items():
         num_rows = sum(part.rows for part in parts)
         splits = np.full(num_rows, SPLITS.index(pool), np.uint8)
         if pool == "train":
-            splits = _splits(source, parts, spec)
+            splits = _splits(source, parts, spec, anomalous)
+        elif anomalous:
+            splits[_of_classes(Traits.joined([source.traits(part) for part in parts]), anomalous)] = TEST
         ids = np.empty(num_rows, np.int64)
         for split in range(len(SPLITS)):
             chosen = splits == split
@@ -177,9 +180,36 @@ def _deal(source: Source, spec: SplitSpec) -> list[Slot]:
     return slots
 
 
-def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[np.uint8]:
+def _anomalous(source: Source, spec: SplitSpec) -> list[int]:
+    """The numbers of the classes whose rows are only to be tested on."""
+    if not (anomaly := getattr(spec, "anomaly", ())):
+        return []
+    names = getattr(source.columns["target"].column, "names", ()) if "target" in source.columns else ()
+    if spec.order == "streams" or len(names) < 2:
+        raise UserError("data.anomaly", f"rows of {spec.kind} have no classes", "leave it out, or choose other data")
+    for name in anomaly:
+        if name not in names:
+            raise UserError("data.anomaly", f"{name!r} is no class of {spec.kind}", did_you_mean(name, names))
+    return [names.index(name) for name in anomaly]
+
+
+def _of_classes(traits: Traits, classes: Sequence[int]) -> NDArray[np.bool_]:
+    """(rows,): whether a row is of one of these classes, or belongs to the same group as one that is."""
+    assert traits.labels is not None  # the classes have names
+    found: NDArray[np.bool_] = np.isin(traits.labels, classes)
+    return found if traits.groups is None else np.isin(traits.groups, traits.groups[found])
+
+
+def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec, anomalous: Sequence[int] = ()) -> NDArray[np.uint8]:
     """The split of each row of the parts that have to be split."""
+    traits: Traits | None = None
     num_rows = sum(part.rows for part in parts)
+    normal = np.full(num_rows, True)
+    if anomalous:
+        traits = Traits.joined([source.traits(part) for part in parts])
+        normal = ~_of_classes(traits, anomalous)
+        traits = Traits(*(None if values is None else values[normal] for values in traits))
+        num_rows = int(normal.sum())
     num_test = 0 if "test" in source.pools else round(num_rows * spec.held_out_for_test)
     num_validation = 0 if "validation" in source.pools else round(num_rows * spec.validation_fraction)
     if num_test + num_validation >= num_rows:
@@ -194,7 +224,8 @@ def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[n
         splits[num_rows - num_test - num_validation :] = VALIDATION
         splits[num_rows - num_test :] = TEST
         return splits
-    traits = Traits.joined([source.traits(part) for part in parts])
+    if traits is None:
+        traits = Traits.joined([source.traits(part) for part in parts])
     if not spec.stratify:
         traits = traits._replace(labels=None)
     splits = drawn(num_rows, traits, seed=spec.split_seed, num_test=num_test, num_validation=num_validation)
@@ -209,7 +240,9 @@ def _splits(source: Source, parts: Sequence[Part], spec: SplitSpec) -> NDArray[n
                     f"{min(both)!r}",
                     "take their rows out of one of them",
                 )
-    return splits
+    found = np.full(len(normal), TEST)
+    found[normal] = splits
+    return found
 
 
 def _check_groups(groups: Array, splits: NDArray[np.uint8], wanted: Mapping[str, int]) -> None:

@@ -40,11 +40,14 @@ def check(recipe: Recipe, manifest: Manifest) -> None:
 def warn_about_classes(manifest: Manifest, recipe: Recipe | None = None) -> None:
     """Say which classes a split has no row of: what is measured there says nothing of them.
 
-    Not where a recipe reads no classes.
+    Not where a recipe reads no classes, nor of those that it leaves out of training.
     """
     if recipe is not None and "target" not in recipe.columns:
         return
-    for split, missing in manifest.absent_classes().items():
+    left_out = getattr(recipe.data, "anomaly", ()) if recipe is not None else ()
+    for split, absent in manifest.absent_classes().items():
+        if not (missing := [name for name in absent if name not in left_out]):
+            continue
         few = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
         of = "no training row is" if split == "train" else f"no row of the {split} split is"
         logger.warning("data: %s of the class%s %s", of, "es" * (len(missing) > 1), few)

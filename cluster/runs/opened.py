@@ -41,18 +41,20 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     """The best model of a run or a sweep, from RUN/model alone.
 
     It is a Generator where the run is a GAN's, a Writer where it is a language model's, a Forecaster where it forecasts
-    a series, a Parser where it finds trees, else a Predictor.
+    a series, a Parser where it finds trees, a Coder where it is an autoencoder's, else a Predictor.
 
     It takes what the files of its data hold: pixels as bytes 0 to 255, features in their units; `print` it to see.
     Raises UserError where there is no model or its weights do not fit.
     """
+    from cluster.runs.coder import Coder  # it is a Predictor, of this file
+
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     net, saved = restore_model(folder, recipe)
-    objective = recipe.objective
+    objective, model = recipe.objective, recipe.model
     other = Writer if objective.writes else Forecaster if objective.forecasts else Predictor
-    other = Parser if "tree" in recipe.model.gives else other
-    kind = Generator if "halves" in recipe.model.gives else other
+    other = Parser if "tree" in model.gives else Coder if model.codes else other
+    kind = Generator if "halves" in model.gives else other
     return kind(net.to(device or "cpu"), recipe, saved)
 
 
@@ -158,7 +160,7 @@ class Predictor(OpenedModel):
     @torch.no_grad()
     def forward(self, input: Any, **columns: Any) -> Any:
         """Rows -> the net's outputs, on its device; numbers in the units of what they are numbers of."""
-        parts = [self._outputs(rows) for rows in _pieces({"input": input, **columns})]
+        parts = [self._outputs(rows) for rows in pieces({"input": input, **columns})]
         outputs = joined(parts)
         return self.scaling.inverse(self.of, outputs) if isinstance(outputs, Tensor) else outputs
 
@@ -169,16 +171,20 @@ class Predictor(OpenedModel):
             return predicted
         return _named(predicted.tolist(), self.classes)
 
-    def _outputs(self, rows: Mapping[str, Any]) -> Any:
+    def batch(self, rows: Mapping[str, Any]) -> Batch:
+        """These rows as an objective is given them, on the device: so many as it is to compute at once."""
         columns = self.scaled(**rows)
-        num = len(rows["input"])
-        place = Place.of(num)
+        place = Place.of(len(rows["input"]))
 
         def keys() -> Tensor:  # of a net that draws noise: the same rows, the same noise
             return torch.from_numpy(row_keys(self.recipe.train.seed, 0, place.ids)).to(self.device)
 
+        return Batch(columns, place, keys, unscale=self.scaling.inverse)
+
+    def _outputs(self, rows: Mapping[str, Any]) -> Any:
+        batch = self.batch(rows)
         with autocast(self.recipe.train.precision, self.device):
-            outputs = self.objective.outputs(self.net, Batch(columns, place, keys, unscale=self.scaling.inverse))
+            outputs = self.objective.outputs(self.net, batch)
         return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
@@ -367,12 +373,12 @@ class Generator(OpenedModel):
             condition = torch.arange(num) % size
             if label is not None:
                 names = getattr(column.column, "names", ())
-                condition = torch.full((num,), _class(str(label), names, size, path=f"{path}label"))
+                condition = torch.full((num,), class_number(str(label), names, size, path=f"{path}label"))
         source = torch.randn(num, model.noise_size, generator=torch.Generator().manual_seed(seed))
         return sample(self.net.generator, source, condition, device=self.device, seed=seed)
 
 
-def _pieces(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def pieces(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """So many rows at once as evaluation takes, which bounds memory; at least one piece."""
     rows = {
         name: values if isinstance(values, (Tensor, list, tuple)) else np.asarray(values)
@@ -383,7 +389,7 @@ def _pieces(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             raise UserError(name, "one number, where the model takes a batch of rows", "give an array of them")
     if len({len(values) for values in rows.values()}) > 1:
         raise UserError("rows", f"columns of {', '.join(f'{len(v)} {n}' for n, v in rows.items())} rows")
-    for first in range(0, max(1, len(rows["input"])), EVALUATION_ROWS):
+    for first in range(0, max(1, len(next(iter(rows.values())))), EVALUATION_ROWS):
         yield {name: values[first : first + EVALUATION_ROWS] for name, values in rows.items()}
 
 
@@ -393,7 +399,8 @@ def _named(numbers: Any, names: tuple[str, ...]) -> Any:
     return names[numbers]
 
 
-def _class(label: str, names: tuple[str, ...], size: int, *, path: str) -> int:
+def class_number(label: str, names: tuple[str, ...], size: int, *, path: str) -> int:
+    """The number of a class, by its name or number. Raises UserError, naming `path`, for what is none."""
     if label in names:
         return names.index(label)
     if label.isdecimal() and int(label) < size:

@@ -133,9 +133,12 @@ def _baselines(
             baseline.add(batch)
     found: dict[str, float] = {}
     beside: dict[str, Tensor] = {}
+    signature, whole = context.splits.manifest.signature, set(objective.compared) & set(objective.whole)
     for name, model in baseline.models(context.sum, context.device).items():
-        metrics = evaluate(model, rows, objective, context=context, precision="fp32")
-        found |= {f"{name}_{metric.name}": metrics[metric.name] for metric in objective.compared}
+        figures = objective.figures(signature, num_rows=rows.order.num_rows) if whole else None
+        metrics = evaluate(model, rows, objective, context=context, precision="fp32", figures=figures)
+        known = [metric.name for metric in objective.compared if metric.name in metrics]
+        found |= {f"{name}_{metric}": metrics[metric] for metric in known}
         beside |= {f"{name}.{key}": values.cpu() for key, values in model.state_dict().items()}
     return found, beside
 

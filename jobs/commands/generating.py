@@ -1,6 +1,7 @@
 """What `manta generate` writes: rows that a run's best generator makes, as one picture."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -13,17 +14,25 @@ from jobs.commands.places import place_of, write_whole
 from nn_models.errors import UserError
 
 MAX_COLUMNS_OF_CLASSES = 20
+PATH_COLUMNS = 16  # of a path from row to row, which goes on in the next line
 
 
 def write_samples(
-    run: str, *, num: int, out: str, label: str | None = None, seed: int = 0, device: torch.device | None = None
+    run: str,
+    *,
+    num: int,
+    out: str,
+    label: str | None = None,
+    seed: int = 0,
+    between: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> str:
     """Write `num` images that a run makes to `out`, a PNG file that is replaced whole, and return where it is.
 
     Raises UserError where that cannot be written, before anything is made, and where the run makes no such images.
     """
     place = place_of(out, [".png"], what="a PNG file")
-    generated = generate(run, num=num, label=label, seed=seed, device=device)
+    generated = generate(run, num=num, label=label, seed=seed, between=between, device=device)
     if generated.made.dim() != 4:
         raise UserError(
             run,
@@ -77,7 +86,7 @@ def picture(generated: Generated) -> bytes:
     made, given, true = generated.made, generated.given, generated.true
     if given is not None and true is not None:
         return png(beside(given, made, true), columns=3 * max(1, round(math.sqrt(len(made) / 3))))
-    columns = math.ceil(math.sqrt(len(made)))
+    columns = min(len(made), PATH_COLUMNS) if generated.path else math.ceil(math.sqrt(len(made)))
     if generated.num_classes and generated.num_classes <= MAX_COLUMNS_OF_CLASSES:
         columns = generated.num_classes  # each column is a class
     return png(beside(made), columns=columns)

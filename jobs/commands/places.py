@@ -1,10 +1,15 @@
 """Where a command is to write: a file's folder and its name in it, looked at before anything is made."""
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
 
 from cluster.storage import Folder
 from nn_models.errors import UserError
+
+BLOCK_BYTES = 1 << 22  # of a file that are copied at once
 
 
 def place_of(out: str, endings: Sequence[str], *, what: str) -> tuple[Folder, str]:
@@ -37,3 +42,26 @@ def write_whole(place: tuple[Folder, str], content: bytes, *, out: str) -> str:
     except OSError as error:
         raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
     return f"{folder.uri.rstrip('/')}/{name}"
+
+
+@contextmanager
+def new_file(place: tuple[Folder, str], *, out: str) -> Iterator[IO[Any]]:
+    """A file to write piece by piece, which takes its place once the block has come to its end, and else is deleted.
+
+    Raises UserError where it cannot be written.
+    """
+    folder, name = place
+    # beside its place on a disk, so that it is renamed and not copied; else on this machine's
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.local) as beside:
+        path = os.path.join(beside, name)
+        try:
+            with open(path, "wb") as file:
+                yield file
+            if folder.local is not None:
+                os.replace(path, folder.local / name)
+            else:
+                with open(path, "rb") as source, folder.filesystem.open_output_stream(folder.full(name)) as target:
+                    while piece := source.read(BLOCK_BYTES):
+                        target.write(piece)
+        except OSError as error:
+            raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None

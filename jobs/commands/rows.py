@@ -2,15 +2,21 @@
 
 import io
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import csv, parquet
 
 from cluster.storage import Folder
-from jobs.commands.places import place_of, write_whole
+from jobs.commands.places import new_file, place_of, write_whole
 
 WRITERS = {".csv": csv.write_csv, ".parquet": parquet.write_table}
+
+
+def parquet_place(out: str) -> tuple[Folder, str]:
+    """Where rows that are streamed shall go. Raises UserError where they cannot."""
+    return place_of(out, (".parquet",), what="a Parquet file")
 
 
 def rows_place(out: str | None) -> tuple[Folder, str] | None:
@@ -24,6 +30,24 @@ def give_rows(table: pa.Table, place: tuple[Folder, str] | None, *, out: str | N
         sys.stdout.write(_content(table, ".csv").decode())
         return None
     return write_whole(place, _content(table, f".{place[1].rpartition('.')[2].lower()}"), out=str(out))
+
+
+def stream_rows(tables: Iterable[pa.Table], place: tuple[Folder, str], *, out: str) -> tuple[str, int]:
+    """Write tables as one Parquet file, none of them kept; where it is, and its rows. It appears whole or not at all.
+
+    Raises UserError where it cannot be written, or what making the tables raises: then the file is as it was before.
+    """
+    with new_file(place, out=out) as file:
+        writer, rows = None, 0
+        try:
+            for table in tables:
+                writer = writer or parquet.ParquetWriter(file, table.schema)
+                writer.write_table(table)
+                rows += table.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+    return f"{place[0].uri.rstrip('/')}/{place[1]}", rows
 
 
 def plain_rows(table: pa.Table) -> list[dict[str, Any]]:

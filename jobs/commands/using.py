@@ -59,6 +59,10 @@ def generate(
     label: Annotated[
         str | None, typer.Option(help="Class to make, by name or number (conditional models); by default each in turn.")
     ] = None,
+    between: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="ROW ROW", help="Two test rows to go between, by code (autoencoders); 16 steps.", min=0),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to go on with (language models).")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Below 1 likelier tokens, 0 always the likeliest (language models).")
@@ -67,9 +71,10 @@ def generate(
     gpu: GpuOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw images that a GAN's best generator makes (for pairs: given, made, true), or a language model's text.
+    """Draw images that a GAN or a variational autoencoder makes, or a language model's text.
 
-    All comes from RUN/model alone. A text is printed token by token, as it is made.
+    For pairs: given, made, true. An autoencoder also goes from one test row to another (--between). All comes from
+    RUN/model alone. A text is printed token by token, as it is made.
     """
     from cluster.runtime import local_device
     from jobs.commands.generating import write_samples, write_text, writes
@@ -79,6 +84,8 @@ def generate(
     if writes(run):
         if label is not None:
             raise UserError("--label", "a text has no label", "leave it out, or give the run of a conditional GAN")
+        if between is not None:
+            raise UserError("--between", "a text has no codes", "leave it out, or give the run of an autoencoder")
         num = 500 if num is None else num
         text = write_text(
             run, num=num, prompt=prompt or "", temperature=temperature, seed=seed, out=out, device=device, quiet=as_json
@@ -89,11 +96,11 @@ def generate(
     for option, value in (("--prompt", prompt), ("--temperature", temperature)):
         if value is not None:
             raise UserError(option, "this run's model writes no text", "leave it out, or give a language model's run")
-    num = 64 if num is None else num
+    num = (64 if between is None else 16) if num is None else num
     if num > MOST_IMAGES:
         raise UserError("--num", f"{num} images; at most {MOST_IMAGES:,} make one picture", "ask for fewer")
     out = "samples.png" if out is None else out
-    path = write_samples(run, num=num, out=out, label=label, seed=seed, device=device)
+    path = write_samples(run, num=num, out=out, label=label, seed=seed, between=between, device=device)
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
@@ -81,6 +81,14 @@ def bad_rows(problems: Iterable[Problem]) -> UserError:
     return UserError.of([*told[:MOST_TOLD], *rest])
 
 
+class FileColumns(NamedTuple):
+    """The columns of a file with rows such as these: of what is read, and of the label; images of any size or not."""
+
+    input: tuple[str, ...]
+    target: str | None = None
+    resize: bool = False
+
+
 class DataSpec(Spec):
     """Base of every data section: which rows, and how they are used in training."""
 
@@ -121,6 +129,11 @@ class DataSpec(Spec):
         """The folder of data that is prepared already; None for a source."""
         return None
 
+    @property
+    def file_columns(self) -> FileColumns | None:
+        """Where a user's file has such rows, for a model that was trained on them; None where no file is like them."""
+        return None
+
     def fitted_to(self, manifest: Manifest) -> "DataSpec":
         """The same data with what a model has learned to read, of whose data this is the manifest, as a vocabulary."""
         return self
@@ -134,12 +147,26 @@ class DataSpec(Spec):
         raise NotImplementedError
 
 
+def _as_names(value: Any) -> Any:
+    """One name, or several; classes may be called by numbers, which YAML reads as such."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in values]
+
+
 class SplitSpec(DataSpec):
     """Base of the data sections whose validation split is drawn from the training rows."""
 
     validation_fraction: Fraction = Field(0.1, description="share of the training rows held out for validation")
     split_seed: NonNegativeInt = Field(0, description="seed of the split")
     stratify: bool = Field(True, description="take what is held out evenly from each class, where there are labels")
+    anomaly: Annotated[tuple[str, ...], BeforeValidator(_as_names)] = Field(
+        (), description="classes that are no normal rows: all of theirs go to the test split, for manta detect"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """See DataSpec: data without anomalies is what it was before there were any."""
+        found = super().identity()
+        return found if self.anomaly else {name: value for name, value in found.items() if name != "anomaly"}
 
     @property
     def held_out_for_test(self) -> float:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.data.sources.bundled import SklearnSpec
 from cluster.data.sources.docstrings import DocstringsSpec
 from cluster.data.sources.image_folder import ImageFolderSpec
 from cluster.data.sources.images import CIFAR10Spec, DigitsSpec, FashionMNISTSpec, MNISTSpec
@@ -23,6 +24,7 @@ AnyDataSpec = Annotated[
     | FashionMNISTSpec
     | MNISTSpec
     | CIFAR10Spec
+    | SklearnSpec
     | ImageFolderSpec
     | ParquetSpec
     | PairsSpec

@@ -43,6 +43,7 @@ class ArrayColumns:
     dtype: str  # uint8 | float32
     resize: bool  # encoded images of another size
     moments: bool = True  # of images of bytes: whether their mean and std are kept
+    whose: str = "the first file has"  # the shape, in errors
 
     @property
     def stored(self) -> StoredColumn:
@@ -63,7 +64,7 @@ class ArrayColumns:
         if values.shape[1] != int(np.prod(self.shape)):
             raise UserError(
                 where,
-                f"rows of {values.shape[1]} numbers in {columns} where the first file has {self.shape}",
+                f"rows of {values.shape[1]} numbers in {columns} where {self.whose} {self.shape}",
                 "mend the file",
             )
         if not np.isfinite(values).all():

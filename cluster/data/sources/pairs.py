@@ -35,7 +35,9 @@ AnyImagesSpec = Annotated[
 
 COLUMN_FIELDS = ("path", "test_path", "condition", "input", "target", "image_shape", "condition_channels", "group")
 # Of the section inside `edges_of` only what says which images there are counts; these stand in the outer section.
-OUTER_FIELDS = frozenset({*DataSpec.TRAINING_FIELDS, "validation_fraction", "split_seed", "stratify", "test_fraction"})
+OUTER_FIELDS = frozenset(
+    {*DataSpec.TRAINING_FIELDS, "validation_fraction", "split_seed", "stratify", "anomaly", "test_fraction"}
+)
 
 
 class PairsSpec(DrawnTestSpec):

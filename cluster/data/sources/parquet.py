@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from cluster.data.layouts import Array, Dense, Layout
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import UNLABELLED, DataSpec, DrawnTestSpec, Part, absolute
+from cluster.data.sources.base import UNLABELLED, DataSpec, DrawnTestSpec, FileColumns, Part, absolute
 from cluster.data.sources.columns import (
     LabelColumn,
     NumberColumn,
@@ -147,6 +147,11 @@ class ParquetSpec(DrawnTestSpec):
     def fingerprint(self) -> str:
         """See DataSpec."""
         return self._files.fingerprint()
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        return FileColumns(self._inputs, self.target, self.image_shape is not None)
 
     def open(self) -> ParquetColumns:
         """See DataSpec. Reads the files' schemas, and the target column for the names of the classes."""

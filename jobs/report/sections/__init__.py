@@ -5,6 +5,8 @@ import json
 from jobs.report.files import AbsentError, Tensors, left_out
 from jobs.report.sections import (
     classes,
+    codes,
+    components,
     filters,
     forecast,
     game,
@@ -12,6 +14,7 @@ from jobs.report.sections import (
     gradients,
     numbers,
     parses,
+    reconstructions,
     steps,
     text,
     trees,
@@ -27,6 +30,9 @@ SECTIONS: tuple[Section, ...] = (
     trees.SECTION,
     parses.SECTION,
     game.SECTION,
+    reconstructions.SECTION,
+    codes.SECTION,
+    components.SECTION,
     filters.SECTION,
     gradients.SECTION,
     gates.SECTION,
