@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,16 +150,28 @@ def _refuse_elsewhere(found: Existing) -> None:
 def refuse_no_node(found: Existing, nodes: Mapping[str, str]) -> None:
     """Raise UserError where none of the living nodes (address -> its raylet's socket) is this machine.
 
-    A node in a container may have an address that no interface here has; its socket is then seen.
+    A node behind a translation of addresses has one that no interface here has; its socket tells.
     """
     here = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    if not any(address in here or (socket and Path(socket).exists()) for address, socket in nodes.items()):
+    if not any(address in here or _in_this_network(raylet) for address, raylet in nodes.items()):
         host = found.where.rpartition(":")[0]
         raise UserError(
             found.named_by,
             f"{found.where}: this machine is no node of that cluster ({_some([*nodes])}), and a driver runs on one",
             f"use `manta submit … --address http://{host}:8265`",
         )
+
+
+def _in_this_network(raylet: str) -> bool:
+    """Whether a process in this one's network listens there: the file alone may be of another on this host."""
+    with socket.socket(socket.AF_UNIX) as knocking:
+        try:
+            knocking.settimeout(ANSWER_S)
+            knocking.connect(raylet)
+            pid, _, _ = struct.unpack("3i", knocking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
+        except (OSError, AttributeError):  # AttributeError: no Linux
+            return False
 
 
 def _some(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import tempfile
 from contextlib import closing
 
 import pytest
@@ -70,8 +71,10 @@ def test_a_machine_that_is_no_node_is_told_to_submit(tmp_path):
     ):
         refuse_no_node(there, {"203.0.113.1": str(tmp_path / "no"), "203.0.113.2": ""})
     refuse_no_node(there, {"203.0.113.1": "", "127.0.0.1": ""})
-    (tmp_path / "raylet").touch()  # a node in a container
-    refuse_no_node(there, {"203.0.113.1": str(tmp_path / "raylet")})
+    with socket.socket(socket.AF_UNIX) as raylet, tempfile.TemporaryDirectory(dir="/tmp") as place:
+        raylet.bind(f"{place}/raylet")
+        raylet.listen()
+        refuse_no_node(there, {"203.0.113.1": f"{place}/raylet"})  # behind a translation of addresses
 
 
 def test_a_run_in_rays_temporary_folder_is_refused(monkeypatch, tmp_path):
