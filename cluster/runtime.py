@@ -6,7 +6,7 @@ import signal
 import site
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,23 +221,28 @@ def _job_config() -> Any:
     return OwnPath(_py_driver_sys_path=[packages] if on_path and not installed else [])
 
 
+def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many such bundles these nodes have room for when they are empty."""
+    wanted = {name: amount for name, amount in bundle.items() if amount}
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+
+
 def refuse_unplaceable(ray: Any, workers: Workers) -> None:
     """Raise UserError where the cluster, grown as far as it may, can never place the workers."""
     from ray._private.state import state  # the autoscaler's limits have no public way to be asked for
 
     limits = state.get_max_resources_from_cluster_config()
     if limits:  # an autoscaler will try; only its limits are fixed
-        places = min(int(limits.get(name, 0) // amount) for name, amount in workers.bundle.items())
+        room = places(workers.bundle, [limits])
     else:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        places = sum(min(int(node.get(name, 0) // amount) for name, amount in workers.bundle.items()) for node in alive)
-    if places < workers.least:
+        room = places(workers.bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if room < workers.least:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
             "--workers",
             f"{workers.what} of {each} each can never be placed: the cluster has {have['CPU']:g} CPU and "
-            f"{have['GPU']:g} GPU, room for {places} of them",
+            f"{have['GPU']:g} GPU, room for {room} of them",
             "ask for fewer workers, or for less with train.cpus_per_worker",
         )
 

@@ -12,6 +12,7 @@ from cluster.existing import RAY_ADDRESS
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import workers_of
+from cluster.submission.told import telling
 from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
@@ -50,6 +51,7 @@ def run_sweep(
     try:
         with ExitStack() as stack, SweepProgress(resolved.name) as progress:
             run = run or stack.enter_context(new_place("sweeps", resolved))
+            stack.enter_context(telling("sweep", run, name=resolved.name))
             return run_sweep_of(
                 resolved,
                 num_workers=workers,
