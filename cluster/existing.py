@@ -43,12 +43,14 @@ def existing(address: str | None, *, wanted: bool = True) -> Existing | None:
 
     It is logged, also where it is not `wanted`: then that of the environment is not used. None, too, where this process
     is connected already: a Ray that the caller has started is used as it is. Raises UserError for an address that no
-    driver can use.
+    driver can use, that is given in vain, or where nothing answers.
     """
     found = Existing(address, "--address") if address else _of_environment()
     if found is None:
         return None
-    if not wanted and not address:
+    if not wanted and address:
+        raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
+    if not wanted:
         logger.info("training in this process (--workers 0): %s is not used", found)
         return None
     scheme, separator, _ = found.where.partition("://")
@@ -56,6 +58,7 @@ def existing(address: str | None, *, wanted: bool = True) -> Existing | None:
         what = "the Ray client" if scheme == "ray" else "a job server"
         fix = "give the HOST:PORT of Ray itself on a node of the cluster, or use `manta submit` from elsewhere"
         raise UserError(found.named_by, f"{found.where}: {what} cannot drive training", fix)
+    knock(found)
     logger.info("using %s", found)
     return found
 
@@ -143,8 +146,22 @@ def _refuse_elsewhere(found: Existing) -> None:
     from ray import _raylet
 
     internals: Any = _raylet  # compiled: its stub names few of them
-    nodes = internals.GcsClient(address=found.where).get_all_node_info(timeout=ANSWER_S).values()
+    with _silent():
+        nodes = internals.GcsClient(address=found.where).get_all_node_info(timeout=ANSWER_S).values()
     refuse_no_node(found, {node.node_manager_address: node.raylet_socket_name for node in nodes if node.state == 0})
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what Ray's C++ writes off standard error: it tells of a wrong token what is told better by who raises it."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        for handle in (kept, nothing):
+            os.close(handle)
 
 
 def refuse_no_node(found: Existing, nodes: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.embedded import embedded_ray
 from cluster.errors import RayLost
-from cluster.existing import Existing, connected, first_line, knock
+from cluster.existing import Existing, connected, first_line
 from cluster.lifeline import Lifeline
 from nn_models.errors import UserError
 
@@ -174,8 +174,6 @@ def ray_session(*, address: Existing | None, cpus: int, verbose: bool) -> Iterat
             f"{cpus:,} CPUs in all, on a Ray of this machine alone, which has {os.cpu_count()}",
             f"ask for {MOST_CPUS:,} at most, counting train.cpus_per_worker, or give a cluster's --address",
         )
-    if address:
-        knock(address)  # before Ray is imported
     import ray
 
     if ray.is_initialized():

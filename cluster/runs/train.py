@@ -115,8 +115,6 @@ def train(
         else:
             directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
         workers = workers_of(recipe, num_workers, use_gpu, alone=there is None)
-        if there and not workers.most:
-            raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
         data = prepared(recipe.data)
         if began_with:
             refuse_other_data(recipe, began_with, data.manifest, directory.folder)

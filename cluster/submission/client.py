@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 SERVER_ADDRESS = "RAY_API_SERVER_ADDRESS"
 ANSWER_S = 15.0
+BEGIN_S = 60.0  # of a job, whose node may be busy
 UPLOAD_S = 600.0
 TOKEN_FIX = (
     "copy the head node's ~/.ray/auth_token (`ray get-auth-token` there) to this machine's, or set RAY_AUTH_TOKEN or "
@@ -32,6 +33,7 @@ RAYS_NOTES = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
+    "ray._private.runtime_env.working_dir",
 )
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -95,7 +97,7 @@ class JobServer:
             """Ray's own waits for answers without end; the only place that all its requests go through is this one."""
 
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-                patience_s = UPLOAD_S if method == "PUT" else ANSWER_S
+                patience_s = {"PUT": UPLOAD_S, "POST": BEGIN_S}.get(method, ANSWER_S)
                 return super()._do_request(method, endpoint, **{"timeout": patience_s, **options})
 
         for name in RAYS_NOTES:
@@ -113,8 +115,7 @@ class JobServer:
         try:
             yield
         except AuthenticationError:
-            what = "wants a token that is not the one here" if has_token() else "wants a token, and there is none here"
-            raise UserError("--address", f"{self.url}: this cluster {what}", TOKEN_FIX) from None
+            raise self._refused() from None
         except (requests.RequestException, ConnectionError) as error:
             if hasattr(self, "client"):
                 raise ServerLost(f"the job server at {self.url} does not answer ({type(error).__name__})") from None
@@ -134,6 +135,14 @@ class JobServer:
             raise UserError(
                 "--runtime-env", first_line(error), "see Ray's documentation of runtime environments"
             ) from None
+
+    def _refused(self) -> UserError:
+        what, fix = "that is not the one here", TOKEN_FIX
+        if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+            what, fix = "and RAY_AUTH_MODE keeps it from being sent", "unset RAY_AUTH_MODE"
+        elif not has_token():
+            what = "and there is none here"
+        return UserError("--address", f"{self.url}: this cluster wants a token {what}", fix)
 
     def _no_server(self) -> UserError:
         return UserError(
@@ -168,21 +177,25 @@ class JobServer:
         with self._answering(job):
             return bool(self.client.stop_job(job))
 
-    def submit(self, entrypoint: str, runtime_env: Mapping[str, Any], **options: Any) -> str:
-        """Upload what the runtime_env names and start the job. Returns its id. Logs what Ray takes no notice of."""
+    def submit(self, job: str, entrypoint: str, runtime_env: Mapping[str, Any], **options: Any) -> None:
+        """Upload what the runtime_env names and start the job with this id. Logs what Ray takes no notice of."""
         from ray.runtime_env import RuntimeEnv
 
         for field in runtime_env:
             if field not in RuntimeEnv.known_fields:
                 meant = did_you_mean(field, RuntimeEnv.known_fields)
                 logger.warning("--runtime-env: %s: no field of Ray's own; %s", field, meant)
-        with self._answering():
-            try:
-                return str(self.client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env), **options))
-            except RuntimeError as error:
-                if "already been used" in str(error) or "already exists" in str(error):
-                    raise UserError("--job-id", f"{options.get('submission_id')} is taken", "choose another") from None
-                raise
+        try:
+            with self._answering():
+                self.client.submit_job(
+                    submission_id=job, entrypoint=entrypoint, runtime_env=dict(runtime_env), **options
+                )
+        except ServerLost as error:
+            raise ServerLost(f"{error}; whether it has begun says `manta jobs status {job}`") from None
+        except RunFailed as error:
+            if "already been used" in str(error) or "already exists" in str(error):
+                raise UserError("--job-id", f"{job} is taken", "choose another") from None
+            raise
 
     def upload_zip(self, file: Path) -> str:
         """Upload an archive, unless it is there. Returns its URI in the cluster."""
@@ -290,6 +303,6 @@ def _job(details: Any) -> Job:
 
 
 def _reason(told: str) -> str:
-    """The last line of a server's traceback."""
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    """The last line of a server's traceback, which Ray ends with a full stop of its own."""
+    lines = [line.strip() for line in told.splitlines() if any(map(str.isalnum, line))]
     return lines[-1] if lines else "it gave no reason"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,11 +79,6 @@ class Asked:
         workers = workers_of(recipe, parse_workers(self.options["workers"]), self.options["gpu"], alone=False)
         return [workers.bundle] * workers.least
 
-    @property
-    def resumes(self) -> bool:
-        """Whether a run goes on that is there."""
-        return bool(self.options["resume"])
-
 
 def show_bundle(here: Bundle) -> None:
     """Say how much is uploaded, the largest first."""
@@ -94,21 +90,22 @@ def show_bundle(here: Bundle) -> None:
 # -- what cannot run is refused ----------------------------------------------------------------------------------------
 
 
-def admit(asked: Asked, here: Bundle, server: JobServer, *, entry: Mapping[str, float], data_on_cluster: bool) -> None:
-    """Raise UserError for what cannot run there, before anything is uploaded."""
+def admit(
+    asked: Asked, here: Bundle, server: JobServer, *, entry: Mapping[str, float], data_on_cluster: bool
+) -> Recipe:
+    """The recipe. Raises UserError for what cannot run there, before anything is uploaded."""
     changes = overrides(asked.options["set_"])
     recipe = load_recipe(asked.recipe, changes)
     if asked.verb == "sweep" and recipe.sweep is None:
         raise UserError("sweep", f"{recipe.name} has no section sweep, which says what to try", "add one with a space")
     _refuse_a_recipe_that_stays(asked.recipe, here)
     local = all(node.here for node in server.nodes())
-    elsewhere = _refuse_data_that_stays(
-        _paths(read_recipe(asked.recipe, changes), recipe), here, everywhere=local or data_on_cluster
-    )
-    if data_on_cluster or elsewhere:
-        logger.info("the data is looked at in the job only")
-    else:
+    named = _paths(read_recipe(asked.recipe, changes), recipe)
+    _refuse_data_that_stays(named, here, everywhere=local or data_on_cluster)
+    if not data_on_cluster and _is_read_here(recipe, named, here, local=local):
         _refuse_what_cannot_start(asked, recipe)
+    else:
+        logger.info("the data is looked at in the job only")
     bundles = asked.bundles(recipe)
     if not bundles:
         _say_what_trains(asked, entry)
@@ -118,6 +115,12 @@ def admit(asked: Asked, here: Bundle, server: JobServer, *, entry: Mapping[str, 
         server.refuse_unplaceable(bundles, what)
     if any(entry.values()):
         server.refuse_unplaceable([dict(entry)], "the job's own process")
+    return recipe
+
+
+def new_id(recipe: Recipe) -> str:
+    """An id for a job, known before the server is asked: what became of it can then be found out in any case."""
+    return f"{recipe.name[:60]}-{secrets.token_hex(4)}"
 
 
 def _say_what_trains(asked: Asked, entry: Mapping[str, float]) -> None:
@@ -165,25 +168,31 @@ def _paths(written: Recipe, recipe: Recipe) -> list[_Named]:
     ]
 
 
-def _refuse_data_that_stays(named: Sequence[_Named], here: Bundle, *, everywhere: bool) -> bool:
-    """Raise UserError for data that only this machine has; whether some can only be looked at in the cluster."""
-    elsewhere = False
+def _is_read_here(recipe: Recipe, named: Sequence[_Named], here: Bundle, *, local: bool) -> bool:
+    """Whether the data is looked at before it is submitted: not what is large, and would be converted here in vain."""
+    texts = [value for value in recipe.data.model_dump(mode="json").values() if isinstance(value, str)]
+    if not all(one.path.exists() for one in named):
+        return False
+    if recipe.data.prepared_at or local:
+        return True
+    return not any("://" in text for text in texts) and all(one.path.is_relative_to(here.root) for one in named)
+
+
+def _refuse_data_that_stays(named: Sequence[_Named], here: Bundle, *, everywhere: bool) -> None:
+    """Raise UserError for data that only this machine has."""
     for one in named:
         inside = one.path.is_relative_to(here.root)
         if one.relative and inside:
             if one.path.exists() and not here.holds(one.path):
                 fix = "take it out of .gitignore or .rayignore, or put it on shared storage"
                 raise UserError(one.field, f"{one.path} is not uploaded", fix)
-        elif everywhere or not one.path.exists():
-            elsewhere |= not one.path.exists()
-        elif one.relative or inside or not _on_network(one.path):
+        elif not everywhere and one.path.exists() and (one.relative or inside or not _on_network(one.path)):
             raise UserError(
                 one.field,
                 f"{one.path} is on this machine only",
                 f"name it relative to {here.root}, put it on shared storage, or say that nodes have it with "
                 "--data-on-cluster",
             )
-    return elsewhere
 
 
 def _on_network(path: Path) -> bool:
@@ -244,6 +253,7 @@ def _text(file: str | None, option: str) -> str:
 
 
 def start(
+    job: str,
     asked: Asked,
     here: Bundle,
     server: JobServer,
@@ -252,8 +262,8 @@ def start(
     *,
     with_manta: bool,
     python: str,
-) -> str:
-    """Upload and start the job, and say so. Returns its id."""
+) -> None:
+    """Upload and start the job, and say so."""
     runtime_env = {**environment, "working_dir": str(here.root)}
     runtime_env["excludes"] = [*here.excludes, *runtime_env.get("excludes", [])]
     # where the packages are not in the upload, nothing in it takes their place, or that of a library
@@ -263,6 +273,5 @@ def start(
             built = stack.enter_context(wheel())
             print(f"uploading manta, {size(built.stat().st_size)}: the cluster needs none", file=sys.stderr, flush=True)
             runtime_env["py_modules"] = [*runtime_env.get("py_modules", []), server.upload_zip(built)]
-        job = server.submit(shlex.join(entrypoint), runtime_env, **options)
+        server.submit(job, shlex.join(entrypoint), runtime_env, **options)
     print(f"submitted {job} to {server.url}", file=sys.stderr, flush=True)
-    return job

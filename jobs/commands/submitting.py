@@ -20,7 +20,7 @@ Passed = Annotated[list[str], typer.Argument(metavar="RECIPE [OPTIONS]", help="T
 Wait = Annotated[bool, typer.Option("--wait", help="Follow its log to the end; exit as the job does.")]
 EnvFile = Annotated[str | None, typer.Option(help="File with lines NAME=VALUE: the job's environment.")]
 RuntimeEnv = Annotated[str | None, typer.Option(metavar="FILE", help="YAML of a Ray runtime environment.")]
-JobId = Annotated[str | None, typer.Option(help="The job's id; by default a new one.")]
+JobId = Annotated[str | None, typer.Option(help="The job's id; by default its recipe's name and a number.")]
 Metadata = Annotated[list[str] | None, typer.Option(metavar="K=V", help="Kept with the job; repeatable.")]
 EntryCpus = Annotated[float, typer.Option(min=0, help="CPUs that the job's own process reserves.")]
 EntryGpus = Annotated[float, typer.Option(min=0, help="GPUs that it reserves; --workers 0 --gpu needs 1.")]
@@ -60,7 +60,7 @@ def _submits(verb: str) -> None:
     ) -> None:
         from cluster.submission.bundle import bundle
         from cluster.submission.client import JobServer, refuse_id
-        from jobs.commands.submission import Asked, admit, environment_of, pairs, show_bundle, start
+        from jobs.commands.submission import Asked, admit, environment_of, new_id, pairs, show_bundle, start
 
         import_from_here()
         asked = Asked.of(verb, arguments)
@@ -74,16 +74,16 @@ def _submits(verb: str) -> None:
         here.refuse_larger(upload_limit)
         entry = {"CPU": entrypoint_num_cpus, "GPU": entrypoint_num_gpus, "memory": float(entrypoint_memory)}
         others = _resources(entrypoint_resources)
-        admit(asked, here, server, entry=entry | others, data_on_cluster=data_on_cluster)
+        recipe = admit(asked, here, server, entry=entry | others, data_on_cluster=data_on_cluster)
         options: dict[str, Any] = {
             "entrypoint_num_cpus": entrypoint_num_cpus,
             "entrypoint_num_gpus": entrypoint_num_gpus,
             "entrypoint_memory": entrypoint_memory or None,
             "entrypoint_resources": others or None,
-            "submission_id": job_id,
             "metadata": {"manta": verb, "recipe": asked.recipe, **pairs(metadata, "--metadata")},
         }
-        job = start(asked, here, server, environment, options, with_manta=with_manta, python=python)
+        job = job_id or new_id(recipe)
+        start(job, asked, here, server, environment, options, with_manta=with_manta, python=python)
         if not wait:
             print(json.dumps({"job": job, "address": server.url}) if as_json else job)
             return

@@ -1,6 +1,7 @@
 """Jobs on a real cluster with its real job server: submitted, followed, stopped, asked for; and what goes wrong."""
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -121,7 +122,7 @@ def runs(user: User) -> Path:
 def test_a_log_is_followed_across_dropped_connections_each_line_once_in_order(user: User, runs: Path):
     server = user.server()
     proxy = Proxy(int(user.head.url.rpartition(":")[2]))
-    job = server.submit(f"python {shlex.quote(str(user.folder / 'chatty.py'))}", {})
+    server.submit("chatty", f"python {shlex.quote(str(user.folder / 'chatty.py'))}", {})
     seen: list[str] = []
 
     def show(line: str) -> None:
@@ -129,7 +130,7 @@ def test_a_log_is_followed_across_dropped_connections_each_line_once_in_order(us
         if line.partition(" ")[0] in ("50", "199", "200", "390"):
             proxy.drop()
 
-    ended = follow.follow(user.server(proxy.url), job, show)
+    ended = follow.follow(user.server(proxy.url), "chatty", show)
     assert proxy.num_dropped >= 3
     assert ended.status == "SUCCEEDED"
     own = [line for line in seen if line[:1].isdigit() and " é" in line] + seen[-1:]
@@ -211,16 +212,20 @@ def test_a_job_that_fails_ends_waiting_with_its_last_lines_and_its_code(user: Us
     assert "RuntimeError: this net is broken" in user.manta("jobs", "status", "broken").out
 
 
-def test_waiting_follows_a_new_job_and_exits_as_it_does(user: User, runs: Path):
-    taken = f"--run={runs / 'broken'}"  # a run is there: only the job finds out
-    code, out, err = user.manta("submit", "train", "digits-mlp", "--wait", "--job-id=taken", taken)
-    assert code == 2
-    assert "a run is here already" in out
-    assert "error: taken failed: exit code 2: " in err
-    place = ["--no-report", f"--run={runs / 'new'}"]
-    code, out, err = user.manta("submit", "train", "digits-mlp", "--wait", "--json", ONE_EPOCH, *place)
+def test_waiting_follows_a_new_job_and_exits_as_it_does(user: User, runs: Path, tmp_path: Path):
+    submit = ["submit", "train", "digits-mlp", "--wait", "--no-report", ONE_EPOCH]
+    code, out, err = user.manta(*submit)
+    assert code == 2  # only the job finds out
+    assert "error: --run: " in out
+    assert re.search(r"error: digits-mlp-\w{8} failed: exit code 2: --run: .* lies in Ray's temporary folder, .*", err)
+    (tmp_path / "own.env").write_text(f"MANTA_STORAGE={runs}\n")
+    code, out, err = user.manta(*submit, "--json", f"--env-file={tmp_path / 'own.env'}")
     assert code == 0, err
-    assert json.loads(out)["result"] == written(runs / "new")
+    told = json.loads(out)
+    assert told["result"] == written(Path(told["run"]))
+    assert Path(told["run"]).is_relative_to(runs / "runs")
+    taken = user.refused("submit", "train", "digits-mlp", "--job-id=own", f"--run={tmp_path / 'x'}")
+    assert taken == "error: --job-id: own is taken; choose another"
 
 
 def test_jobs_are_listed_for_people_and_programs(user: User, runs: Path):
@@ -266,12 +271,21 @@ def test_what_is_refused_before_anything_is_uploaded(user: User, tmp_path: Path,
 def test_wrong_tokens_addresses_and_ids_are_told_in_one_line(user: User, tmp_path: Path):
     home = {"HOME": str(tmp_path)}
     none = user.refused("jobs", "list", RAY_AUTH_TOKEN="", **home)
-    assert "this cluster wants a token, and there is none here; copy the head node's ~/.ray/auth_token" in none
+    assert "this cluster wants a token and there is none here; copy the head node's ~/.ray/auth_token" in none
     assert "wants a token that is not the one here" in user.refused("jobs", "list", RAY_AUTH_TOKEN="f" * 64)
+    assert "unset RAY_AUTH_MODE" in user.refused("jobs", "list", RAY_AUTH_MODE="disabled")
     assert "no such job on the cluster" in user.refused("jobs", "status", "nobody")
     assert "no such job on the cluster" in user.refused("jobs", "stop", "nobody")
     for where in ("http://127.0.0.1:9", f"127.0.0.1:{user.head.port}"):  # nobody; Ray itself, which speaks no HTTP
         assert "no job server of a Ray cluster answers there" in user.refused("jobs", "list", f"--address={where}")
+
+
+def test_a_driver_with_a_wrong_token_is_told_in_one_line(user: User, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    train = ["train", "digits-mlp", "--workers=1", f"--run={tmp_path / 'run'}", ONE_EPOCH]
+    told = user.refused(*train, RAY_ADDRESS=f"127.0.0.1:{user.head.port}", RAY_AUTH_TOKEN="f" * 64)
+    assert "error: RAY_ADDRESS: " in told
+    assert "this cluster wants a token that is not the one here" in told
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("where", ["RAY_AUTH_TOKEN_PATH", "HOME"])

@@ -24,7 +24,12 @@ def nothing_set(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_option_comes_before_the_variable(monkeypatch):
+@pytest.fixture
+def answering(monkeypatch):
+    monkeypatch.setattr("cluster.existing.knock", lambda found: None)
+
+
+def test_the_option_comes_before_the_variable(monkeypatch, answering):
     assert existing(None) is None
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert existing(None) == Existing("10.0.0.1:6379", "RAY_ADDRESS")
@@ -33,7 +38,7 @@ def test_the_option_comes_before_the_variable(monkeypatch):
     assert existing(None) is None
 
 
-def test_the_first_line_says_which(monkeypatch, caplog):
+def test_the_first_line_says_which(monkeypatch, answering, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv(JOB_SETTINGS, json.dumps({"metadata": {"job_submission_id": "raysubmit_7"}}))

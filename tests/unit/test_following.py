@@ -2,13 +2,16 @@
 
 import json
 import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.submission.follow import Lines
+from cluster.submission import follow
+from cluster.submission.client import Job, ServerLost
+from cluster.submission.follow import Lines, _Dropped
 from cluster.submission.told import PREFIX, Told, telling
 from jobs.commands.progress import Progress
 
@@ -95,3 +98,63 @@ def test_an_earlier_result_is_not_told_as_that_of_a_run_that_did_not_begin(tmp_p
     with pytest.raises(KeyboardInterrupt), telling("train", str(tmp_path)):
         raise KeyboardInterrupt
     assert Told(capsys.readouterr().err).result is None
+
+
+class Server:
+    """A job server whose job has these statuses, one after another, and whose log ends or breaks after so much."""
+
+    url = "http://127.0.0.1:8265"
+
+    def __init__(self, statuses: list[str], breaks: list[int]) -> None:
+        self.statuses, self.breaks = statuses, breaks
+
+    def job(self, job: str) -> Job:
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        if status == "silent":
+            raise ServerLost("no answer")
+        return Job(job, status, "", None, None, None, {}, "")
+
+    def log(self, job: str) -> str:
+        return LOG
+
+    async def tail(self, job: str) -> AsyncIterator[str]:
+        place = self.breaks.pop(0) if self.breaks else 0
+        yield LOG[:place]
+        if place % 2:  # else the server says that there is no more
+            raise _Dropped
+
+
+LOG = "one\ntwo\nthree\nfour"
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Follows such a server; returns what was shown, and how it ended."""
+
+    def run(*statuses: str, breaks: Sequence[int] = (), patience_s: float = 30.0) -> tuple[list[str], str]:
+        server, shown = Server(list(statuses), list(breaks)), []
+        monkeypatch.setattr(follow, "_tail", Server.tail)
+        monkeypatch.setattr(follow, "AGAIN_S", 0.0)
+        ended = follow.follow(server, "job", shown.append, patience_s=patience_s)
+        assert server.statuses == [statuses[-1]]  # all were seen
+        return shown, ended.status
+
+    return run
+
+
+@pytest.mark.parametrize("last", ["SUCCEEDED", "FAILED", "STOPPED"])
+def test_a_log_that_ends_does_not_say_how_the_job_does(watched, last):
+    assert watched("PENDING", "PENDING", "RUNNING", "RUNNING", last, breaks=[0, 8, 18]) == (LOG.split("\n"), last)
+
+
+@given(st.lists(st.integers(0, len(LOG)), max_size=8))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_connections_may_break_anywhere(watched, breaks):
+    assert watched("RUNNING", *["RUNNING"] * len(breaks), "SUCCEEDED", breaks=breaks) == (LOG.split("\n"), "SUCCEEDED")
+
+
+def test_a_server_that_is_silent_for_a_while_is_waited_for_and_then_given_up(watched):
+    statuses = ["RUNNING", "silent", "silent", "RUNNING", "silent", "FAILED"]
+    assert watched(*statuses, breaks=[5]) == (LOG.split("\n"), "FAILED")
+    with pytest.raises(ServerLost, match=r"has not answered for 0 s; the job job may go on: `manta jobs status job "):
+        watched("RUNNING", "silent", patience_s=0.0)

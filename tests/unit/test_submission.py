@@ -34,9 +34,8 @@ class Server(JobServer):
     def grows(self) -> bool:
         return self._grows
 
-    def submit(self, entrypoint: str, runtime_env: Any, **options: Any) -> str:
-        self.submitted.append((entrypoint, {**runtime_env, **options}))
-        return "job"
+    def submit(self, job: str, entrypoint: str, runtime_env: Any, **options: Any) -> None:
+        self.submitted.append((entrypoint, {"job": job, **runtime_env, **options}))
 
 
 @pytest.fixture
@@ -86,8 +85,10 @@ def test_data_that_only_this_machine_has_is_refused(work, tmp_path):
 
 def test_data_that_only_nodes_have_is_looked_at_there(work, caplog):
     caplog.set_level(logging.INFO)
-    admitted(recipe("/shared/rows.parquet"))
-    assert "the data is looked at in the job only" in caplog.messages
+    for path in ("/shared/rows.parquet", "s3://bucket/rows.parquet"):
+        caplog.clear()
+        admitted(recipe(path))
+        assert "the data is looked at in the job only" in caplog.messages
 
 
 def test_a_recipe_that_is_not_uploaded_is_refused(work, tmp_path):
@@ -182,10 +183,10 @@ def test_what_is_started(work):
         (work / "old" / name).touch()
     asked, server = Asked.of("train", ["own.yaml", "--set", "model.hidden=[8, 4]", RUN]), Server({"CPU": 1})
     given = {"excludes": ["*.log"], "env_vars": {"A": "1"}}
-    start(asked, bundle(work), server, given, {"submission_id": None}, with_manta=False, python="python3")
+    start("job-7", asked, bundle(work), server, given, {}, with_manta=False, python="python3")
     ((entrypoint, env),) = server.submitted
     assert entrypoint == f"python3 -P -m jobs train own.yaml --set 'model.hidden=[8, 4]' {RUN}"
-    assert (env["working_dir"], env["excludes"], env["env_vars"]) == (str(work), ["/old", "*.log"], {"A": "1"})
+    assert env == {"job": "job-7", "working_dir": str(work), "excludes": ["/old", "*.log"], "env_vars": {"A": "1"}}
 
 
 def test_addresses(monkeypatch, caplog):
