@@ -4,23 +4,22 @@ import logging
 import os
 import signal
 import site
-import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.embedded import embedded_ray, environment
+from cluster.embedded import embedded_ray
 from cluster.errors import RayLost
+from cluster.existing import Existing, connected, first_line
 from cluster.lifeline import Lifeline
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5
 MOST_CPUS = 1024  # logical ones of an embedded Ray: each is a process
 
 # Ray reads these when it is imported or started. A user's own settings win.
@@ -129,7 +128,7 @@ class RaySession:
         try:
             self.lifeline = self.start()
         except Exception as error:  # whatever Ray raises where it does not come up
-            raise RayLost(f"{reason}, and could not be started anew ({_first_line(error)})") from None
+            raise RayLost(f"{reason}, and could not be started anew ({first_line(error)})") from None
         finally:
             self.starting = False
 
@@ -163,7 +162,7 @@ class RaySession:
 
 
 @contextmanager
-def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[RaySession]:
+def ray_session(*, address: Existing | None, cpus: int, verbose: bool) -> Iterator[RaySession]:
     """Connect to the cluster at `address`, or start an embedded one with `cpus` logical CPUs; leave it afterwards.
 
     A Ray that the caller has started already is used, and left running. Raises UserError where none answers.
@@ -175,10 +174,6 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
             f"{cpus:,} CPUs in all, on a Ray of this machine alone, which has {os.cpu_count()}",
             f"ask for {MOST_CPUS:,} at most, counting train.cpus_per_worker, or give a cluster's --address",
         )
-    if address:
-        if address.startswith("ray://"):
-            raise UserError("--address", f"{address}: the Ray client cannot drive training", "give HOST:PORT")
-        _knock(address)
     import ray
 
     if ray.is_initialized():
@@ -196,7 +191,7 @@ def ray_session(*, address: str | None, cpus: int, verbose: bool) -> Iterator[Ra
         def start() -> Lifeline:
             current.close()  # what is left of one that has died
             on_terminate = signal.getsignal(signal.SIGTERM)
-            started = _connected(ray, address, **options) if address else embedded_ray(ray, num_cpus=cpus, **options)
+            started = connected(ray, address, **options) if address else embedded_ray(ray, num_cpus=cpus, **options)
             session.folder = current.enter_context(started)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_terminate)  # Ray's own, which it has put in place, ends the process
@@ -224,46 +219,10 @@ def _job_config() -> Any:
     return OwnPath(_py_driver_sys_path=[packages] if on_path and not installed else [])
 
 
-@contextmanager
-def _connected(ray: Any, address: str, **options: Any) -> Iterator[None]:
-    """Be a driver of the cluster there, which may want the token that is here."""
-    with environment(_token_mode()):
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if "AuthToken" in f"{error} {error.__cause__ or error.__context__}":
-                raise UserError(
-                    "--address",
-                    f"{address}: this cluster wants a token that is not the one here",
-                    "copy the head node's ~/.ray/auth_token to this machine's, or set RAY_AUTH_TOKEN",
-                ) from None
-            raise UserError("--address", f"{address}: no Ray cluster answers there ({_first_line(error)})") from None
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _token_mode() -> dict[str, str]:
-    """Ray 2.60 protects its clusters with a token, and sends the one it has only in this mode. A user's own wins."""
-    place = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    has_token = "RAY_AUTH_TOKEN" in os.environ or place.exists()
-    return {"RAY_AUTH_MODE": "token"} if has_token and "RAY_AUTH_MODE" not in os.environ else {}
-
-
-def _knock(address: str) -> None:
-    """Raise UserError where nothing listens at HOST:PORT: Ray itself would try for minutes, and then exit."""
-    host, colon, port = address.rpartition(":")
-    if not colon:
-        return  # "auto": Ray knows whether it has started a cluster here
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise UserError("--address", f"{address}: no Ray cluster answers there ({error})", "give HOST:PORT") from None
+def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many such bundles these nodes have room for when they are empty."""
+    wanted = {name: amount for name, amount in bundle.items() if amount}
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
 
 
 def refuse_unplaceable(ray: Any, workers: Workers) -> None:
@@ -272,17 +231,16 @@ def refuse_unplaceable(ray: Any, workers: Workers) -> None:
 
     limits = state.get_max_resources_from_cluster_config()
     if limits:  # an autoscaler will try; only its limits are fixed
-        places = min(int(limits.get(name, 0) // amount) for name, amount in workers.bundle.items())
+        room = places(workers.bundle, [limits])
     else:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        places = sum(min(int(node.get(name, 0) // amount) for name, amount in workers.bundle.items()) for node in alive)
-    if places < workers.least:
+        room = places(workers.bundle, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if room < workers.least:
         each = " and ".join(f"{amount:g} {name}" for name, amount in workers.bundle.items())
         have = {name: ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
         raise UserError(
             "--workers",
             f"{workers.what} of {each} each can never be placed: the cluster has {have['CPU']:g} CPU and "
-            f"{have['GPU']:g} GPU, room for {places} of them",
+            f"{have['GPU']:g} GPU, room for {room} of them",
             "ask for fewer workers, or for less with train.cpus_per_worker",
         )
 

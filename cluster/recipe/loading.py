@@ -36,17 +36,24 @@ def load_recipe(
 
     Paths in it become absolute. Raises UserError, naming path, value and fix.
     """
+    recipe = read_recipe(source, overrides)
+    here = str(Path.cwd())
+    files = {field: absolute(path, here) for field in recipe.model.files if (path := getattr(recipe.model, field))}
+    model = recipe.model.model_copy(update=files) if files else recipe.model
+    return recipe.model_copy(update={"data": recipe.data.resolved(here), "model": model})
+
+
+def read_recipe(
+    source: "str | Path | Mapping[str, Any] | Recipe", overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The same with paths as they are written."""
     if isinstance(source, Recipe):
         recipe = source
     elif isinstance(source, Mapping):
         recipe = validate(Recipe, source)
     else:
         recipe = _from_file(str(source))
-    recipe = override(recipe, overrides) if overrides else recipe
-    here = str(Path.cwd())
-    files = {field: absolute(path, here) for field in recipe.model.files if (path := getattr(recipe.model, field))}
-    model = recipe.model.model_copy(update=files) if files else recipe.model
-    return recipe.model_copy(update={"data": recipe.data.resolved(here), "model": model})
+    return override(recipe, overrides) if overrides else recipe
 
 
 def builtin_recipes() -> dict[str, str]:

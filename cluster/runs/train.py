@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.errors import Lost, RunFailed
+from cluster.existing import existing, refuse_temporary
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
@@ -85,7 +86,8 @@ def train(
 
     `num_workers` 0 trains in this process without Ray; a pair is a range for elastic runs. `run` is the directory to
     write (by default a new one under runs/); `resume` continues it from its newest checkpoint. `address` is an
-    existing Ray cluster's; without one Ray is started on this machine. `listener` is called with each line of metrics.
+    existing Ray cluster's, by default that of RAY_ADDRESS; where neither is there, Ray is started on this machine.
+    `listener` is called with each line of metrics.
 
     Raises UserError where something must be changed first, RunFailed (result.json says `failed` then) where the run
     could not finish. KeyboardInterrupt leaves result.json with the status `stopped`.
@@ -94,8 +96,10 @@ def train(
     recipe = load_recipe(recipe, overrides).model_copy(update={"sweep": None})  # of `manta sweep` only
     began_with: Recipe | None = None  # what a run that goes on was
     finished: Outcome | None = None
+    there = existing(address, wanted=bool(num_workers))
     with ExitStack() as stack:
         directory = RunDirectory(stack.enter_context(new_place("runs", recipe)) if run is None else run)
+        refuse_temporary(directory.folder)
         line = again(str(directory), num_workers=num_workers, use_gpu=use_gpu, address=address)
         told = stack.enter_context(telling_how(line))
         if resume and directory.exists():
@@ -110,9 +114,7 @@ def train(
             raise UserError("--resume", f"{directory} holds no run to continue", "check --run, or leave out --resume")
         else:
             directory.refuse_occupied()  # before minutes of work; `begin` claims it once nothing else can be wrong
-        workers = workers_of(recipe, num_workers, use_gpu, alone=address is None)
-        if address and not workers.most:
-            raise UserError("--address", "training with --workers 0 uses no cluster", "give --workers 1 or more")
+        workers = workers_of(recipe, num_workers, use_gpu, alone=there is None)
         data = prepared(recipe.data)
         if began_with:
             refuse_other_data(recipe, began_with, data.manifest, directory.folder)
@@ -136,7 +138,7 @@ def train(
         session = None
         if workers.most:
             cpus = workers.most * workers.cpus
-            session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
+            session = stack.enter_context(ray_session(address=there, cpus=cpus, verbose=verbose))
             if session.embedded:
                 warn_about_cores(workers)
             refuse_unplaceable(session.ray, workers)

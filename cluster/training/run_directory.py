@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, NonNegativeInt
 
+from cluster.existing import STORAGE
 from cluster.recipe.loading import ENVIRONMENT, RECIPE, dump_recipe, lifted, parse_yaml
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder, failure
@@ -322,11 +323,18 @@ def result_of(status: dict[str, Any], directory: RunDirectory, began: float) -> 
 def new_place(parent: str, recipe: Recipe) -> Iterator[str]:
     """A new directory PARENT/NAME-DATE-TIME for a run or a sweep, with a number behind it where that is taken.
 
-    It is made at once, so no two processes get the same one. Where the block leaves it empty it is removed again.
-    Raises UserError where it cannot be made.
+    PARENT is in the folder or at the URI that $MANTA_STORAGE names, else in the current directory. A local one is made
+    at once, so no two processes get the same one. Where the block leaves it empty it is removed again. Raises UserError
+    where it cannot be made.
     """
-    name = Path(parent, f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    place = _made(name if number == 0 else name.with_name(f"{name.name}-{number}") for number in count())
+    storage = os.environ.get(STORAGE, "")
+    name = f"{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = (name if number == 0 else f"{name}-{number}" for number in count())
+    if "://" in storage:
+        places = Folder(storage) / parent
+        yield next((places / name).uri for name in names if not places.exists(name))
+        return
+    place = _made(Path(storage, parent, name) for name in names)
     try:
         yield str(place)
     finally:

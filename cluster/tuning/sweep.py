@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from cluster.data.prepare import prepared
 from cluster.errors import Lost
+from cluster.existing import existing, refuse_temporary
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
@@ -80,8 +81,10 @@ def sweep(
         raise UserError("sweep", f"{recipe.name} has no section sweep, which says what to try", "add one with a space")
     most = _most_fused(fuse)
     began_with: Recipe | None = None  # what a sweep that goes on was
+    there = existing(address)
     with ExitStack() as stack:
         directory = SweepDirectory(run or stack.enter_context(new_place("sweeps", recipe)))
+        refuse_temporary(directory.folder)
         asked: dict[str, Any] = {"num_workers": num_workers, "address": address, "concurrency": concurrency}
         line = again(str(directory), use_gpu=use_gpu, fuse=fuse, **asked)
         told = stack.enter_context(telling_how(line))
@@ -100,7 +103,7 @@ def sweep(
         from cluster.tuning.tune import configure_tune
 
         configure_tune()
-        session = stack.enter_context(ray_session(address=address, cpus=cpus, verbose=verbose))
+        session = stack.enter_context(ray_session(address=there, cpus=cpus, verbose=verbose))
         running.refuse_what_never_fits(session, concurrency)
         running.fuse(most)
         if began_with is not None:

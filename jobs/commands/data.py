@@ -20,6 +20,7 @@ def prepare(
 ) -> None:
     """Write a source as Parquet shards with a manifest."""
     from cluster.data.prepare import prepare as write_shards
+    from cluster.existing import existing
     from cluster.recipe.fit import warn_about_classes
     from cluster.recipe.loading import parse_data
     from cluster.runtime import ray_session
@@ -29,7 +30,7 @@ def prepare(
     spec = parse_data(source, overrides(set_), name="SOURCE").resolved(os.getcwd())
     folder = Folder(out)
     if workers:
-        with ray_session(address=address, cpus=workers, verbose=False) as session:
+        with ray_session(address=existing(address), cpus=workers, verbose=False) as session:
             from cluster.data.conversion import ray_mapper
 
             manifest = write_shards(spec, folder, mapper=ray_mapper(session.ray))

@@ -1,6 +1,7 @@
 """Progress of a run on standard error: a bar on a terminal, a line an epoch otherwise."""
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from cluster.submission.told import EVERY_S, tell
 from nn_models.metrics import LOSS, Metric
 from nn_models.zoo import METRICS
 
@@ -39,6 +41,7 @@ class Progress:
         )
         self._task = self._bar.add_task(name, total=epochs, metrics="starting") if self._bar else None
         self._seen: dict[str, float] = {}  # the last metrics with short words, of any split
+        self._told_at = 0.0
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -55,6 +58,7 @@ class Progress:
         """Show one line of metrics."""
         metrics = {name: value for name, value in line.items() if name not in NO_METRICS and isinstance(value, float)}
         ended = line["split"] == "validation" or (line["split"] == "train" and line.get("end_of_epoch"))
+        self._tell(line, metrics, whole=bool(ended and line["step"]))
         if self._bar and self._task is not None:
             done = line["epoch"] + 1 if line.get("end_of_epoch") else None
             self._bar.update(self._task, completed=done, metrics=self._on_the_bar(str(line["split"]), metrics))
@@ -64,6 +68,16 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _tell(self, line: Mapping[str, Any], metrics: Mapping[str, float], *, whole: bool) -> None:
+        """Have it in a submitted job's log: at the end of an epoch, and now and then within one."""
+        now = time.monotonic()
+        if not whole and line["split"] != "test" and now - self._told_at < EVERY_S:
+            return
+        self._told_at = now
+        named = {f"{line['split']}/{name}": value for name, value in metrics.items()}
+        epoch = min(line["epoch"] + 1, self._epochs)
+        tell("epoch", epoch=epoch, epochs=self._epochs, step=line["step"], whole=whole, metrics=named)
 
     def _place(self, line: Mapping[str, Any]) -> str:
         if line["split"] == "test":

@@ -1,15 +1,18 @@
 """What `manta sweep` does: run the sweep with its progress, then say what came of it."""
 
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from cluster.existing import RAY_ADDRESS
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import workers_of
+from cluster.submission.told import telling
 from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
@@ -43,11 +46,12 @@ def run_sweep(
 ) -> SweepOutcome:
     """Run a sweep and show how it goes. Raises UserError, and Interrupted with the line that resumes it."""
     resolved = load_recipe(recipe, overrides)
-    if gpu and not address and resolved.sweep:
+    if gpu and not address and not os.environ.get(RAY_ADDRESS) and resolved.sweep:
         _refuse_missing_gpus(resolved, workers)
     try:
         with ExitStack() as stack, SweepProgress(resolved.name) as progress:
             run = run or stack.enter_context(new_place("sweeps", resolved))
+            stack.enter_context(telling("sweep", run, name=resolved.name))
             return run_sweep_of(
                 resolved,
                 num_workers=workers,

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.submission.told import tell
 from cluster.tuning.ledger import ENDED, Status, SweepState, TrialRecord
 from cluster.tuning.space import columns
 
@@ -58,6 +59,19 @@ class SweepProgress:
             self._known[record.index] = record.status
             if record.status in ENDED and before not in ENDED and not self._live:
                 print(self._line(state, record), file=sys.stderr, flush=True)
+                self._tell(state)
+
+    def _tell(self, state: SweepState) -> None:
+        """Have it in a submitted job's log."""
+        best = state.best()
+        tell(
+            "trials",
+            ended=sum(record.status in ENDED for record in state.records),
+            ended_before=self._num_ended_before or 0,
+            num_trials=state.num_trials,
+            metric=state.target.metric,
+            best=best.value if best else None,
+        )
 
     def _line(self, state: SweepState, record: TrialRecord) -> str:
         found = f"{state.target.metric} {number(record.value)}" if record.value is not None else ""

@@ -42,6 +42,7 @@ def train(
     from cluster.recipe.loading import load_recipe
     from cluster.runs.train import again
     from cluster.runs.train import train as run_training
+    from cluster.submission.told import telling
     from cluster.training.run_directory import RunDirectory, new_place
     from jobs.commands.progress import Progress
 
@@ -51,6 +52,7 @@ def train(
     try:
         with ExitStack() as stack, Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
             run = stack.enter_context(new_place("runs", resolved)) if run is None else run
+            stack.enter_context(telling("train", run, name=resolved.name))
             outcome = run_training(
                 resolved,
                 num_workers=num_workers,
