@@ -66,6 +66,8 @@ class Tensors:
     def __getitem__(self, key: str) -> Array:
         begin, end = self.header[key]["data_offsets"]
         with self.folder.filesystem.open_input_file(self.folder.full(self.name)) as file:
+            if not 0 <= begin <= end <= file.size() - self.start:
+                raise ValueError(f"{key} stands at {begin} to {end}, outside of the file")
             content = file.read_at(end - begin, self.start + begin)
         if self.header[key]["dtype"] == "BF16":  # unknown to NumPy: the upper half of a float32
             upper = np.frombuffer(content, np.uint16).astype(np.uint32) << 16
