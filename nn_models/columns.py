@@ -344,8 +344,7 @@ class Tree(_Named):
     """A tree whose leaves are words: nodes in an order in which children come before parents, so the root last.
 
     Each node has a word (-1 for none), the places of its children (-1 for none) and its level, 1 more than the highest
-    of its children's; leaves have 0. Words that the training trees do not have, or seldom, come after the `known` ones:
-    they keep their names, but all of them have one vector.
+    of its children's; leaves have 0. Words after the `known` ones, rare or new in training, have one vector together.
     """
 
     noun = "a tree"
@@ -404,11 +403,9 @@ class Tree(_Named):
             root, level = ([0, 1, *none[2:]], [0, 0, 1]) if self.arity > 1 else ([1], [0, 1, 2])
             children = [none, none if self.arity > 1 else [0], root]
             words = [0 if height == 0 or self.words_at == "nodes" else -1 for height in level]
-            fields = {
-                name: torch.tensor(values * rows, dtype=torch.int32)
-                for name, values in (("words", words), ("children", children), ("level", level))
-            }
-            forest = self.lay(fields, torch.full((rows,), len(level)), len(level))
+            fields: dict[str, list[Any]] = {"words": words, "children": children, "level": level}
+            laid = {name: torch.tensor(values * rows, dtype=torch.int32) for name, values in fields.items()}
+            forest = self.lay(laid, torch.full((rows,), len(level)), len(level))
         return forest.to(torch.get_default_device())
 
 

@@ -41,9 +41,9 @@ from cluster.adversarial.players import (
 )
 from cluster.errors import RunFailed, StorageFailed
 from cluster.group import join, listen_at, lost_peer
-from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession
+from cluster.runtime.lifeline import POLL_S
 from cluster.training.checkpoints import to_cpu
 from cluster.training.memory import keep_freed_memory
 from cluster.training.splits import Splits

@@ -22,7 +22,7 @@ from cluster.data.rows import Rows
 from cluster.data.shards import DataSet, write_shard
 from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, bad_rows
 from cluster.data.split import TEST, TRAIN, VALIDATION, Traits, drawn
-from cluster.limits import machine_bytes, size
+from cluster.runtime.limits import machine_bytes, size
 from cluster.storage import Folder, failure
 from nn_models.columns import Column, Label
 from nn_models.errors import Problem, UserError, did_you_mean

@@ -7,7 +7,8 @@ import torch
 
 from cluster.data.sources.flat_trees import FlatTree
 from cluster.runs.given_trees import is_tree, read_tree
-from cluster.runs.opened import Parser, Predictor, open_model
+from cluster.runs.opened import Parser, open_model
+from cluster.runs.predictor import Predictor
 from nn_models.columns import Labels, Tree
 from nn_models.errors import UserError
 from nn_models.evidence import confidence

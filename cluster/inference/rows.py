@@ -15,7 +15,7 @@ from cluster.data.shards import DataSet
 from cluster.data.sources.base import DataSpec
 from cluster.data.sources.columns import ArrayColumns, label_texts
 from cluster.data.tabular import TabularFile
-from cluster.runs.opened import OpenedModel
+from cluster.runs.predictor import OpenedModel
 from nn_models.columns import Label
 from nn_models.errors import UserError, did_you_mean
 

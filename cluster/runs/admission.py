@@ -7,10 +7,10 @@ from typing import Any
 from cluster.data.manifest import Manifest
 from cluster.data.order import training_order
 from cluster.data.word_vectors import read_vectors
-from cluster.limits import machine_bytes, size
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import Summary, summarise
 from cluster.runtime import Workers, local_device
+from cluster.runtime.limits import machine_bytes, size
 from cluster.storage import Folder
 from cluster.training.checkpoints import WEIGHTS, changed_data, read_model
 from cluster.training.identity import other_data, other_training_rows

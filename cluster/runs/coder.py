@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cluster.runs.opened import MOST_NUMBERS, Predictor, class_number, pieces
+from cluster.runs.predictor import MOST_NUMBERS, Predictor, class_number, pieces
 from cluster.training.evaluation import autocast
 from nn_models.batch import Batch
 from nn_models.columns import Label

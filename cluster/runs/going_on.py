@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import Lost
-from cluster.lifeline import POLL_S
 from cluster.runtime import RaySession
+from cluster.runtime.lifeline import POLL_S
 from cluster.storage import Folder
 
 # After Ray has gone: a call of its own that then never returns, where this process should have taken notice by now.

@@ -1,43 +1,35 @@
 """open_model: a run's model as files meet it: it takes bytes or numbers in their units, and gives classes by name."""
 
 import logging
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.adversarial.halves import described, sample
-from cluster.data.keys import row_keys
-from cluster.data.manifest import Manifest, StoredColumn
-from cluster.data.scaling import Scaling
+from cluster.data.manifest import StoredColumn
 from cluster.data.sources.flat_trees import FlatTree, of_joins, spelled
 from cluster.data.vocabulary import Vocabulary, told
-from cluster.recipe.recipe import Recipe
-from cluster.runs.given import MOST_OF_A_BYTE, as_stored, dense, wanted
+from cluster.runs.coder import Coder
+from cluster.runs.given import MOST_OF_A_BYTE, dense, wanted
 from cluster.runs.given_trees import read_sentence
+from cluster.runs.predictor import MOST_NUMBERS, OpenedModel, Predictor, class_number
 from cluster.storage import Folder
-from cluster.training.carry import joined
-from cluster.training.checkpoints import SavedModel, restore_model
+from cluster.training.checkpoints import restore_model
 from cluster.training.evaluation import autocast
 from cluster.training.run_directory import RECIPE, RunDirectory
-from cluster.training.splits import EVALUATION_ROWS
 from nn_models.adversarial import Halves
-from nn_models.batch import Batch, Place, Value
 from nn_models.columns import UNKNOWN, Ahead, Numbers, Sequence, Tokens
-from nn_models.errors import UserError, did_you_mean
-from nn_models.objectives import Objective
+from nn_models.errors import UserError
 from nn_models.parser import ParserNet
 from nn_models.sequence_evidence import first_token, written
 
 logger = logging.getLogger(__name__)
 
-MOST_NUMBERS = 100_000_000  # that are made at once: 400 MB
 
-
-def open_model(run: str, *, device: torch.device | str | None = None) -> "OpenedModel":
+def open_model(run: str, *, device: torch.device | str | None = None) -> OpenedModel:
     """The best model of a run or a sweep, from RUN/model alone.
 
     It is a Generator where the run is a GAN's, a Writer where it is a language model's, a Forecaster where it forecasts
@@ -46,8 +38,6 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     It takes what the files of its data hold: pixels as bytes 0 to 255, features in their units; `print` it to see.
     Raises UserError where there is no model or its weights do not fit.
     """
-    from cluster.runs.coder import Coder  # it is a Predictor, of this file
-
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     net, saved = restore_model(folder, recipe)
@@ -56,136 +46,6 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> "Opened
     other = Parser if "tree" in model.gives else Coder if model.codes else other
     kind = Generator if "halves" in model.gives else other
     return kind(net.to(device or "cpu"), recipe, saved)
-
-
-class OpenedModel(nn.Module):
-    """A trained net with all that stands between it and the files: `net` is the bare one.
-
-    `net` reads numbers that are scaled as in training, which `scaled` makes of rows; `classes` has the names of what is
-    predicted, in the order of the outputs. It can be moved with `to`, and is in evaluation mode.
-    """
-
-    net: nn.Module
-
-    def __init__(self, net: nn.Module, recipe: Recipe, saved: SavedModel) -> None:
-        super().__init__()
-        self.net = net
-        self.recipe: Recipe = recipe
-        self.manifest: Manifest = saved.manifest
-        self.best: Mapping[str, Any] = saved.best
-        self._scalings: dict[torch.device, Scaling] = {}
-        self.eval()
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return next((tensor.device for tensor in self.net.parameters()), torch.device("cpu"))
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of what is predicted; none of numbers."""
-        return self.manifest.class_names
-
-    @property
-    def scaling(self) -> Scaling:
-        """Between numbers as they are stored and at the scale that the net reads and gives."""
-        if self.device not in self._scalings:
-            columns = {name: self._column(name) for name in self.recipe.columns if name in self.manifest.columns}
-            self._scalings[self.device] = Scaling(columns, self.recipe.scale, self.device)
-        return self._scalings[self.device]
-
-    def _column(self, name: str) -> StoredColumn:
-        return self.manifest.columns[name]
-
-    @property
-    @abstractmethod
-    def gives(self) -> str:
-        """What it gives, for people."""
-
-    @property
-    @abstractmethod
-    def takes(self) -> Mapping[str, str]:
-        """What it takes, for people: by the names of its arguments."""
-
-    def __repr__(self) -> str:
-        epoch = f" of epoch {self.best['epoch']}" if self.best.get("step") else ", untrained"
-        takes = "; ".join(f"{name}: {what}" for name, what in self.takes.items())
-        return (
-            f"{self.recipe.name}: {self.recipe.model.kind}{epoch}, on {self.device}\n"
-            f"takes  {takes}\ngives  {self.gives}\nnet    {type(self.net).__name__}, which reads scaled numbers"
-        )
-
-
-class Predictor(OpenedModel):
-    """Called with rows it gives the net's outputs: scores of the classes (logits), or numbers in the target's units.
-
-    `predict` gives names of classes, or these numbers. Rows are as `cluster.runs.given.as_stored` takes them;
-    columns beside the input, where the model reads any, are given by their names.
-    """
-
-    def __init__(self, net: nn.Module, recipe: Recipe, saved: SavedModel) -> None:
-        super().__init__(net, recipe, saved)
-        self.objective = cast(Objective, recipe.objective.build(saved.manifest.signature))
-        # what outputs are numbers of: the rows themselves, or what is predicted of them
-        self.of = "input" if recipe.model.gives & {"reconstruction", "posterior"} else "target"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The columns that the net reads."""
-        return ("input", *(name for name in self.recipe.model.reads if name != "input"))
-
-    @property
-    def takes(self) -> Mapping[str, str]:
-        """See OpenedModel."""
-        return {name: f"{self._column(name).column.kind} {wanted(self._column(name))}" for name in self.reads}
-
-    @property
-    def gives(self) -> str:
-        """See OpenedModel."""
-        if self.of not in self.manifest.columns:
-            return "its outputs"
-        column = self._column(self.of).column
-        some = ", ".join(self.classes[:5]) + ", …" * (len(self.classes) > 5)
-        what = f"scores; predict() their names ({some})" if self.classes else "numbers in their units"
-        return f"{column.kind} {column.extent}: {what}"
-
-    def scaled(self, input: Any, **columns: Any) -> dict[str, Value]:
-        """These rows as the bare net reads them, on its device."""
-        given = {"input": input, **columns}
-        if set(given) != set(self.reads):
-            raise UserError("rows", f"given {', '.join(given)}, but the model reads {', '.join(self.reads)}")
-        stored = {name: as_stored(name, self._column(name), rows, self.device) for name, rows in given.items()}
-        return self.scaling(stored)
-
-    @torch.no_grad()
-    def forward(self, input: Any, **columns: Any) -> Any:
-        """Rows -> the net's outputs, on its device; numbers in the units of what they are numbers of."""
-        parts = [self._outputs(rows) for rows in pieces({"input": input, **columns})]
-        outputs = joined(parts)
-        return self.scaling.inverse(self.of, outputs) if isinstance(outputs, Tensor) else outputs
-
-    def predict(self, input: Any, **columns: Any) -> Any:
-        """Rows -> a list of the classes' names; where these have none, or numbers are predicted, a tensor of them."""
-        predicted = self.objective.predicted(self(input, **columns))
-        if not self.classes or not isinstance(predicted, Tensor) or predicted.is_floating_point():
-            return predicted
-        return _named(predicted.tolist(), self.classes)
-
-    def batch(self, rows: Mapping[str, Any]) -> Batch:
-        """These rows as an objective is given them, on the device: so many as it is to compute at once."""
-        columns = self.scaled(**rows)
-        place = Place.of(len(rows["input"]))
-
-        def keys() -> Tensor:  # of a net that draws noise: the same rows, the same noise
-            return torch.from_numpy(row_keys(self.recipe.train.seed, 0, place.ids)).to(self.device)
-
-        return Batch(columns, place, keys, unscale=self.scaling.inverse)
-
-    def _outputs(self, rows: Mapping[str, Any]) -> Any:
-        batch = self.batch(rows)
-        with autocast(self.recipe.train.precision, self.device):
-            outputs = self.objective.outputs(self.net, batch)
-        return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
 class Writer(Predictor):
@@ -376,33 +236,3 @@ class Generator(OpenedModel):
                 condition = torch.full((num,), class_number(str(label), names, size, path=f"{path}label"))
         source = torch.randn(num, model.noise_size, generator=torch.Generator().manual_seed(seed))
         return sample(self.net.generator, source, condition, device=self.device, seed=seed)
-
-
-def pieces(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """So many rows at once as evaluation takes, which bounds memory; at least one piece."""
-    rows = {
-        name: values if isinstance(values, (Tensor, list, tuple)) else np.asarray(values)
-        for name, values in columns.items()
-    }
-    for name, values in rows.items():
-        if not getattr(values, "shape", (0,)):
-            raise UserError(name, "one number, where the model takes a batch of rows", "give an array of them")
-    if len({len(values) for values in rows.values()}) > 1:
-        raise UserError("rows", f"columns of {', '.join(f'{len(v)} {n}' for n, v in rows.items())} rows")
-    for first in range(0, max(1, len(next(iter(rows.values())))), EVALUATION_ROWS):
-        yield {name: values[first : first + EVALUATION_ROWS] for name, values in rows.items()}
-
-
-def _named(numbers: Any, names: tuple[str, ...]) -> Any:
-    if isinstance(numbers, list):
-        return [_named(number, names) for number in numbers]
-    return names[numbers]
-
-
-def class_number(label: str, names: tuple[str, ...], size: int, *, path: str) -> int:
-    """The number of a class, by its name or number. Raises UserError, naming `path`, for what is none."""
-    if label in names:
-        return names.index(label)
-    if label.isdecimal() and int(label) < size:
-        return int(label)
-    raise UserError(path, f"{label!r} is no class of this run's data", did_you_mean(label, names))

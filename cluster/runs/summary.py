@@ -8,8 +8,8 @@ from torch import nn
 
 from cluster.data.manifest import Manifest
 from cluster.data.order import held, training_order
-from cluster.limits import ImpossibleError, refusing_impossible_models
 from cluster.recipe.recipe import Recipe
+from cluster.runtime.limits import ImpossibleError, refusing_impossible_models
 from nn_models.columns import IMAGINED_LENGTH
 from nn_models.errors import UserError
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cluster.data.prepare import prepared
 from cluster.data.shards import DataSet
 from cluster.errors import Lost, RunFailed
-from cluster.existing import existing, refuse_temporary
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
@@ -34,6 +33,7 @@ from cluster.runtime import (
     refuse_unplaceable,
     warn_about_cores,
 )
+from cluster.runtime.existing import existing, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.identity import data_facts
@@ -43,7 +43,7 @@ from nn_models.errors import UserError
 
 if TYPE_CHECKING:
     from cluster.adversarial.coordinator import Coordinator
-    from cluster.runs.opened import OpenedModel
+    from cluster.runs.predictor import OpenedModel
     from cluster.training.checkpoints import Background
     from cluster.training.progress import Progress
 

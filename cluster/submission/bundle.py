@@ -18,8 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cluster.errors import RunFailed
-from cluster.limits import size
 from cluster.recipe.loading import ENVIRONMENT, RECIPE
+from cluster.runtime.limits import size
 from cluster.storage import legible
 from nn_models.errors import UserError
 

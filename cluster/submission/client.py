@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from cluster.embedded import environment
 from cluster.errors import Lost, RunFailed
-from cluster.existing import RAY_ADDRESS, first_line, has_token, token_mode
 from cluster.runtime import configure_ray, places
+from cluster.runtime.embedded import environment
+from cluster.runtime.existing import RAY_ADDRESS, first_line, has_token, token_mode
 from nn_models.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)

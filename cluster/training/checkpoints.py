@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cluster.data.manifest import Manifest
 from cluster.errors import RunFailed
-from cluster.limits import refusing_impossible_models
+from cluster.runtime.limits import refusing_impossible_models
 from cluster.storage import Folder
 from cluster.training.identity import other_data
 from cluster.training.progress import Best, lifted

@@ -30,9 +30,9 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
 from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
-from cluster.lifeline import POLL_S
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
+from cluster.runtime.lifeline import POLL_S
 from cluster.storage import Folder
 from cluster.training.context import GroupContext
 from cluster.training.loop import fit

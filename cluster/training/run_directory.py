@@ -19,9 +19,9 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, NonNegativeInt
 
-from cluster.existing import STORAGE
 from cluster.recipe.loading import ENVIRONMENT, RECIPE, dump_recipe, lifted, parse_yaml
 from cluster.recipe.recipe import Recipe
+from cluster.runtime.existing import STORAGE
 from cluster.storage import Folder, failure
 from cluster.training.events import Events
 from nn_models.errors import UserError

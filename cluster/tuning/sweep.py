@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 from cluster.data.prepare import prepared
 from cluster.errors import Lost
-from cluster.existing import existing, refuse_temporary
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
@@ -26,6 +25,7 @@ from cluster.runs.admission import (
 )
 from cluster.runs.going_on import command, last_word, telling_how
 from cluster.runtime import RaySession, ray_session
+from cluster.runtime.existing import existing, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
 from cluster.training.identity import data_facts

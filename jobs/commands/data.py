@@ -20,10 +20,10 @@ def prepare(
 ) -> None:
     """Write a source as Parquet shards with a manifest."""
     from cluster.data.prepare import prepare as write_shards
-    from cluster.existing import existing
     from cluster.recipe.fit import warn_about_classes
     from cluster.recipe.loading import parse_data
     from cluster.runtime import ray_session
+    from cluster.runtime.existing import existing
     from cluster.storage import Folder
     from jobs.commands.printing import print_manifest
 

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.data.manifest import Manifest
-from cluster.limits import size
 from cluster.recipe.loading import builtin_recipes, dump_recipe, load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.summary import Summary
+from cluster.runtime.limits import size
 from jobs.commands.showing_sweep import Plan
 from nn_models import tables, zoo
 

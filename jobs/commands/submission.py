@@ -15,13 +15,13 @@ import psutil
 import typer
 
 from cluster.data.prepare import prepared
-from cluster.existing import STORAGE
-from cluster.limits import size
 from cluster.recipe.fit import check
 from cluster.recipe.loading import load_recipe, parse_yaml, read_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import refuse_what_cannot_start, workers_of
 from cluster.runtime import parse_workers
+from cluster.runtime.existing import STORAGE
+from cluster.runtime.limits import size
 from cluster.submission.bundle import Bundle, wheel
 from cluster.submission.client import JobServer
 from cluster.submission.told import TELLS

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from cluster.existing import RAY_ADDRESS
 from cluster.recipe.loading import load_recipe
 from cluster.recipe.recipe import Recipe
 from cluster.runs.admission import workers_of
+from cluster.runtime.existing import RAY_ADDRESS
 from cluster.submission.told import telling
 from cluster.training.run_directory import new_place
 from cluster.tuning.budget import needs_of

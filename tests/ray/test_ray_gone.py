@@ -12,9 +12,9 @@ import torch
 
 import cluster
 from cluster.errors import RunFailed
-from cluster.lifeline import Lifeline
 from cluster.runs import going_on
 from cluster.runtime import RaySession
+from cluster.runtime.lifeline import Lifeline
 from tests.ray.conftest import EXACT
 from tests.ray.faults import digests, killing, steps_done, wait_for, weights
 from tests.ray.test_faults import LONG

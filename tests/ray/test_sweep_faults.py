@@ -6,7 +6,7 @@ import pytest
 
 import cluster
 from cluster.errors import RayLost, StorageFailed
-from cluster.lifeline import Lifeline
+from cluster.runtime.lifeline import Lifeline
 from cluster.tuning.ledger import SweepDirectory
 
 RECIPE = {

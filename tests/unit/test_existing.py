@@ -9,8 +9,8 @@ from contextlib import closing
 import pytest
 
 import cluster
-from cluster.existing import JOB_SETTINGS, Existing, existing, refuse_no_node, refuse_temporary
 from cluster.recipe.loading import load_recipe
+from cluster.runtime.existing import JOB_SETTINGS, Existing, existing, refuse_no_node, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.run_directory import new_place
 from nn_models.errors import UserError
@@ -26,7 +26,7 @@ def nothing_set(monkeypatch):
 
 @pytest.fixture
 def answering(monkeypatch):
-    monkeypatch.setattr("cluster.existing.knock", lambda found: None)
+    monkeypatch.setattr("cluster.runtime.existing.knock", lambda found: None)
 
 
 def test_the_option_comes_before_the_variable(monkeypatch, answering):

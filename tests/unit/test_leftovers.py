@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster import leftovers
-from cluster.embedded import LONGEST_NAME_IN_FOLDER, LONGEST_SOCKET_PATH, _own_folder, environment
-from cluster.leftovers import LOCK, PREFIX, clear_dead, own_folder
+from cluster.runtime import leftovers
+from cluster.runtime.embedded import LONGEST_NAME_IN_FOLDER, LONGEST_SOCKET_PATH, _own_folder, environment
+from cluster.runtime.leftovers import LOCK, PREFIX, clear_dead, own_folder
 from nn_models import UserError
 
 DRIVER = (
-    "import sys, time; from pathlib import Path; from cluster.leftovers import own_folder\n"
+    "import sys, time; from pathlib import Path; from cluster.runtime.leftovers import own_folder\n"
     "with own_folder(Path(sys.argv[1])) as folder: print(folder, flush=True); time.sleep(600)"
 )
 

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster import lifeline
 from cluster.errors import RayLost
-from cluster.lifeline import Lifeline
-from cluster.runtime import RaySession
+from cluster.runtime import RaySession, lifeline
+from cluster.runtime.lifeline import Lifeline
 
 
 @pytest.fixture

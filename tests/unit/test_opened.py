@@ -9,7 +9,8 @@ import cluster
 from cluster.data.prepare import prepared
 from cluster.recipe.loading import load_recipe
 from cluster.runs.given import as_stored
-from cluster.runs.opened import Generator, Predictor
+from cluster.runs.opened import Generator
+from cluster.runs.predictor import Predictor
 from nn_models.batch import Forest
 from nn_models.errors import UserError
 from tests.unit import made

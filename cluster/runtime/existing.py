@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from cluster.embedded import environment
+from cluster.runtime.embedded import environment
 from cluster.storage import Folder
 from nn_models.errors import UserError
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.embedded import embedded_ray
 from cluster.errors import RayLost
-from cluster.existing import Existing, connected, first_line
-from cluster.lifeline import Lifeline
+from cluster.runtime.embedded import embedded_ray
+from cluster.runtime.existing import Existing, connected, first_line
+from cluster.runtime.lifeline import Lifeline
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _job_config() -> Any:
         def _runtime_env_has_working_dir(self) -> bool:
             return True  # then Ray adds nothing
 
-    packages = str(Path(__file__).parents[1])  # they come before all that is sent: not installed, they must be found
+    packages = str(Path(__file__).parents[2])  # they come before all that is sent: not installed, they must be found
     installed = packages in (*site.getsitepackages(), site.getusersitepackages())
     on_path = packages in map(os.path.abspath, sys.path)
     return OwnPath(_py_driver_sys_path=[packages] if on_path and not installed else [])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunFailed
-from cluster.leftovers import clear_dead, own_folder
+from cluster.runtime.leftovers import clear_dead, own_folder
 from nn_models.errors import UserError
 
 RAY = "ray"  # Ray's folder in the session's own: Ray lets everybody into it, so the one around it is closed
