@@ -1,11 +1,13 @@
 """The kinds of columns that models know: images, features, labels, tokens, trees; a closed union, as models are."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from nn_models.errors import UserError
+from nn_models.column import Column as Column
+from nn_models.column import Layout as Layout
+from nn_models.column import RaggedField as RaggedField
 from nn_models.spec import Spec, invalid
 
 if TYPE_CHECKING:  # models need torch, descriptions do not
@@ -19,84 +21,11 @@ if TYPE_CHECKING:  # models need torch, descriptions do not
 # -1 to 1 (images; other numbers as "standard"); bytes as 0 to 1, other numbers as "standard"; bytes as 0 to 1, and
 # nothing else: what is no byte may lie anywhere.
 Scale = Literal["standard", "unit", "symmetric", "pixels", "bounded"]
-Layout = Literal["dense", "ragged"]
 TextUnit = Literal["characters", "bytes", "words"]
 UNKNOWN = "<unknown>"  # the name of what is not in the vocabulary
 Unknown = dict[str, tuple[NonNegativeInt, NonNegativeInt]]
 UNKNOWN_WORDS: Any = Field({}, description="of each split words that are not in the vocabulary, and all, where known")
 IMAGINED_LENGTH = 3  # elements of a row to rehearse with, where rows differ in length
-
-
-class RaggedField(NamedTuple):
-    """One of the arrays that a ragged column is stored as: (elements, *shape)."""
-
-    dtype: str
-    shape: tuple[int, ...] = ()
-
-
-class Column(Spec):
-    """Base of the kinds of columns: a named, typed part of every row."""
-
-    noun: ClassVar[str]  # as errors call one value of it
-    scaled: ClassVar[bool] = False  # numbers, which models ask for at a scale; predicted ones are standardised
-    predicted: ClassVar[bool] = False  # one for a row, only ever to be predicted
-    kind: str
-
-    @property
-    def layout(self) -> Layout:
-        """How it is stored, the only thing that storage asks: every row of one shape, or rows of elements."""
-        return "dense"
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Of one row where they are all of one shape; of one element where they are not."""
-        raise NotImplementedError
-
-    @property
-    def extent(self) -> str:
-        """What tells it from others of its kind: `1 x 28 x 28`, `over 18,280 words`."""
-        return " x ".join(map(str, self.row_shape))
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of a model that predicts one of it. Raises UserError where nothing predicts such a column."""
-        raise UserError("data", f"{self.noun} is nothing to predict", "choose a label or numbers as the target")
-
-    @property
-    def labels_of(self) -> str | None:
-        """The column whose elements it labels, one by one; None where it stands alone."""
-        return None
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """The words that a model can tell from each other, in the order of their vectors; none where it reads no words.
-
-        Where they have no names, or what is counted is no word, there are none either.
-        """
-        return ()
-
-    def unknown_words(self, values: "NDArray[Any]") -> "NDArray[np.bool_] | None":
-        """Of stored words (n,), which are not in the vocabulary; None where none can be."""
-        return None
-
-    def ragged_fields(self) -> Mapping[str, RaggedField]:
-        """The arrays that a ragged column is stored as, by name."""
-        return {}
-
-    def lay(self, fields: Mapping[str, "Tensor"], lengths: "Tensor", longest: int) -> "Value":
-        """The stored elements of some rows, one row after the other, as models are given them."""
-        from nn_models.batch import Ragged
-
-        (values,) = fields.values()
-        return Ragged(values, lengths, longest)
-
-    def imagine(self, rows: int) -> "Value":
-        """Some rows to rehearse with, on the device that is current; the meta device will do."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """For people: `image 1 x 28 x 28`."""
-        return f"{self.kind} {self.extent}".strip()
 
 
 class Features(Column):
