@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nn_models.errors import UserError
+
 RowIds = NDArray[np.int64]
 
 
@@ -153,7 +155,43 @@ class Forest:
         return replace(self, **moved)
 
 
-Value = Tensor | Ragged | Forest
+@dataclass(frozen=True)
+class Scenes:
+    """Graphs of segments of B pictures, N segments of all of them, one picture after the other, T of the largest.
+
+    `features` (N, W); `neighbours` (N, degree) int64, places in the segment's own scene, -1 for none; `objects` (N,)
+    int64, the class of what a segment is of; `lengths` (B,), of which `longest` is T.
+    """
+
+    features: Tensor
+    neighbours: Tensor
+    objects: Tensor
+    lengths: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, features: Tensor, neighbours: Tensor, objects: Tensor, lengths: Tensor, longest: int) -> "Scenes":
+        """Scenes on the CPU. Raises UserError where a segment has a neighbour that is not there."""
+        sizes = torch.repeat_interleave(lengths, lengths, output_size=len(features))
+        bad = ((neighbours >= sizes[:, None]) | (neighbours < -1)).nonzero()
+        if len(bad):
+            segment, place = bad[0].tolist()
+            what = f"a segment has the neighbour {int(neighbours[segment, place])}, but its scene has {sizes[segment]}"
+            raise UserError("data", f"{what} segments, counted from 0", "mend the scene's neighbours")
+        return cls(features, neighbours.long(), objects.long(), lengths, longest)
+
+    def to(self, device: torch.device) -> "Scenes":
+        """The same on a device."""
+        return Scenes(
+            features=_moved(self.features, device),
+            neighbours=_moved(self.neighbours, device),
+            objects=_moved(self.objects, device),
+            lengths=_moved(self.lengths, device),
+            longest=self.longest,
+        )
+
+
+Value = Tensor | Ragged | Forest | Scenes
 
 
 def fields_of(value: Value) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -162,6 +200,9 @@ def fields_of(value: Value) -> tuple[dict[str, Tensor], Tensor | None]:
         return {"values": value.values}, value.lengths
     if isinstance(value, Forest):
         return value.stored(), value.lengths
+    if isinstance(value, Scenes):
+        fields = {"features": value.features, "neighbours": value.neighbours.int(), "objects": value.objects.int()}
+        return fields, value.lengths
     return {"": value}, None
 
 

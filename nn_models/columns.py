@@ -1,4 +1,4 @@
-"""The kinds of columns that models know: images, features, labels, tokens, trees; a closed union, as models are."""
+"""The kinds of columns that models know: images, labels, tokens, trees, scenes …; a closed union, as models are."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -338,8 +338,61 @@ class Tree(_Named):
         return forest.to(torch.get_default_device())
 
 
+class Scene(Column):
+    """A picture as a graph of segments: each has features, its neighbours, and the class of the object that it is of.
+
+    Neighbours are places in the scene, -1 for none; it is enough that one of two names the other.
+    """
+
+    noun = "a scene"
+    kind: Literal["scene"] = "scene"
+    width: PositiveInt = Field(description="numbers of each segment")
+    degree: PositiveInt = Field(description="neighbours of a segment at most")
+    names: tuple[str, ...] = Field(min_length=1, description="the classes of objects")
+
+    @property
+    def layout(self) -> Layout:
+        """See Column."""
+        return "ragged"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """See Column."""
+        return (self.width,)
+
+    @property
+    def extent(self) -> str:
+        """See Column."""
+        return f"of segments of {self.width} numbers, {len(self.names):,} classes"
+
+    def ragged_fields(self) -> Mapping[str, RaggedField]:
+        """See Column."""
+        neighbours = RaggedField("int32", (self.degree,))
+        features = RaggedField("float32", (self.width,))
+        return {"features": features, "neighbours": neighbours, "objects": RaggedField("int32")}
+
+    def lay(self, fields: Mapping[str, "Tensor"], lengths: "Tensor", longest: int) -> "Value":
+        """See Column. Raises UserError where a neighbour is not there."""
+        from nn_models.batch import Scenes
+
+        return Scenes.of(fields["features"], fields["neighbours"], fields["objects"], lengths, longest)
+
+    def imagine(self, rows: int) -> "Value":
+        """See Column: chains of three segments, the first two of one class."""
+        import torch
+
+        with torch.device("cpu"):  # where they can be laid together
+            neighbours = torch.full((rows * 3, self.degree), -1, dtype=torch.int32)
+            neighbours[:, 0] = torch.tensor([1, 2, -1]).repeat(rows)
+            features = torch.linspace(-1, 1, rows * 3 * self.width).view(-1, self.width)
+            objects = torch.tensor([0, 0, min(1, len(self.names) - 1)], dtype=torch.int32).repeat(rows)
+            fields = {"features": features, "neighbours": neighbours, "objects": objects}
+            scenes = self.lay(fields, torch.full((rows,), 3), 3)
+        return scenes.to(torch.get_default_device())
+
+
 AnyColumn = Annotated[
-    Features | Image | Numbers | Label | Sequence | Tokens | Labels | Tree, Field(discriminator="kind")
+    Features | Image | Numbers | Label | Sequence | Tokens | Labels | Tree | Scene, Field(discriminator="kind")
 ]
 
 

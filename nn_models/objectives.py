@@ -27,7 +27,12 @@ from nn_models.signature import Signature
 from nn_models.spec import Spec
 
 # The objective that is named where another one does not take what a model gives.
-TRAINED_BY: Mapping[Gives, str] = {"reconstruction": "reconstruction", "posterior": "variational"}
+TRAINED_BY: Mapping[Gives, str] = {
+    "reconstruction": "reconstruction",
+    "posterior": "variational",
+    "tree": "parsing",
+    "joins": "scene_parsing",
+}
 
 Across = Callable[[Tensor], Tensor]  # sums a detached tensor over all ranks
 

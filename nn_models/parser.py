@@ -138,12 +138,7 @@ class ParserNet(nn.Module):
         else:
             found = self._search(x, true, margin=0.0, beam=self.beam)
         joins = found.brackets[..., 0] >= 0
-        of_found = self.cells.up(found.levels, x)
-        own = (of_found[num_leaves:] * self.score.weight).sum(1)
-        score = (own.view(joins.shape[1], len(joins)).t() * joins).sum(1)
-        both = torch.cat((of_found, of_found.new_zeros(1, of_found.shape[1])))[found.rivals].flatten(3)
-        parents = torch.tanh(self.cells.bias + both @ self.cells.weight.t().to(both.dtype))
-        rivals = (parents * self.score.weight[0]).sum(3)
+        score, rivals = scores_of(found, x, self.cells, self.score.weight)
         two = (forest.children[num_leaves:] >= 0).all(1)
         of_nodes = (self.cells.up(forest, x)[num_leaves:] * self.score.weight).sum(1) * two
         true_score = score.new_zeros(len(true.lengths)).index_add(0, true.rows[num_leaves:], of_nodes)
@@ -173,6 +168,17 @@ class Found(NamedTuple):
     brackets: Tensor
     levels: Levels
     rivals: Tensor
+
+
+def scores_of(found: Found, leaves: Tensor, cells: RecursiveCells, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores (B,) of the trees that were found, and (B, M, 2) of the rivals before each join."""
+    joins = found.brackets[..., 0] >= 0
+    of_found = cells.up(found.levels, leaves)
+    own = (of_found[len(leaves) :] * weight).sum(1)
+    score = (own.view(joins.shape[1], len(joins)).t() * joins).sum(1)
+    both = torch.cat((of_found, of_found.new_zeros(1, of_found.shape[1])))[found.rivals].flatten(3)
+    parents = torch.tanh(cells.bias + both @ cells.weight.t().to(both.dtype))
+    return score, (parents * weight[0]).sum(3)
 
 
 def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:

@@ -26,6 +26,8 @@ from nn_models.reconstruction import ReconstructionSpec
 from nn_models.recurrent import GRUSpec, LSTMSpec, PeepholeLSTMSpec, RNNSpec
 from nn_models.recursive import ChildSumTreeLSTMSpec, RecursiveSpec, RNTNSpec, TreeLSTMSpec
 from nn_models.regression import RegressionSpec
+from nn_models.scene_objective import SceneParsingSpec
+from nn_models.scene_parser import SceneParserSpec
 from nn_models.sequence_autoencoder import SequenceAutoencoderSpec
 from nn_models.sequence_objectives import NextTokenSpec, StepLabelsSpec
 from nn_models.signature import Signature
@@ -53,6 +55,7 @@ AnyModelSpec = Annotated[
     | TreeLSTMSpec
     | ChildSumTreeLSTMSpec
     | ParserSpec
+    | SceneParserSpec
     | GANSpec
     | DCGANSpec
     | ConditionalGANSpec
@@ -74,6 +77,7 @@ AnyObjectiveSpec = Annotated[
     | VariationalSpec
     | NodeLabelsSpec
     | ParsingSpec
+    | SceneParsingSpec
     | AdversarialObjectiveSpec,
     Field(discriminator="kind"),
 ]

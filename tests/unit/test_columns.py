@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nn_models.batch import Forest, Ragged
+from nn_models.batch import Forest, Ragged, Scenes
 from nn_models.columns import (
     AnyColumn,
     Column,
@@ -16,6 +16,7 @@ from nn_models.columns import (
     Label,
     Labels,
     Numbers,
+    Scene,
     Sequence,
     Tokens,
     Tree,
@@ -39,6 +40,7 @@ COLUMNS = {
     "tokens 64 over 96 words": Tokens(size=96, length=64),
     "labels of 3 classes, one an element of input": Labels(size=3),
     "tree over 18,280 words": Tree(size=18_280),
+    "scene of segments of 5 numbers, 2 classes": Scene(width=5, degree=3, names=("a", "b")),
 }
 NUM_OUTPUTS = {Numbers: 2, Label: None, Tokens: None, Labels: None}  # None: the size
 
@@ -73,6 +75,9 @@ def test_imagined_rows_are_laid_as_stored_ones(column):
         assert value.values.shape == (int(value.lengths.sum()), *field.shape)
         assert value.values.dtype == getattr(torch, field.dtype)
         assert len(value.lengths) == 4
+    elif isinstance(value, Scenes):
+        assert value.features.shape == (12, column.width)
+        assert value.lengths.tolist() == [3] * 4
     else:
         assert isinstance(value, Forest)
         assert value.roots.tolist() == [8, 9, 10, 11]

@@ -12,7 +12,7 @@ import nn_models
 from nn_models import tables, zoo
 from nn_models.adversarial import AdversarialSpec, Halves
 from nn_models.batch import Forest, Ragged
-from nn_models.columns import Features, Image, Label, Labels, Numbers, Sequence, Tokens, Tree
+from nn_models.columns import Features, Image, Label, Labels, Numbers, Scene, Sequence, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.model import ModelSpec
 from nn_models.parser import Parsed
@@ -90,6 +90,7 @@ stream = Signature(columns={"input": Tokens(size=9, length=6), "target": Labels(
 trees = Signature(columns={"input": Tree(size=9), "target": Label(size=3)})
 labelled_trees = Signature(columns={"input": Tree(size=9, known=1), "target": Labels(size=3)})
 dependencies = Signature(columns={"input": Tree(size=9, arity=3, words_at="nodes"), "target": Numbers(size=2)})
+scenes = Signature(columns={"input": Scene(width=4, degree=2, names=("a", "b"))})
 FITTING = {
     "mlp": [
         ({}, features),
@@ -219,6 +220,7 @@ FITTING = {
         ({"hidden": 4, "embedding": 5}, trees),
         ({"hidden": 4, "beam": 3, "train_beam": 2, "dropout": 0.5}, labelled_trees),
     ],
+    "scene_parser": [({"hidden": 4}, scenes)],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -285,7 +287,7 @@ def check_shape(outputs, model, signature):
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
     elif gives & {"reconstruction", "posterior"}:
         assert outputs.shape == rows.shape
-    elif "tree" in gives:
+    elif gives & {"tree", "joins"}:
         assert outputs.shape == (NUM_ROWS, 2)
     else:
         assert outputs.shape[0] == NUM_ROWS
@@ -366,6 +368,7 @@ INPUTS = [
     Sequence(width=4, length=5),
     Tokens(size=9),
     Tree(size=9),
+    Scene(width=4, degree=2, names=("a", "b")),
 ]
 UNREAD = [
     pytest.param(kind, column, id=f"{kind}-{column.kind}")

@@ -13,6 +13,7 @@ from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.data.sources.scenes import ScenesSpec
 from cluster.data.sources.series import ElNinoSpec, SeriesSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
 from cluster.data.sources.text_files import SequenceLabellingSpec, TextClassificationSpec
@@ -40,6 +41,7 @@ AnyDataSpec = Annotated[
     | SSTSpec
     | ListOpsSpec
     | TreesSpec
+    | ScenesSpec
     | ShardsSpec,
     Field(discriminator="kind"),
 ]
