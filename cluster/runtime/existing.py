@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,9 +147,14 @@ def _refuse_elsewhere(found: Existing) -> None:
     from ray import _raylet
 
     internals: Any = _raylet  # compiled: its stub names few of them
-    with _silent():
-        nodes = internals.GcsClient(address=found.where).get_all_node_info(timeout=ANSWER_S).values()
-    refuse_no_node(found, {node.node_manager_address: node.raylet_socket_name for node in nodes if node.state == 0})
+    nodes: dict[str, str] = {}
+    end = time.monotonic() + ANSWER_S
+    while not nodes and time.monotonic() < end:  # a cluster that is just starting answers before its head is a node
+        with _silent():
+            known = internals.GcsClient(address=found.where).get_all_node_info(timeout=ANSWER_S).values()
+        nodes = {node.node_manager_address: node.raylet_socket_name for node in known if node.state == 0}
+        time.sleep(0 if nodes else 0.1)
+    refuse_no_node(found, nodes)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Jobs on a real cluster with its real job server: submitted, followed, stopped, asked for; and what goes wrong."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from cluster.submission import client, follow
 from cluster.submission.client import JobServer, ServerLost
 from jobs import cli
 from tests.ray.faults import steps_done, wait_for
-from tests.ray.heads import Head, Proxy, started_head
+from tests.ray.heads import ROOT, Head, Proxy, started_head
 
 NET = """
 import sys
@@ -280,12 +282,17 @@ def test_wrong_tokens_addresses_and_ids_are_told_in_one_line(user: User, tmp_pat
         assert "no job server of a Ray cluster answers there" in user.refused("jobs", "list", f"--address={where}")
 
 
-def test_a_driver_with_a_wrong_token_is_told_in_one_line(user: User, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    train = ["train", "digits-mlp", "--workers=1", f"--run={tmp_path / 'run'}", ONE_EPOCH]
-    told = user.refused(*train, RAY_ADDRESS=f"127.0.0.1:{user.head.port}", RAY_AUTH_TOKEN="f" * 64)
-    assert "error: RAY_ADDRESS: " in told
+def test_a_driver_with_a_wrong_token_is_told_in_one_line(user: User, tmp_path: Path):
+    """In a process of its own: in one that has a Ray already, as a session of tests has, that one is used."""
+    line = ["train", "digits-mlp", "--workers=1", f"--run={tmp_path / 'run'}", ONE_EPOCH]
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    there = {"RAY_ADDRESS": f"127.0.0.1:{user.head.port}", "RAY_AUTH_TOKEN": "f" * 64, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "jobs", *line]
+    train = subprocess.run(command, env=mine | there, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert (train.returncode, train.stdout) == (2, ""), train.stderr
+    (told,) = [said for said in train.stderr.splitlines() if not said.startswith("INFO: ")]
+    assert told.startswith("error: RAY_ADDRESS: ")
     assert "this cluster wants a token that is not the one here" in told
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("where", ["RAY_AUTH_TOKEN_PATH", "HOME"])
