@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cluster
 from cluster.training.run_directory import RunDirectory, read_metrics
@@ -21,6 +22,15 @@ SWEPT: dict[str, Any] = {
         "metric": "validation/loss",  # and the weights are kept by their accuracy
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As trials have: other threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("fuse", ["off", 3])
