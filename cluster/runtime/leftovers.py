@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "manta-"
 LOCK = "driver.lock"
+CLEARING_S = 30.0  # processes that end or start go on writing
 
 
 @contextmanager
@@ -80,14 +82,33 @@ def _locked(path: Path, *, wait: bool = False, create: bool = False) -> int | No
 
 
 def _clear(folder: Path) -> None:
+    """End its processes and remove it. The lock goes last: with it, the next run clears what could not go in time."""
+    last = time.monotonic() + CLEARING_S
+    while _emptied(folder):
+        if time.monotonic() > last:
+            return
+        time.sleep(0.05)  # something was written meanwhile
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _emptied(folder: Path) -> list[Path]:
+    """What is left in it after trying, but for the lock."""
     for process in _processes_of(folder):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)  # what is written at this moment stays for the next run
+    for inside in _contents(folder):
+        with suppress(OSError):
+            inside.unlink()  # of a folder it fails
+        shutil.rmtree(inside, ignore_errors=True)
+    return _contents(folder)
+
+
+def _contents(folder: Path) -> list[Path]:
+    return [inside for inside in folder.glob("*") if inside.name != LOCK]
 
 
 def _processes_of(folder: Path) -> list[int]:
-    """Ray's processes of this user that have a file open in the folder, as all have their logs.
+    """Ray's processes of this user that have a file open in the folder, as all have their logs, or start with one.
 
     Raylet and GCS end with their driver. Ray's agents would try for a minute to tell it that the raylet has died.
     """
@@ -95,10 +116,20 @@ def _processes_of(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
-            ours = process.stat().st_uid == os.geteuid() and (process / "comm").read_text().startswith("ray::")
-            if ours and any(os.readlink(file).startswith(inside) for file in (process / "fd").iterdir()):
+            if process.stat().st_uid == os.geteuid() and (_is_rays(process, inside) or _starts(process, inside)):
                 found.append(int(process.name))
     return found
+
+
+def _is_rays(process: Path, inside: str) -> bool:
+    named = (process / "comm").read_text().startswith("ray::")
+    return named and any(os.readlink(file).startswith(inside) for file in (process / "fd").iterdir())
+
+
+def _starts(process: Path, inside: str) -> bool:
+    """Whether it is about to be one: it has no name yet, but the place of the raylet's socket among its options."""
+    options = os.fsdecode((process / "cmdline").read_bytes()).split("\0")
+    return any(option.startswith(f"--raylet-name={inside}") for option in options)
 
 
 if __name__ == "__main__":

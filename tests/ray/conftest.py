@@ -17,12 +17,6 @@ EXACT: dict[str, Any] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/ray" in str(item.path):
-            item.add_marker(pytest.mark.ray)
-
-
 @pytest.fixture(scope="session")
 def ray():
     """A Ray of eight logical CPUs, as a user's notebook might have started it."""

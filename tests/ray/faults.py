@@ -32,7 +32,7 @@ def weights(run: str | Path) -> dict[str, torch.Tensor]:
     return load_file(Path(run) / "model" / "model.safetensors")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240.0) -> None:
     """Poll: how long starting processes takes differs widely between machines."""
     end = time.monotonic() + seconds
     while not condition():

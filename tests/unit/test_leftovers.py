@@ -164,3 +164,25 @@ def test_settings_last_as_long_as_the_session(monkeypatch):
     assert get_authentication_mode() == AuthenticationMode.DISABLED
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+WRITER = """
+import sys, pathlib
+while True:
+    for name in ("a", "b", "c"):
+        place = pathlib.Path(sys.argv[1], name)
+        place.mkdir(exist_ok=True)
+        (place / "log").write_text("told")
+"""
+
+
+def test_what_is_written_while_it_is_cleared_goes_too(driver):
+    process, folder = driver
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], stderr=subprocess.DEVNULL)
+    while not (folder / "c").exists():
+        time.sleep(0.01)
+    process.kill()
+    time.sleep(0.5)
+    writer.kill()
+    writer.wait()
+    assert gone(folder)
