@@ -220,7 +220,8 @@ def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
     kept = torch.full((rows, beam, joins, 8), -1, device=device)  # of each join: its bracket, children, and rivals
     hypotheses = torch.arange(beam, device=device).expand(rows, -1)
     for step in range(joins):
-        value, chosen = _best(total[..., None] + score, end, following(end), mixed, beam)
+        sets = mixed[..., None] + _mixed(_brackets(slots, end, following(end))) if beam > 1 else mixed
+        value, chosen = best_joins(total[..., None] + score, sets, beam)
         going = (lengths > step + 1)[:, None]  # else the sentence is one node
         source = torch.where(going, chosen // (longest + 1), hypotheses)
         total = torch.where(going, value, total)
@@ -261,16 +262,22 @@ def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
     return Found(best[..., :2], Levels(levels, ends), best[..., 4:].unflatten(2, (2, 2)))
 
 
-def _best(values: Tensor, end: Tensor, after: Tensor, mixed: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """The best K of (B, K, T + 1) joins of hypotheses, falling, and where they stand, (B, K) each; none twice."""
+def _brackets(slots: Tensor, end: Tensor, after: Tensor) -> Tensor:
+    """(B, K, T + 1, 2): those of joins of the nodes in all slots with these that follow."""
+    return torch.stack((slots.expand_as(end), end.gather(2, after)), -1)
+
+
+def best_joins(values: Tensor, sets: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """The best K of (B, K, n) joins of hypotheses, falling, and where they stand, (B, K) each; none twice.
+
+    `sets` (B, K, n) are numbers of the sets of nodes that they lead to; they are not looked at where K is 1.
+    """
     flat = values.flatten(1)
     if beam == 1:
         value, place = flat.max(1, keepdim=True)
         return value, place
-    slots = torch.arange(values.shape[2], device=values.device).expand_as(end)
-    sets = (mixed[..., None] + _mixed(torch.stack((slots, end.gather(2, after)), -1))).flatten(1)
     top = flat.topk(min(beam * beam, flat.shape[1]), 1)  # no set comes from more than K hypotheses
-    same = sets.gather(1, top.indices)
+    same = sets.flatten(1).gather(1, top.indices)
     again = (same[:, :, None] == same[:, None]).tril(-1).any(2)
     kept = top.values.masked_fill(again, -torch.inf)
     if kept.shape[1] < beam:
@@ -280,9 +287,14 @@ def _best(values: Tensor, end: Tensor, after: Tensor, mixed: Tensor, beam: int) 
 
 
 def _mixed(brackets: Tensor) -> Tensor:
-    """Brackets (..., 2) as numbers whose sums tell sets of them apart (after Steele et al. 2014, SplitMix)."""
+    """Brackets (..., 2) as numbers whose sums tell sets of them apart."""
     first, end = brackets.unbind(-1)
-    value = ((first << 32) + end) * MIX[0]
+    return scrambled((first << 32) + end)
+
+
+def scrambled(numbers: Tensor) -> Tensor:
+    """Whole numbers without a pattern, a different one for each (after Steele et al. 2014, SplitMix)."""
+    value = numbers * MIX[0]
     value = (value ^ (value >> 29)) * MIX[1]
     return value ^ (value >> 32)
 
@@ -297,6 +309,10 @@ def _rows(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(2, _wide(places, values))
 
 
+BEAM = Field(1, description="hypotheses that the search keeps; 1 is greedy")
+TRAIN_BEAM = Field(1, description="the same in training")
+
+
 class ParserSpec(WordVectorsSpec):
     """Parser: learns which neighbours of a sentence to join (Socher et al. 2011)."""
 
@@ -305,8 +321,8 @@ class ParserSpec(WordVectorsSpec):
     kind: Literal["parser"] = "parser"
     embedding: PositiveInt = Field(50, description="numbers that stand for a word")
     hidden: PositiveInt = Field(50, description="numbers of each node")
-    beam: PositiveInt = Field(1, description="hypotheses that the search keeps; 1 is greedy")
-    train_beam: PositiveInt = Field(1, description="the same in training")
+    beam: PositiveInt = BEAM
+    train_beam: PositiveInt = TRAIN_BEAM
     dropout: float = Field(0.0, ge=0, lt=1, description="share of words' vectors dropped in training")
 
     def check(self, signature: Signature) -> None:

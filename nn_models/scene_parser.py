@@ -1,7 +1,7 @@
 """Scene parser: which adjacent segments of a picture to join (Socher, Lin, Ng & Manning 2011, section 4).
 
-Shapes: B scenes of the batch, N segments of all of them, T segments of the largest, M = T - 1 joins, H units. What has
-been joined stands in the slot of its first segment.
+Shapes: B scenes of the batch, N segments of all of them, T segments of the largest, M = T - 1 joins, H units, K
+hypotheses of a search. What has been joined stands in the slot of its first segment.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from nn_models.activations import initialise
 from nn_models.batch import Ragged, Scenes
 from nn_models.columns import Scene
 from nn_models.model import ModelSpec, reading
-from nn_models.parser import Found, Levels, Parsed, scores_of
+from nn_models.parser import BEAM, TRAIN_BEAM, Found, Levels, Parsed, best_joins, scores_of, scrambled
 from nn_models.recursive import RecursiveCells
 from nn_models.signature import Signature
 
@@ -68,22 +68,25 @@ def right(inside: Tensor, sizes: Tensor) -> Tensor:
     return ((inside > 0).sum(-1) == 1) | ((inside == 0) | (inside == sizes)).all(-1)
 
 
-def search_scenes(leaves: Tensor, graph: Graph, join: Join, *, margin: float = 0.0, only_right: bool = False) -> Found:
-    """Join two adjacent nodes M times in all scenes at once, always those of the highest score; see `search`.
+def search_scenes(
+    leaves: Tensor, graph: Graph, join: Join, *, beam: int = 1, margin: float = 0.0, only_right: bool = False
+) -> Found:
+    """Join two adjacent nodes M times in all scenes at once, with the best K = `beam` hypotheses of each kept.
 
     What is joined is adjacent to all that either was. The node whose first segment comes first is on the left. A wrong
     join scores `margin` more, or is not made. Scenes that do not hang together end as several nodes. Brackets are the
-    slots of what was joined, left and right.
+    slots of what was joined, left and right. Hypotheses that come to the same nodes in another order are one; see
+    `search`.
     """
     segments, _, adjacent, inside, sizes = graph
-    rows, longest = segments.shape
-    slots = torch.arange(longest, device=leaves.device)
+    (rows, longest), device = segments.shape, leaves.device
+    slots = torch.arange(longest, device=device)
     order = slots[:, None] < slots
     node = segments
     state = torch.cat((leaves, leaves.new_zeros(1, leaves.shape[1])))[segments]
 
     def beside(place: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) each: scores of joins of the nodes in these slots (B,) with all others, and whether they are right."""
+        """(R, T) each: scores of joins of the nodes in these slots (R,) with all others, and whether they are right."""
         swap = slots < place[:, None]
         own = _at(state, place)[:, None].expand_as(state)
         left, right_one = torch.where(swap[..., None], state, own), torch.where(swap[..., None], own, state)
@@ -93,17 +96,39 @@ def search_scenes(leaves: Tensor, graph: Graph, join: Join, *, margin: float = 0
 
     columns = [beside(slots[place].expand(rows)) for place in range(longest)]
     score, is_right = (torch.stack(values, 1) for values in zip(*columns, strict=True))
-    kept = torch.full((rows, longest - 1, 8), -1, device=leaves.device)  # slots, children, and rivals
-    numbers = torch.arange(rows, device=leaves.device)
+    # from here on R = B x K rows, a scene's hypotheses one after the other, of which the first alone is there to begin
+    state, node, adjacent, inside, sizes, score, is_right = (
+        values.repeat_interleave(beam, 0) for values in (state, node, adjacent, inside, sizes, score, is_right)
+    )
+    total = score.new_zeros(rows, beam)
+    total[:, 1:] = -torch.inf
+    code = scrambled(slots + 1).repeat(rows * beam, 1)  # of each node: a number for the set of its segments
+    mixed = code.new_zeros(rows * beam)  # a number for the set of a hypothesis's nodes
+    kept = torch.full((rows * beam, longest - 1, 8), -1, device=device)  # slots, children, and rivals
+    hypotheses, scenes = torch.arange(beam, device=device).expand(rows, -1), torch.arange(rows, device=device)
     for step in range(longest - 1):
         open_ = score.masked_fill(~(adjacent & order), -torch.inf).flatten(1)
         truth = is_right.flatten(1)
-        rivals = [open_.masked_fill(~truth, -torch.inf).max(1), open_.masked_fill(truth, -torch.inf).max(1)]
-        value, chosen = rivals[0] if only_right else open_.max(1)
-        joined = value > -torch.inf
-        left, right_one = chosen // longest, chosen % longest
+        wanted = (open_.masked_fill(~truth, -torch.inf) if only_right else open_).view(rows, beam, -1)
+        sets = mixed
+        if beam > 1:
+            wanted = total[..., None] + wanted
+            sets = (mixed[:, None, None] + scrambled(code[:, :, None] + code[:, None])).view(rows, beam, -1)
+        value, chosen = best_joins(wanted, sets, beam)
+        going = value[:, :1] > -torch.inf  # all hypotheses of a scene make as many joins
+        joined = (going & (value > -torch.inf)).flatten()
+        if beam > 1:
+            total = torch.where(going, value, total)
+            source = torch.where(going, chosen // longest**2, hypotheses)
+            from_ = (scenes[:, None] * beam + source).flatten()
+            state, node, adjacent, inside, score, is_right, open_, truth, code, mixed, kept = (
+                values[from_]
+                for values in (state, node, adjacent, inside, score, is_right, open_, truth, code, mixed, kept)
+            )
+        left, right_one = chosen.flatten() % longest**2 // longest, chosen.flatten() % longest
         parts = [torch.stack((left, right_one), 1), torch.stack((_at(node, left), _at(node, right_one)), 1)]
-        for rival, at in rivals:
+        for others in (~truth, truth):
+            rival, at = open_.masked_fill(others, -torch.inf).max(1)
             nodes = torch.stack((_at(node, at // longest), _at(node, at % longest)), 1)
             parts.append(torch.where(rival[:, None] > -torch.inf, nodes, -1))
         kept[:, step] = torch.where(joined[:, None], torch.cat(parts, 1), -1)
@@ -114,9 +139,13 @@ def search_scenes(leaves: Tensor, graph: Graph, join: Join, *, margin: float = 0
         parent = join(_at(state, left), _at(state, right_one))[0]
         state = torch.where(here[..., None], parent[:, None], state)
         inside = torch.where(here[..., None], (_at(inside, left) + _at(inside, right_one))[:, None], inside)
-        node = torch.where(here, (len(leaves) + step * rows + numbers)[:, None], node)
+        node = torch.where(here, len(leaves) + step * rows + scenes.repeat_interleave(beam)[:, None], node)
+        both = _at(code, left) + _at(code, right_one)
+        code = torch.where(here, both[:, None], code)
+        mixed = mixed + scrambled(both) * joined
         new_score, new_right = beside(left)
         score, is_right = _renewed(score, new_score, here), _renewed(is_right, new_right, here)
+    kept = kept[::beam]  # the best hypothesis of each scene
     children = kept[..., 2:4].transpose(0, 1).flatten(0, 1)  # the joins of all scenes, step after step
     levels = torch.cat((children.new_full((len(leaves), 2), -1), children))
     ends = tuple(len(leaves) + rows * step for step in range(longest))
@@ -152,8 +181,9 @@ class SceneParserNet(nn.Module):
     segments:  x = tanh(A f + a)        p = tanh(W [c1; c2] + b)        score of a join = u^T p
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, *, beam: int, train_beam: int) -> None:
         super().__init__()
+        self.beam, self.train_beam = beam, train_beam
         self.segments = nn.Linear(width, hidden)
         initialise(self.segments, activation="tanh")
         self.cells = RecursiveCells(hidden)
@@ -180,8 +210,9 @@ class SceneParserNet(nn.Module):
             return p, (p * self.score.weight[0]).sum(-1)
 
         meta = leaves.device.type == "meta"
+        beam = self.train_beam if self.training else self.beam
         with nullcontext() if meta else torch.autocast(leaves.device.type, enabled=False):
-            return search_scenes(leaves, graph, join, margin=margin, only_right=only_right)
+            return search_scenes(leaves, graph, join, beam=beam, margin=margin, only_right=only_right)
 
 
 class SceneParserSpec(ModelSpec):
@@ -192,9 +223,11 @@ class SceneParserSpec(ModelSpec):
     sections = ()
     kind: Literal["scene_parser"] = "scene_parser"
     hidden: PositiveInt = Field(50, description="numbers of each node")
+    beam: PositiveInt = BEAM
+    train_beam: PositiveInt = TRAIN_BEAM
 
     def build(self, signature: Signature) -> SceneParserNet:
         """The module: scenes -> Parsed."""
         column = signature["input"]
         assert isinstance(column, Scene)
-        return SceneParserNet(column.width, self.hidden)
+        return SceneParserNet(column.width, **self.settings())
