@@ -1,12 +1,13 @@
 """Runs `fit` in several processes over gloo, without Ray: `python -m tests.unit.ranks JOBS`.
 
 JOBS is a JSON list of {"recipe", "run", "world_size"}; world size 0 is a LocalContext. Where a job says "dies_at", all
-its ranks die in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of each
-job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
+its ranks are killed in that step; "class" is a class of recipes of its own, as module:name. Prints the exit codes of
+each job's ranks. All jobs are forked from one process, so that torch and Ray are imported once.
 """
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -38,11 +39,14 @@ def main() -> None:
 
 
 def forked(work: Callable[[int], None], *, world_size: int) -> list[int]:
-    """The exit codes of `work(rank)` in as many processes, which are a gloo group; 0 is one process without a group."""
+    """The exit codes of `work(rank)` in as many processes, which are a gloo group; 0 is one process without a group.
+
+    Of a process that was killed it is the number of the signal, 9.
+    """
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         processes = [_fork(work, rank, world_size, store) for rank in range(max(1, world_size))]
-        return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        return [abs(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])) for process in processes]
 
 
 def _fork(work: Callable[[int], None], rank: int, world_size: int, store: Path) -> int:
@@ -78,7 +82,7 @@ def _die_at(step: int) -> None:
 
     def stepped(journal: Journal, *steps: int) -> None:
         if journal.progress.step + 1 == step:
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
         whole(journal, *steps)
 
     Journal.stepped = stepped

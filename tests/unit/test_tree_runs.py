@@ -1,4 +1,4 @@
-"""Runs on trees: equal for any number of ranks, resumed bit for bit; figures, evidence, and what does not fit."""
+"""Runs on trees and scenes: equal for any number of ranks, resumed bit for bit; figures, evidence, what is refused."""
 
 import json
 import subprocess
@@ -160,6 +160,14 @@ def runs(tmp_path_factory):
         "objective": {"kind": "parsing"},
     }
     plain_parser = {**parser, "model": {**parser["model"], "dropout": 0.0}}
+    scenes = {
+        **LISTOPS,
+        "model": {"kind": "scene_parser", "hidden": 6},
+        "data": {"kind": "scenes", "rows": 120, "segments": 7},
+        "objective": {"kind": "scene_parsing"},
+    }
+    beam = {**scenes, "model": {**scenes["model"], "beam": 3, "train_beam": 2}}
+    beam["objective"] = {**scenes["objective"], "over": "trees"}
     without = {**sst, "model": {**sst["model"], "dropout": 0.0}}
     jobs = []
     for name, recipe, *worlds in (
@@ -179,6 +187,14 @@ def runs(tmp_path_factory):
         ("parser 2", plain_parser, 2),
         ("joins 2", parser, 2),
         ("joins 2 again", parser, 2, 2),
+        ("scenes 0", scenes, 0),
+        ("scenes 0 again", scenes, 0, 0),
+        ("scenes 1", scenes, 1),
+        ("scenes 2", scenes, 2),
+        ("scenes 2 then 0", scenes, 2, 0),
+        ("beam 0", beam, 0),
+        ("beam 2", beam, 2),
+        ("beam 2 again", beam, 2, 2),
     ):
         for turn, world in enumerate(worlds):
             dies = {"dies_at": 5} if turn + 1 < len(worlds) else {}
@@ -217,9 +233,13 @@ def weights(path: Path):
         ("roots 0", "roots 1"),
         ("roots 0", "roots 2"),
         ("parser 0", "parser 2"),
+        ("scenes 0", "scenes 1"),
+        ("scenes 0", "scenes 2"),
+        ("scenes 0", "scenes 2 then 0"),
+        ("beam 0", "beam 2"),
     ],
 )
-def test_any_number_of_ranks_sees_the_same_trees_and_comes_to_the_same(runs, one, other):
+def test_any_number_of_ranks_sees_the_same_rows_and_comes_to_the_same(runs, one, other):
     assert digests(runs / one) == digests(runs / other)
     assert len(digests(runs / one)) == 2
     for split in ("train", "validation", "test"):
@@ -227,7 +247,7 @@ def test_any_number_of_ranks_sees_the_same_trees_and_comes_to_the_same(runs, one
         np.testing.assert_allclose(figures(runs / other, split), figures(runs / one, split), rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["dropped 0", "dropped 2", "roots 2", "joins 2"])
+@pytest.mark.parametrize("name", ["dropped 0", "dropped 2", "roots 2", "joins 2", "scenes 0", "beam 2"])
 def test_killed_in_mid_epoch_it_ends_bit_for_bit_the_same(runs, name):
     whole, again = runs / name, runs / f"{name} again"
     assert digests(whole) == digests(again)
