@@ -64,6 +64,17 @@ class Column(Spec):
         """
         return ()
 
+    @property
+    def learned_names(self) -> tuple[str, ...]:
+        """What a model tells from each other by number: words of its vocabulary, else classes; none where unnamed."""
+        names: tuple[str, ...] = getattr(self, "names", ())
+        return self.vocabulary or names
+
+    @property
+    def learned_extent(self) -> str:
+        """For people: what a model has learned to read of it, which must be the same of other data for it."""
+        return self.describe()
+
     def unknown_words(self, values: "NDArray[Any]") -> "NDArray[np.bool_] | None":
         """Of stored words (n,), which are not in the vocabulary; None where none can be."""
         return None

@@ -298,6 +298,11 @@ class Tree(_Named):
         return None if self.num_known == self.size else values >= self.num_known
 
     @property
+    def learned_extent(self) -> str:
+        """See Column: trees of other words have all those in one vector, whatever they are and how many."""
+        return f"{self.kind} over {self.num_known:,} words"
+
+    @property
     def layout(self) -> Layout:
         """See Column."""
         return "ragged"

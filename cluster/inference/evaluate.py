@@ -30,15 +30,17 @@ def evaluate_run(
     folder = Folder(run)
     recipe = RunDirectory(folder).recipe(f"model/{RECIPE}")
     model, saved = restore_model(folder, recipe)
-    source = data.fitted_to(saved.manifest) if data else recipe.data
-    other = prepared(source)
-    ours, theirs = saved.manifest, other.manifest
+    ours = saved.manifest
     read = [name for name in ours.columns if name in recipe.columns]
+    learned = ours.model_copy(update={"columns": {name: ours.columns[name] for name in read}})
+    source = data.fitted_to(learned) if data else recipe.data
+    other = prepared(source)
+    theirs = other.manifest
     have, want = _row(theirs, read), _row(ours, read)
     if have != want:
         raise UserError("--data", f"the rows of {source.kind} are {have}, but the model of {run} was trained on {want}")
     for name in read:
-        names, known = (getattr(manifest.columns[name].column, "names", ()) for manifest in (theirs, ours))
+        names, known = (manifest.signature[name].learned_names for manifest in (theirs, ours))
         if names != known:
             what = "classes" if name == "target" else f"names in {name}"
             raise UserError(
@@ -46,6 +48,11 @@ def evaluate_run(
                 f"the {what} of {source.kind} ({', '.join(names[:5])}, …) are not those of the model "
                 f"({', '.join(known[:5])}, …)",
             )
+    stored = _stored(theirs, ours)
+    try:
+        recipe.model.check(stored.signature)
+    except UserError as error:
+        raise UserError("--data", f"the model of {run} cannot read it: {error.message}", "give other data") from None
     if not theirs.rows(split):
         raise UserError("--split", f"{source.kind} has no rows in {split}; it has {', '.join(theirs.splits)}")
     device = device or torch.device("cpu")
@@ -68,7 +75,7 @@ def evaluate_run(
             "run": folder.uri,
             "data": other.folder.uri,
         }
-    splits = Splits(ours, other.folder.uri, {split: other.table(split)})  # scaled as in training
+    splits = Splits(stored, other.folder.uri, {split: other.table(split)})  # scaled as in training
     rows = splits.evaluation(split, recipe, rank=0, world_size=1, device=device)
     assert rows is not None  # there is one
     objective = cast(Objective, recipe.objective.build(ours.signature))
@@ -88,6 +95,17 @@ def evaluate_run(
     }
 
 
+def _stored(theirs: Manifest, ours: Manifest) -> Manifest:
+    """Ours, where rows that differ in length are as they are stored there: with more children of a node, and such."""
+    columns = {
+        name: stored.model_copy(update={"column": theirs.columns[name].column})
+        if name in theirs.columns and stored.column.layout == "ragged"
+        else stored
+        for name, stored in ours.columns.items()
+    }
+    return ours.model_copy(update={"columns": columns})
+
+
 def _row(manifest: Manifest, names: Collection[str]) -> str:
     """All that must be the same for a model that reads these columns, but for what is counted having the same names."""
     signature = manifest.signature
@@ -96,8 +114,8 @@ def _row(manifest: Manifest, names: Collection[str]) -> str:
     for name in [name for name in row if name == "input"]:
         column = row.pop(name)
         dense = column.layout == "dense"
-        told.append(f"{column.extent} {manifest.columns[name].dtype}" if dense else column.describe())
+        told.append(f"{column.extent} {manifest.columns[name].dtype}" if dense else column.learned_extent)
     if "target" in row and row["target"].predicted:
         target = row.pop("target")
         told.append(f"with {target.num_outputs} {target.noun.split()[-1]} outputs")
-    return " ".join([*told, *(f"with {name} {column.describe()}" for name, column in row.items())])
+    return " ".join([*told, *(f"with {name} {column.learned_extent}" for name, column in row.items())])

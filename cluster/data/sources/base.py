@@ -1,5 +1,6 @@
 """What every source is: a DataSpec that opens to a Source, whose parts are converted to shards one by one."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Type
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, PrivateAttr
 
 from cluster.data.augment import AnyAugmentSpec
 from cluster.data.layouts import Layout
@@ -183,6 +184,71 @@ class DrawnTestSpec(SplitSpec):
     def held_out_for_test(self) -> float:
         """See SplitSpec."""
         return self.test_fraction
+
+
+class OwnFilesSpec(DataSpec):
+    """Base of the data sections of the user's files, where splits may stand apart."""
+
+    path: str = Field(min_length=1, description="a file, or a folder of files, local or a URI")
+    validation_path: str | None = Field(None, min_length=1, description="the validation split, where it stands apart")
+    test_path: str | None = Field(None, min_length=1, description="the test split, where it stands apart")
+
+    def found_at(self, path: str, *, field: str) -> Sequence[tuple[Any, ...]]:
+        """The files at a path: of each what tells it from others, and last what storage says of it.
+
+        `field` is where the recipe has the path. Raises UserError where there are none.
+        """
+        raise NotImplementedError
+
+    @property
+    def paths(self) -> dict[str, tuple[str, str]]:
+        """Pool -> the field, and the path in it."""
+        fields = {"train": "path", "validation": "validation_path", "test": "test_path"}
+        return {pool: (name, path) for pool, name in fields.items() if (path := getattr(self, name))}
+
+    @property
+    def files(self) -> dict[str, Sequence[tuple[Any, ...]]]:
+        """Pool -> its files."""
+        return {pool: self.found_at(path, field=f"data.{field}") for pool, (field, path) in self.paths.items()}
+
+    def resolved(self, base: str) -> DataSpec:
+        """See DataSpec."""
+        return self.model_copy(update={field: absolute(path, base) for field, path in self.paths.values()})
+
+    def fingerprint(self) -> str:
+        """See DataSpec."""
+        found = [(*map(str, file), info.size, info.mtime_ns) for files in self.files.values() for *file, info in files]
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+class FittedSpec(DataSpec):
+    """Base of the data sections that number words and classes: of other data as a trained model has learned to."""
+
+    # what a model was trained on, where this is other data for it
+    _known: Manifest | None = PrivateAttr(None)
+
+    def known(self, name: str) -> tuple[str, ...]:
+        """The names in a column of what a model was trained on; none where there is no such model or column."""
+        columns = self._known.signature.columns if self._known else {}
+        return columns[name].learned_names if name in columns else ()
+
+    def identity(self) -> dict[str, Any]:
+        """See DataSpec."""
+        if self._known is None:
+            return super().identity()
+        return {**super().identity(), "known": {name: self.known(name) for name in sorted(self._known.columns)}}
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether a model that was trained on such data reads rows like these at all; else it refuses them itself."""
+        raise NotImplementedError
+
+    def fitted_to(self, manifest: Manifest) -> DataSpec:
+        """See DataSpec: with the words and classes of the model."""
+        if not self.fits(manifest):
+            return self
+        fitted = self.model_copy()
+        fitted._known = manifest
+        return fitted
 
 
 def labels(names: tuple[str, ...]) -> StoredColumn:

@@ -9,20 +9,19 @@ from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, PrivateAttr
+from pydantic import Field, PositiveInt
 
 from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import Manifest, StoredColumn
-from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, Part, Source, labels
+from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, FittedSpec, Part, Source, labels
 from cluster.data.split import Traits
 from cluster.data.vocabulary import Vocabulary
-from nn_models.columns import UNKNOWN, Label, Labels, TextUnit, Tokens
+from nn_models.columns import UNKNOWN, Labels, TextUnit, Tokens
 from nn_models.errors import Problem, UserError
 
 NOTHING_YET = (UNKNOWN,)  # the vocabulary of a source that has learned none
 WHOLE_NUMBER = re.compile("-?[0-9]+")
 DROP = "drop the row, or mend it"
-ROW = ("input", "target")  # the columns
 
 
 class Texts(Protocol):
@@ -50,7 +49,7 @@ class Texts(Protocol):
         """(rows,): whom the rows belong to; None where that is asked of none."""
 
 
-class LabelledTextSpec(DrawnTestSpec):
+class LabelledTextSpec(FittedSpec, DrawnTestSpec):
     """Base of the data sections of labelled texts."""
 
     unit: TextUnit = Field("words", description="what a token is; words are runs of letters and digits, and marks")
@@ -59,39 +58,34 @@ class LabelledTextSpec(DrawnTestSpec):
     )
     min_count: PositiveInt = Field(1, description="times that a token of the vocabulary comes in the training rows")
     max_length: PositiveInt | None = Field(None, description="tokens of a row, its first ones; all by default")
-    # what a model was trained on, where this is other data for it
-    _known: Manifest | None = PrivateAttr(None)
 
     def texts(self) -> Texts:
         """The rows. Raises UserError where there are none, or what is there does not fit."""
         raise NotImplementedError
 
-    def identity(self) -> dict[str, Any]:
-        """See DataSpec."""
-        if self._known is None:
-            return super().identity()
-        return {**super().identity(), "known": [_names(self._known, name) for name in ROW]}
+    def fits(self, manifest: Manifest) -> bool:
+        """See FittedSpec."""
+        tokens = manifest.signature.columns.get("input")
+        return isinstance(tokens, Tokens) and bool(tokens.names) and tokens.unit is not None
 
     def fitted_to(self, manifest: Manifest) -> DataSpec:
-        """See DataSpec: with the vocabulary and the classes of the model."""
-        if not all(_names(manifest, name) for name in ROW) or not getattr(manifest.signature["input"], "unit", None):
-            return self  # a model of other rows: it refuses these
-        tokens = cast(Tokens, manifest.signature["input"])
-        fitted = self.model_copy(update={"unit": tokens.unit})
-        fitted._known = manifest
-        return fitted
+        """See DataSpec: in the model's tokens, too."""
+        fitted = super().fitted_to(manifest)
+        if fitted is self:
+            return self
+        return fitted.model_copy(update={"unit": cast(Tokens, manifest.signature["input"]).unit})
 
     def open(self) -> Source:
         """See DataSpec. Reads the labels for the names of the classes."""
         texts = self.texts()
+        vocabulary = Vocabulary(NOTHING_YET, self.unit)
         if self._known is not None:
             vocabulary = Vocabulary.of_column(cast(Tokens, self._known.signature["input"]))
-            return LabelledTexts(texts, _names(self._known, "target"), vocabulary, self.max_length)
-        classes = all_classes(texts)
+        classes = self.known("target") or all_classes(texts)
         if len(classes) < 2:
             where = next(iter(texts.pools["train"])).name
             raise UserError(where, f"{texts.names[1]} holds {len(classes)} class; at least two are needed")
-        return LabelledTexts(texts, classes, Vocabulary(NOTHING_YET, self.unit), self.max_length)
+        return LabelledTexts(texts, classes, vocabulary, self.max_length)
 
     def learned(self, source: Source, training: Sequence[tuple[Part, NDArray[np.bool_]]]) -> Source:
         """See DataSpec: the vocabulary."""
@@ -222,8 +216,3 @@ class _Checked:
                     row, f"no training row has the label {label!r}", "drop such rows, or add some to train on"
                 )
         return np.array([places[cast(str, label)] for label in names], np.int32)
-
-
-def _names(manifest: Manifest, name: str) -> tuple[str, ...]:
-    stored = manifest.columns.get(name)
-    return cast(Tokens | Label | Labels, stored.column).names if stored and hasattr(stored.column, "names") else ()

@@ -1,7 +1,6 @@
 """text_classification, sequence_labelling: columns of the user's Parquet, CSV, TSV or JSON-lines files."""
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cluster.data.layouts import Array
-from cluster.data.sources.base import DataSpec, Part, absolute
+from cluster.data.sources.base import OwnFilesSpec, Part
 from cluster.data.sources.columns import is_any_list, is_text, label_texts
 from cluster.data.sources.labelled_text import LabelledTextSpec, Texts
 from cluster.data.sources.parquet import Group, group_names
@@ -19,12 +18,10 @@ from nn_models.errors import UserError
 from nn_models.spec import invalid
 
 
-class _TextFilesSpec(LabelledTextSpec):
+class _TextFilesSpec(OwnFilesSpec, LabelledTextSpec):
     """Base of the data sections of texts in rows of the user's files."""
 
     path: str = Field(min_length=1, description="a Parquet, CSV, TSV or JSON-lines file, or a folder of such; or a URI")
-    validation_path: str | None = Field(None, min_length=1, description="the validation split, where it stands apart")
-    test_path: str | None = Field(None, min_length=1, description="the test split, where it stands apart")
     group: Group = None
 
     def _columns(self) -> tuple[str, str]:
@@ -43,29 +40,15 @@ class _TextFilesSpec(LabelledTextSpec):
             raise invalid(f"{label} is the text too, so there would be nothing to predict", "name another column")
         return self
 
-    @property
-    def _paths(self) -> dict[str, tuple[str, str]]:
-        """Split -> the field, and the path in it."""
-        fields = {"train": "path", "validation": "validation_path", "test": "test_path"}
-        return {pool: (name, path) for pool, name in fields.items() if (path := getattr(self, name))}
-
-    def resolved(self, base: str) -> DataSpec:
-        """See DataSpec."""
-        return self.model_copy(update={field: absolute(path, base) for field, path in self._paths.values()})
-
-    def fingerprint(self) -> str:
-        """See DataSpec."""
-        files = [(name, info.size, info.mtime_ns) for found in self._found().values() for name, info in found]
-        return hashlib.sha256(repr(files).encode()).hexdigest()
-
-    def _found(self) -> dict[str, list[tuple[str, Any]]]:
-        return {pool: found_files(path, field=f"data.{field}") for pool, (field, path) in self._paths.items()}
+    def found_at(self, path: str, *, field: str) -> Sequence[tuple[Any, ...]]:
+        """See OwnFilesSpec."""
+        return found_files(path, field=field)
 
     def texts(self) -> Texts:
         """See LabelledTextSpec."""
         text, label = self._columns()
         pools: dict[str, list[Part]] = {}
-        for pool, found in self._found().items():
+        for pool, found in self.files.items():
             pools[pool] = []
             for file in [TabularFile(name) for name, _ in found]:
                 for column in (text, label, *([self.group] if self.group else [])):
@@ -73,7 +56,7 @@ class _TextFilesSpec(LabelledTextSpec):
                 groups = enumerate(file.row_groups(label))
                 pools[pool] += [Part(rows, (file.name, group), file.where(group)) for group, rows in groups if rows]
             if not pools[pool]:
-                raise UserError(self._paths[pool][1], "no rows in there", "give files with some")
+                raise UserError(self.paths[pool][1], "no rows in there", "give files with some")
         return _FileTexts(text, label, self._each_token, pools, self.unit, self.group)
 
 

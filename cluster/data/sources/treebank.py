@@ -10,8 +10,19 @@ import numpy as np
 from pydantic import Field
 
 from cluster.data.layouts import Array, Dense, Layout, Ragged
-from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import BadRows, DataSpec, Part, Source, SplitSpec, absolute, bad_rows, even_parts, labels
+from cluster.data.manifest import Manifest, StoredColumn
+from cluster.data.sources.base import (
+    BadRows,
+    DataSpec,
+    FittedSpec,
+    Part,
+    Source,
+    SplitSpec,
+    absolute,
+    bad_rows,
+    even_parts,
+    labels,
+)
 from cluster.data.sources.flat_trees import FlatTree, of_brackets
 from cluster.data.split import Traits
 from cluster.storage import Folder
@@ -19,9 +30,6 @@ from nn_models.columns import Labels, Tree
 from nn_models.errors import Problem, UserError
 
 PART_ROWS = 4096
-
-MinCount = Annotated[int, Field(ge=1)]
-MIN_COUNT = Field(1, description="words that the training trees have less often share the vector of unknown words")
 
 
 @dataclass(frozen=True)
@@ -51,43 +59,59 @@ class Treebank:
         return Traits(self.classes[pool][first:end])
 
 
-def treebank(
-    pools: Mapping[str, Sequence[FlatTree]],
-    classes: Mapping[str, Sequence[int]],
-    *,
-    each_node: bool,
-    names: tuple[str, ...],
-    min_count: int = 1,
-    words_at: Literal["leaves", "nodes"] = "leaves",
-) -> Treebank:
-    """The trees of each pool; `classes` are the numbers of their labels, of all nodes one after the other, or of trees.
+class TreebankSpec(FittedSpec):
+    """Base of the data sections of trees in files."""
 
-    `names` are those of the classes. The vocabulary is that of the pool "train", the most frequent words first; words
-    of other pools follow, so that every tree can be spelled again, but nets do not tell them from each other.
-    """
-    counts = Counter(word for tree in pools["train"] for word in tree.words if word is not None)
-    ordered = sorted(counts, key=lambda word: (-counts[word], word))
-    known = max(1, sum(count >= min_count for count in counts.values()))
-    others = {word for trees in pools.values() for tree in trees for word in tree.words if word is not None}
-    words = (*ordered, *sorted(others - counts.keys()))
-    arity = max(2, *(len(children) for trees in pools.values() for tree in trees for children in tree.children))
-    numbers = {word: number for number, word in enumerate(words)}
-    tree = Tree(names=words, size=len(words), arity=arity, known=known, words_at=words_at)
-    labelled = Labels(names=names, size=len(names))
-    columns = {
-        "input": StoredColumn(column=tree),
-        "target": StoredColumn(column=labelled, dtype="int32") if each_node else labels(names),
-    }
-    rows, roots = {}, {}
-    for pool, trees in pools.items():
-        stored = laid(trees, numbers, arity)
-        found = np.array(classes[pool])
-        roots[pool] = (found[stored.offsets[1:] - 1] if each_node else found).astype(np.int64)
-        target: Layout = Dense(roots[pool])
-        if each_node:
-            target = Ragged({"values": found.astype(np.int32)}, stored.offsets)
-        rows[pool] = {"input": stored, "target": target}
-    return Treebank(columns, rows, roots)
+    min_count: Annotated[int, Field(ge=1)] = Field(
+        1, description="words that the training trees have less often share the vector of unknown words"
+    )
+
+    def fits(self, manifest: Manifest) -> bool:
+        """See FittedSpec."""
+        tree = manifest.signature.columns.get("input")
+        return isinstance(tree, Tree) and bool(tree.vocabulary)
+
+    def treebank(
+        self,
+        pools: Mapping[str, Sequence[FlatTree]],
+        classes: Mapping[str, Sequence[int]],
+        *,
+        each_node: bool,
+        names: tuple[str, ...],
+        words_at: Literal["leaves", "nodes"] = "leaves",
+    ) -> Treebank:
+        """The trees of each pool; `classes` are the numbers of their labels, of all nodes in their order, or of trees.
+
+        `names` are those of the classes. The vocabulary is that of the pool "train", the most frequent words first, or
+        the one of the model that this is other data for. Other words follow, so that every tree can be spelled again,
+        but nets do not tell them from each other.
+        """
+        if vocabulary := self.known("input"):
+            known = len(vocabulary)
+        else:
+            counts = Counter(word for tree in pools["train"] for word in tree.words if word is not None)
+            vocabulary = tuple(sorted(counts, key=lambda word: (-counts[word], word)))
+            known = max(1, sum(count >= self.min_count for count in counts.values()))
+        others = {word for trees in pools.values() for tree in trees for word in tree.words if word is not None}
+        words = (*vocabulary, *sorted(others.difference(vocabulary)))
+        arity = max(2, *(len(below) for trees in pools.values() for tree in trees for below in tree.children))
+        numbers = {word: number for number, word in enumerate(words)}
+        tree = Tree(names=words, size=len(words), arity=arity, known=known, words_at=words_at)
+        labelled = Labels(names=names, size=len(names))
+        columns = {
+            "input": StoredColumn(column=tree),
+            "target": StoredColumn(column=labelled, dtype="int32") if each_node else labels(names),
+        }
+        rows, roots = {}, {}
+        for pool, trees in pools.items():
+            stored = laid(trees, numbers, arity)
+            found = np.array(classes[pool])
+            roots[pool] = (found[stored.offsets[1:] - 1] if each_node else found).astype(np.int64)
+            target: Layout = Dense(roots[pool])
+            if each_node:
+                target = Ragged({"values": found.astype(np.int32)}, stored.offsets)
+            rows[pool] = {"input": stored, "target": target}
+        return Treebank(columns, rows, roots)
 
 
 def laid(trees: Sequence[FlatTree], numbers: Mapping[str, int], arity: int) -> Ragged:
@@ -121,7 +145,7 @@ SST_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 SST_CLASSES: tuple[str, ...] = ("very negative", "negative", "neutral", "positive", "very positive")
 
 
-class SSTSpec(SplitSpec):
+class SSTSpec(TreebankSpec, SplitSpec):
     """Stanford Sentiment Treebank: sentences as binary trees, each phrase from 0, very negative, to 4, very positive.
 
     A folder with train.txt, dev.txt and test.txt, a tree a line: `(3 (2 It) (4 (2 's) (4 great)))`.
@@ -132,7 +156,6 @@ class SSTSpec(SplitSpec):
     grades: Literal[5, 3] = Field(
         5, description="3: negative, neutral and positive phrases, without the sentences that are neutral as a whole"
     )
-    min_count: MinCount = MIN_COUNT
 
     def resolved(self, base: str) -> DataSpec:
         """See DataSpec."""
@@ -175,4 +198,4 @@ class SSTSpec(SplitSpec):
         classes = {
             pool: [grade[str(label)] for tree in trees for label in tree.labels] for pool, trees in pools.items()
         }
-        return treebank(pools, classes, each_node=True, names=names, min_count=self.min_count)
+        return self.treebank(pools, classes, each_node=True, names=names)

@@ -1,17 +1,27 @@
 """trees: the user's own trees, from Parquet, JSON lines, lines of brackets, or CoNLL-U files."""
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pyarrow import fs
 from pydantic import Field, PositiveInt
 
-from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, Source, absolute, bad_rows
+from cluster.data.sources.base import BadRows, DrawnTestSpec, OwnFilesSpec, Source, bad_rows
 from cluster.data.sources.flat_trees import FlatTree, bad, of_brackets, of_heads, of_lists
-from cluster.data.sources.tree_files import ListText, Row, conllu_rows, files_at, json_rows, line_rows, parquet_rows
-from cluster.data.sources.treebank import MIN_COUNT, MinCount, treebank
+from cluster.data.sources.own_rows import (
+    LEAVE_OUT,
+    Row,
+    class_names,
+    conllu_rows,
+    files_at,
+    is_number,
+    json_rows,
+    label_text,
+    line_rows,
+    parquet_rows,
+    strange,
+)
+from cluster.data.sources.treebank import TreebankSpec
 from cluster.storage import Folder
 from nn_models.errors import Problem, UserError, did_you_mean
 
@@ -26,7 +36,7 @@ class _Read(NamedTuple):
     where: str
 
 
-class TreesSpec(DrawnTestSpec):
+class TreesSpec(OwnFilesSpec, TreebankSpec, DrawnTestSpec):
     """Your own trees: Parquet files, JSON lines, text files with a tree a line in brackets, or CoNLL-U files.
 
     A tree is in brackets, nested lists, or `words` with their `heads` (counted from 1, 0 for the root's). Where each
@@ -35,9 +45,6 @@ class TreesSpec(DrawnTestSpec):
     """
 
     kind: Literal["trees"] = "trees"
-    path: str = Field(min_length=1, description="a file, or a folder of files, local or a URI")
-    validation_path: str | None = Field(None, min_length=1, description="the same of a validation split of its own")
-    test_path: str | None = Field(None, min_length=1, description="the same of a test split of its own")
     tree: str = Field("tree", description="the column of trees in brackets or nested lists")
     words: str = Field("words", description="where there is no such column: that of the words of dependency trees")
     heads: str = Field("heads", description="and that of their heads")
@@ -48,37 +55,16 @@ class TreesSpec(DrawnTestSpec):
         "or upos, xpos or deprel); without, each node begins with its label",
     )
     classes: PositiveInt | None = Field(None, description="how many there are, if labels are numbers from 0 on")
-    min_count: MinCount = MIN_COUNT
 
-    def resolved(self, base: str) -> DataSpec:
-        """See DataSpec."""
-        paths = {"path": self.path, "validation_path": self.validation_path, "test_path": self.test_path}
-        return self.model_copy(update={name: absolute(path, base) for name, path in paths.items() if path})
-
-    def fingerprint(self) -> str:
-        """See DataSpec."""
-        found = [
-            (str(folder), name, info.size, info.mtime_ns)
-            for files in self._files().values()
-            for folder, name, info in files
-        ]
-        return hashlib.sha256(repr(found).encode()).hexdigest()
-
-    def _files(self) -> dict[str, list[tuple[Folder, str, fs.FileInfo]]]:
-        """Pool -> its files."""
-        paths = {"train": ("path", self.path), "validation": ("validation_path", self.validation_path)}
-        paths["test"] = ("test_path", self.test_path)
-        return {
-            pool: files_at(path, field=f"data.{field}", endings=tuple(READERS))
-            for pool, (field, path) in paths.items()
-            if path
-        }
+    def found_at(self, path: str, *, field: str) -> Sequence[tuple[Folder, str, fs.FileInfo]]:
+        """See OwnFilesSpec."""
+        return files_at(path, field=field, endings=tuple(READERS))
 
     def open(self) -> Source:
         """See DataSpec."""
         read: dict[str, list[_Read]] = {}
         problems: list[Problem] = []
-        for pool, files in self._files().items():
+        for pool, files in self.files.items():
             read[pool] = []
             for folder, name, _ in files:
                 for row in READERS[name[name.rindex(".") :].lower()](folder, name):
@@ -98,8 +84,10 @@ class TreesSpec(DrawnTestSpec):
             classes[pool] = []
             for found in rows:
                 for label in found.tree.labels if each_node else [found.label]:
-                    if label not in number:
-                        problems.append(_strange(label, found, names))
+                    if label is None:
+                        problems.append(Problem(found.where, "a tree or node has no label", LEAVE_OUT))
+                    elif label not in number:
+                        problems.append(strange(label, found.where, names))
                     else:
                         classes[pool].append(number[label])
         if problems:
@@ -108,42 +96,29 @@ class TreesSpec(DrawnTestSpec):
         above = any(
             word is not None and below for row in read["train"] for word, below in zip(*row.tree[:2], strict=True)
         )
-        return treebank(
-            pools,
-            classes,
-            each_node=each_node,
-            names=names,
-            min_count=self.min_count,
-            words_at="nodes" if above else "leaves",
-        )
+        return self.treebank(pools, classes, each_node=each_node, names=names, words_at="nodes" if above else "leaves")
 
     def _read(self, row: Row) -> _Read:
         """A row's tree and label. Raises BadRows."""
         values, where = row.values, row.where
-        label = self._value(row, self.target) if self.target else None
+        label = row.value(self.target) if self.target else None
         if self.tree in values:
             tree = self._nested(values[self.tree], row)
         elif self.words in values and self.heads in values:
-            words, heads = self._value(row, self.words), self._value(row, self.heads)
-            if not isinstance(words, list) or not isinstance(heads, list) or not all(map(_is_number, heads)):
+            words, heads = row.value(self.words), row.value(self.heads)
+            if not isinstance(words, list) or not isinstance(heads, list) or not all(map(is_number, heads)):
                 raise bad(where, "words and heads are not two lists, of texts and of whole numbers")
             if label is None:
                 raise bad(where, "words have no labels", "set data.target to the column of labels")
             each = label if isinstance(label, list) else [None] * len(words)
-            marks = [None if mark is None else _text(mark, where) for mark in each]
+            marks = [None if mark is None else label_text(mark, where) for mark in each]
             tree = of_heads([str(word) for word in words], [int(head) for head in heads], marks, where=where)
             if isinstance(label, list):
                 return _Read(tree, None, where)
         else:
             fix = did_you_mean(self.tree, values) if values else "name it in data.tree"
             raise bad(where, f"there is no {self.tree}, and no {self.words} with {self.heads}", fix)
-        return _Read(tree, None if label is None else _text(label, where), where)
-
-    def _value(self, row: Row, name: str) -> Any:
-        if name not in row.values:
-            raise bad(row.where, f"there is no {name}", did_you_mean(name, row.values))
-        value = row.values[name]
-        return value.read() if isinstance(value, ListText) else value
+        return _Read(tree, None if label is None else label_text(label, where), where)
 
     def _nested(self, found: Any, row: Row) -> FlatTree:
         labelled = self.target is None
@@ -153,27 +128,10 @@ class TreesSpec(DrawnTestSpec):
         return read(found, labelled=labelled, where=row.where, shift=row.shift.get(self.tree, 0))
 
     def _names(self, read: Mapping[str, list[_Read]], each_node: bool) -> tuple[str, ...]:
-        """Of the classes: 0 to the highest number where all labels are numbers, else the sorted texts."""
+        """Of the classes: those of the model that this is other data for, so many numbers, or those that there are."""
+        if known := self.known("target"):
+            return known
         if self.classes is not None:
             return tuple(map(str, range(self.classes)))
-        labels = {label for row in read["train"] for label in (row.tree.labels if each_node else [row.label])}
-        known = {label for label in labels if label is not None}
-        if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in known):
-            return tuple(map(str, range(max(map(int, known), default=0) + 1)))
-        return tuple(sorted(known))
-
-
-def _strange(label: str | None, row: _Read, names: tuple[str, ...]) -> Problem:
-    few = ", ".join(names[:5]) + ", …" * (len(names) > 5)
-    what = "a tree or node has no label" if label is None else f"the label {label!r} is none of {few}"
-    return Problem(row.where, what, "mend the row, or take it out")
-
-
-def _text(label: Any, where: str) -> str:
-    if isinstance(label, bool | list | dict) or label is None or (isinstance(label, float) and label != int(label)):
-        raise bad(where, f"the label {json.dumps(label)} is neither a text nor a whole number")
-    return str(int(label)) if isinstance(label, float) else str(label)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        labels = (label for row in read["train"] for label in (row.tree.labels if each_node else [row.label]))
+        return class_names(label for label in labels if label is not None)

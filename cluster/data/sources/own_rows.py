@@ -1,21 +1,22 @@
-"""Files of trees, row by row: Parquet, JSON lines, lines of text, CoNLL-U."""
+"""The user's files of nested values, row by row: Parquet, JSON lines, lines of text, CoNLL-U."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pyarrow import fs
 
-from cluster.data.sources.flat_trees import LISTS
+from cluster.data.sources.flat_trees import LISTS, bad
 from cluster.data.sources.treebank import read_lines
 from cluster.data.tables import ParquetFile, UnreadableError
 from cluster.storage import Folder
-from nn_models.errors import UserError
+from nn_models.errors import Problem, UserError, did_you_mean
 
 COMMENT = re.compile(r"#\s*([^=]+?)\s*=\s*(.*?)\s*$")
 CONLLU_FIELDS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+LEAVE_OUT = "mend the row, or take it out"
 SPACE = re.compile(r"[ \t]*")
 
 
@@ -34,6 +35,39 @@ class Row:
     values: Mapping[str, Any]
     where: str
     shift: Mapping[str, int] = field(default_factory=dict)
+
+    def value(self, name: str) -> Any:
+        """The value of this name. Raises BadRows where there is none."""
+        if name not in self.values:
+            raise bad(self.where, f"there is no {name}", did_you_mean(name, self.values))
+        value = self.values[name]
+        return value.read() if isinstance(value, ListText) else value
+
+
+def label_text(label: Any, where: str) -> str:
+    """A label as a text. Raises BadRows where it is neither that nor a whole number."""
+    if isinstance(label, bool | list | dict) or label is None or (isinstance(label, float) and not label.is_integer()):
+        raise bad(where, f"the label {json.dumps(label)} is neither a text nor a whole number")
+    return str(int(label)) if isinstance(label, float) else str(label)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def class_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Of the classes that have these labels: 0 to the highest where all are numbers, else the sorted texts."""
+    known = set(labels)
+    if all(label.isascii() and label.isdigit() and str(int(label)) == label for label in known):
+        return tuple(map(str, range(max(map(int, known), default=0) + 1)))
+    return tuple(sorted(known))
+
+
+def strange(label: str, where: str, names: Sequence[str]) -> Problem:
+    """What is said of a label that is none of the classes'."""
+    few = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+    return Problem(where, f"the label {label!r} is none of {few}", LEAVE_OUT)
 
 
 def files_at(path: str, *, field: str, endings: tuple[str, ...]) -> list[tuple[Folder, str, fs.FileInfo]]:
