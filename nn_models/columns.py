@@ -370,6 +370,16 @@ class Scene(Column):
         """See Column."""
         return f"of segments of {self.width} numbers, {len(self.names):,} classes"
 
+    @property
+    def learned_names(self) -> tuple[str, ...]:
+        """See Column: classes only tell the objects of one scene apart."""
+        return ()
+
+    @property
+    def learned_extent(self) -> str:
+        """See Column."""
+        return f"{self.kind} of segments of {self.width} numbers"
+
     def ragged_fields(self) -> Mapping[str, RaggedField]:
         """See Column."""
         neighbours = RaggedField("int32", (self.degree,))

@@ -275,9 +275,11 @@ def test_a_neighbour_that_is_not_there_is_refused():
 
 def test_drawn_scenes_are_the_same_again_and_hang_together():
     one, other = (ScenesSpec(rows=50, seed=3).open() for _ in range(2))
-    for scene, again in zip(one.scenes, other.scenes, strict=True):
+    for scene, again in zip(one.scenes["train"], other.scenes["train"], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(scene, again, strict=True))
         edges = [(a, int(b)) for a, row in enumerate(scene.neighbours) for b in row if b >= 0]
         assert parts(len(scene.objects), edges)[0] == 1
         assert 7 <= len(scene.objects) <= 14
-    assert not np.array_equal(one.scenes[0].features[:7], ScenesSpec(rows=50).open().scenes[0].features[:7])
+    assert not np.array_equal(
+        one.scenes["train"][0].features[:7], ScenesSpec(rows=50).open().scenes["train"][0].features[:7]
+    )

@@ -274,3 +274,8 @@ def even_parts(rows: int, part_rows: int) -> list[Part]:
     return [
         Part(min(part_rows, rows - first), (first, min(first + part_rows, rows))) for first in range(0, rows, part_rows)
     ]
+
+
+def parts_of(pool: str, rows: int, part_rows: int) -> list[Part]:
+    """The same of a pool, `what` being (pool, first, past-the-last)."""
+    return [Part(part.rows, (pool, *part.what)) for part in even_parts(rows, part_rows)]

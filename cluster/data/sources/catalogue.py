@@ -13,6 +13,7 @@ from cluster.data.sources.memory import AddingSpec, CopySpec
 from cluster.data.sources.pairs import PairsSpec
 from cluster.data.sources.parquet import ParquetSpec
 from cluster.data.sources.prepared import ShardsSpec
+from cluster.data.sources.scene_files import SceneFilesSpec
 from cluster.data.sources.scenes import ScenesSpec
 from cluster.data.sources.series import ElNinoSpec, SeriesSpec
 from cluster.data.sources.text import PythonDocsSpec, TextSpec
@@ -42,6 +43,7 @@ AnyDataSpec = Annotated[
     | ListOpsSpec
     | TreesSpec
     | ScenesSpec
+    | SceneFilesSpec
     | ShardsSpec,
     Field(discriminator="kind"),
 ]

@@ -47,7 +47,7 @@ class Row:
 def label_text(label: Any, where: str) -> str:
     """A label as a text. Raises BadRows where it is neither that nor a whole number."""
     if isinstance(label, bool | list | dict) or label is None or (isinstance(label, float) and not label.is_integer()):
-        raise bad(where, f"the label {json.dumps(label)} is neither a text nor a whole number")
+        raise bad(where, f"the label {json.dumps(label, default=str)} is neither a text nor a whole number")
     return str(int(label)) if isinstance(label, float) else str(label)
 
 

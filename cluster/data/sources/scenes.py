@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from cluster.data.layouts import Layout, Ragged
 from cluster.data.manifest import StoredColumn
-from cluster.data.sources.base import DrawnTestSpec, Part, Source, even_parts
+from cluster.data.sources.base import DrawnTestSpec, Part, Source, parts_of
 from cluster.data.split import Traits
 from nn_models.columns import Scene
 
@@ -37,18 +37,19 @@ class ScenesSpec(DrawnTestSpec):
     def open(self) -> Source:
         """See DataSpec."""
         generator = np.random.default_rng(self.seed)
-        return _Scenes(self, [drawn(generator, self) for _ in range(self.rows)])
+        column = Scene(width=LOOKS * len(CLASSES), degree=self.segments - 1, names=CLASSES)
+        return StoredScenes(column, {"train": [drawn(generator, self) for _ in range(self.rows)]})
 
 
-class DrawnScene(NamedTuple):
-    """`features` (n, W), `neighbours` (n, segments - 1), -1 for none, and `objects` (n,), the classes."""
+class StoredScene(NamedTuple):
+    """`features` (n, W), `neighbours` (n, degree), -1 for none, and `objects` (n,), the classes."""
 
     features: NDArray[np.float32]
     neighbours: NDArray[np.int32]
     objects: NDArray[np.int32]
 
 
-def drawn(generator: np.random.Generator, spec: ScenesSpec) -> DrawnScene:
+def drawn(generator: np.random.Generator, spec: ScenesSpec) -> StoredScene:
     """A scene; all of its segments hang together."""
     num = int(generator.integers((spec.segments + 1) // 2, spec.segments + 1))
     cells = np.stack(np.divmod(np.arange(spec.side**2), spec.side), 1)
@@ -66,7 +67,7 @@ def drawn(generator: np.random.Generator, spec: ScenesSpec) -> DrawnScene:
     objects = classes[_nearest(centres, generator.uniform(0, spec.side, (spec.objects, 2)))]
     looks = np.eye(LOOKS * len(CLASSES))[LOOKS * objects + generator.integers(LOOKS, size=num)]
     features = looks + generator.normal(0, spec.noise, looks.shape)
-    return DrawnScene(features.astype(np.float32), neighbours, objects.astype(np.int32))
+    return StoredScene(features.astype(np.float32), neighbours, objects.astype(np.int32))
 
 
 def _nearest(points: NDArray[np.generic], centres: NDArray[np.generic]) -> NDArray[np.int64]:
@@ -75,20 +76,21 @@ def _nearest(points: NDArray[np.generic], centres: NDArray[np.generic]) -> NDArr
 
 
 @dataclass(frozen=True)
-class _Scenes:
-    spec: ScenesSpec
-    scenes: Sequence[DrawnScene]
+class StoredScenes:
+    """A source of the scenes of each pool."""
+
+    column: Scene
+    scenes: Mapping[str, Sequence[StoredScene]]
 
     @property
     def columns(self) -> Mapping[str, StoredColumn]:
         """See Source."""
-        column = Scene(width=LOOKS * len(CLASSES), degree=self.spec.segments - 1, names=CLASSES)
-        return {"input": StoredColumn(column=column)}
+        return {"input": StoredColumn(column=self.column)}
 
     @property
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
-        return {"train": even_parts(len(self.scenes), PART_ROWS)}
+        return {pool: parts_of(pool, len(scenes), PART_ROWS) for pool, scenes in self.scenes.items()}
 
     def traits(self, part: Part) -> Traits:
         """See Source."""
@@ -96,6 +98,7 @@ class _Scenes:
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""
-        chosen = self.scenes[slice(*part.what)]
-        fields = {name: np.concatenate([getattr(scene, name) for scene in chosen]) for name in DrawnScene._fields}
+        pool, first, end = part.what
+        chosen = self.scenes[pool][first:end]
+        fields = {name: np.concatenate([getattr(scene, name) for scene in chosen]) for name in StoredScene._fields}
         return {"input": Ragged.of(fields, [len(scene.objects) for scene in chosen])}

@@ -20,8 +20,8 @@ from cluster.data.sources.base import (
     SplitSpec,
     absolute,
     bad_rows,
-    even_parts,
     labels,
+    parts_of,
 )
 from cluster.data.sources.flat_trees import FlatTree, of_brackets
 from cluster.data.split import Traits
@@ -43,10 +43,7 @@ class Treebank:
     @property
     def pools(self) -> Mapping[str, list[Part]]:
         """See Source."""
-        return {
-            pool: [Part(part.rows, (pool, *part.what)) for part in even_parts(len(found), PART_ROWS)]
-            for pool, found in self.classes.items()
-        }
+        return {pool: parts_of(pool, len(found), PART_ROWS) for pool, found in self.classes.items()}
 
     def load(self, part: Part) -> Mapping[str, Layout]:
         """See Source."""
