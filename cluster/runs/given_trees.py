@@ -1,6 +1,7 @@
 """Given trees: one in brackets, or a plain sentence, as models of trees are given them; or refused by name."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from cluster.data.vocabulary import told
 from nn_models.columns import Tree
 from nn_models.errors import UserError
 
+SPACES = re.compile(r"[ \t\r\n]+")
+
 logger = logging.getLogger(__name__)
 
 
 def is_tree(text: str) -> bool:
     """Whether a text is a tree in brackets, or one word, and no sentence."""
-    return "(" in text or ")" in text or len(text.split()) == 1
+    return "(" in text or ")" in text or len(_between(text)) == 1
 
 
 def read_tree(text: str, *, path: str) -> FlatTree:
@@ -41,17 +44,22 @@ def read_tree(text: str, *, path: str) -> FlatTree:
 
 
 def read_sentence(text: str | Sequence[str], *, path: str) -> FlatTree:
-    """Its words, which spaces separate, joined from left to right: as one that is still to be parsed.
+    """Its words, which spaces and ends of lines separate, joined from left to right: as one that is still to be parsed.
 
     Of a tree in brackets the words alone are read. Raises UserError.
     """
     if isinstance(text, str):
-        words = _words_of(read_tree(text, path=path)) if "(" in text or ")" in text else text.split()
+        words = _words_of(read_tree(text, path=path)) if "(" in text or ")" in text else _between(text)
     else:
         words = list(text)
     if not words:
         raise UserError(path, "no words", "give a sentence")
     return of_joins(words, [(0, end) for end in range(2, len(words) + 1)])
+
+
+def _between(text: str) -> list[str]:
+    """What stands between spaces; other kinds of them, such as U+00A0, belong to a word."""
+    return [word for word in SPACES.split(text) if word]
 
 
 def _words_of(tree: FlatTree) -> list[str]:

@@ -8,6 +8,12 @@ CHARACTER, NARROWEST = 6.7, 34.0  # pixels of a word's character, and of a word 
 MOST_WORDS = 28  # of a tree that is drawn: more could not be read
 
 
+def can_be_read(words: Sequence[str | None]) -> bool:
+    """Whether a tree of nodes with these words, None for none, is small enough to be drawn."""
+    num_words = sum(word is not None for word in words)
+    return max(num_words, len(words) - num_words) <= MOST_WORDS
+
+
 class Mark(NamedTuple):
     """What stands in a node: a short `text`, what is said below it and on a closer look; whether it is wrong."""
 

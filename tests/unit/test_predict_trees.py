@@ -118,6 +118,10 @@ def test_a_parser_finds_the_tree_of_a_sentence(runs):
     assert None not in given.labels
     assert predict_tree(runs["parser"], "(([MAX 2) ([MIN (4 (7 (] ])))))").tree == tree  # it does without brackets
     assert len(predict_tree(runs["parser"], "2").tree.words) == 1
+    assert predict_tree(runs["parser"], "2\N{NO-BREAK SPACE}3 4\n").tree.words == ["2\N{NO-BREAK SPACE}3", "4", None]
+    assert predict_tree(runs["nodes"], "2\N{NO-BREAK SPACE}3").tree.words == [
+        "2\N{NO-BREAK SPACE}3"
+    ]  # one word, a tree
 
 
 def test_words_that_the_model_does_not_know_are_told(runs, caplog):

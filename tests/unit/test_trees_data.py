@@ -2,12 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.data.layouts import Ragged
@@ -66,6 +67,20 @@ def test_every_line_can_be_spelled_again_from_the_stored_columns(tmp_path, endin
     data = prepared(sst(tmp_path, ending=ending))
     for split, lines in (("train", TRAIN), ("validation", DEV), ("test", TEST)):
         assert spelled_rows(data, split) == lines
+
+
+GRADES, TOKEN = st.sampled_from("01234"), st.text("ab\N{NO-BREAK SPACE}'/-\\[]\N{GREEK SMALL LETTER ALPHA}", min_size=1)
+SENTENCE = st.recursive(
+    st.builds("({} {})".format, GRADES, TOKEN), lambda tree: st.builds("({} {} {})".format, GRADES, tree, tree)
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(SENTENCE, min_size=2, max_size=5), st.lists(SENTENCE, min_size=1, max_size=3), st.integers(1, 3))
+def test_any_lines_can_be_spelled_again(tmp_path_factory, train, test, min_count):
+    data = prepared(sst(tmp_path_factory.mktemp("sst"), train=train, test=test, min_count=min_count))
+    assert spelled_rows(data, "train") == train
+    assert spelled_rows(data, "test") == test
 
 
 def test_columns_of_the_treebank(tmp_path):
@@ -315,6 +330,43 @@ def test_sentences_of_conllu(tmp_path):
 def test_conllu_that_is_none(tmp_path, line, said):
     (tmp_path / "en.conllu").write_text(line)
     assert f"en.conllu, {said}" in refusal(TreesSpec(path=str(tmp_path / "en.conllu"), target="upos"))
+
+
+def conllu(*heads: int, words: Sequence[str] = "abcdefgh") -> str:
+    """A sentence of so many words."""
+    tokens = enumerate(zip(words[: len(heads)], heads, strict=True), start=1)
+    return "".join(f"{at}\t{word}\t_\tX\t_\t_\t{head}\t_\t_\t_\n" for at, (word, head) in tokens) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        ([2, 0, 9], "word 3 ('c') has the head 9, where there are 3 words; mend the line, or take it out"),
+        ([0, 3, 4, 2], "heads go in a circle: 2 -> 3 -> 4 -> 2; let each word's heads lead to the root"),
+        ([0, 2, 1], "heads go in a circle: 2 -> 2; let each word's heads lead to the root"),
+        ([0, 1, 0], "words with the head 0: 1, 3; give one word the head 0, the root"),
+    ],
+)
+def test_heads_in_conllu_that_point_nowhere_or_in_a_circle(tmp_path, heads, said):
+    path = tmp_path / "en.conllu"
+    path.write_text(f"{conllu(0, 1)}{conllu(*heads)}{conllu(0)}")
+    assert refusal(TreesSpec(path=str(path), target="upos")) == f"{path}, line 4: {said}"
+
+
+def test_spaces_inside_of_words_stay_there(tmp_path):
+    """U+00A0, which the treebank has in tokens, and others that some would split at, in all kinds of files."""
+    words = ["1\N{NO-BREAK SPACE}1/2", "a\N{EM SPACE}b", "c\x85d", "\N{NO-BREAK SPACE}", "e\N{LINE SEPARATOR}f"]
+    row = json.dumps({"tree": words, "y": 1}, ensure_ascii=False)
+    files = {
+        "trees.txt": (f"(0 {' '.join(f'(1 {word})' for word in words)})\n", None),
+        "rows.jsonl": (f"{row}\n", "y"),
+        "en.conllu": (conllu(2, 3, 4, 5, 0, words=words), "upos"),
+    }
+    for name, (text, target) in files.items():
+        (tmp_path / name).write_text(text, newline="\n")
+        data = prepared(TreesSpec(path=str(tmp_path / name), target=target, **ONE))
+        tree, found = data.manifest.signature["input"], made.split_rows(data, "train").columns["input"]
+        assert [tree.names[word] for word in found.fields["words"] if word >= 0] == words
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ class SceneFilesSpec(OwnFilesSpec, DrawnTestSpec):
 
     `{"features": [[0.1, 2], [0.3, 1], [7, 0]], "edges": [[0, 1], [1, 2]], "objects": ["sky", "sky", "tree"]}`: numbers
     of each segment, which a net is given as they are, pairs of adjacent ones, counted from 0, and the label of what
-    each is of, which need only differ within a scene. An object is what hangs together under one label: its segments are
-    right to join before all others.
+    each is of, which need only differ within a scene. An object is what hangs together under one label: its segments
+    are right to join before all others.
     """
 
     kind: Literal["scene_files"] = "scene_files"

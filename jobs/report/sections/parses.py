@@ -8,7 +8,7 @@ from jobs.report.charts import number
 from jobs.report.files import AbsentError, is_number, left_out, mapping
 from jobs.report.sections.section import EVALUATION, Run, Section
 from jobs.report.sections.trees import Tree, trees_of
-from jobs.report.trees import MOST_WORDS, Mark, Picture, picture
+from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
 
 MOST_PARSES = 3  # of each sort
 F1 = "bracket_f1"
@@ -50,7 +50,7 @@ def _read(run: Run) -> dict[str, Any]:
         ends = np.cumsum(tensors["example_predictions.lengths"])
         parses = np.split(tensors["example_predictions.values"], ends[:-1])
         for tree, found in zip(trees_of(tensors, "example"), parses, strict=True):
-            if len(found) + 1 > MOST_WORDS:
+            if not can_be_read(tree.words):
                 continue
             true, parsed, wrong = _pictures(tree, [(int(first), int(end)) for first, end in found])
             sort = page["wrong" if wrong else "right"]

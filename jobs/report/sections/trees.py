@@ -13,7 +13,7 @@ from jobs.report.files import AbsentError, Tensors, left_out, mapping
 from jobs.report.lines import Line, line_chart
 from jobs.report.sections.section import EVALUATION, Run, Section
 from jobs.report.texts import Words
-from jobs.report.trees import MOST_WORDS, Mark, Picture, picture
+from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
 
 Array = NDArray[Any]
 
@@ -80,7 +80,7 @@ def _read(run: Run) -> dict[str, Any]:
         page["legend"] = mark.legend
         for prefix in ("flipped", "example"):
             for tree in trees_of(tensors, prefix, ("targets", "predictions", "confidences")):
-                if sum(word is not None for word in tree.words) > MOST_WORDS:
+                if not can_be_read(tree.words):
                     continue
                 is_right = tree.nodes["targets"][-1] == tree.nodes["predictions"][-1]
                 sort = "flips" if prefix == "flipped" else "right" if is_right else "wrong"
