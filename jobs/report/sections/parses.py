@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 
 from jobs.report.charts import number
-from jobs.report.files import AbsentError, is_number, left_out, mapping
+from jobs.report.files import AbsentError, left_out
+from jobs.report.sections.brackets import FIGURES, f1_of, percent, summed
 from jobs.report.sections.section import EVALUATION, Run, Section
 from jobs.report.sections.trees import Tree, trees_of
 from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
 
 MOST_PARSES = 3  # of each sort
-F1 = "bracket_f1"
 SHAPES = (
     ("", "the parser"),
     ("left_", "trees to the left"),
@@ -23,12 +23,11 @@ SIZES = ((2, 2), (3, 3), (4, 5), (6, 10), (11, 20), (21, None))  # words of a br
 
 def _read(run: Run) -> dict[str, Any]:
     assert run.evaluation is not None  # it was chosen by what that holds
-    tensors, metrics = run.evaluation, mapping(run.result.get("metrics"))
+    tensors = run.evaluation
     split = tensors.metadata.get("split", "test")
-    told = [(name, metrics.get(f"{split}/{shape}{F1}")) for shape, name in SHAPES]
     page: dict[str, Any] = {
         "split": split,
-        "shapes": [(name, f"{100 * value:.1f}\u202f%") for name, value in told if is_number(value)],
+        "shapes": f1_of(run, split, SHAPES),
         "sizes": [],
         "words": "",
         "wrong": [],
@@ -38,12 +37,9 @@ def _read(run: Run) -> dict[str, Any]:
     with left_out(run.notes, "Brackets by size", file=tensors.name):
         if "sizes" not in tensors:
             raise AbsentError("the run kept none")
-        counts = tensors["sizes"]
-        for first, last in SIZES:
-            right, found, true = counts[first : None if last is None else last + 1].sum(0).tolist()
-            name = str(first) if last == first else f"{first} or more" if last is None else f"{first} to {last}"
-            shares = [f"{100 * right / every:.1f}\u202f%" if every else "-" for every in (found, true)]
-            page["sizes"].append((name, *shares, number(true)))
+        for name, (right, *counts) in summed(tensors["sizes"], SIZES, "more"):
+            shares = [percent(right / every) if every else "-" for every in counts]  # of found ones, and of true ones
+            page["sizes"].append((name, *shares, number(counts[1])))
     with left_out(run.notes, "The trees", file=tensors.name):
         if "example_predictions.lengths" not in tensors:
             raise AbsentError("the run kept none")
@@ -87,5 +83,5 @@ def _pictures(tree: Tree, found: list[tuple[int, int]]) -> tuple[Picture, Pictur
 
 
 SECTION = Section(
-    name="parses", template="parses.html", read=_read, title="The parses", file=EVALUATION, figures=(F1, "loss")
+    name="parses", template="parses.html", read=_read, title="The parses", file=EVALUATION, figures=FIGURES
 )
