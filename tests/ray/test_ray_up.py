@@ -78,6 +78,8 @@ def test_three_hosts_come_up_run_a_job_and_go_down(tmp_path):
         job = ["train", "digits-mlp", "--workers=3", f"--set=train.cpus_per_worker={every}", "--set=train.epochs=2"]
         submit = [sys.executable, "-m", "jobs", "submit", *job, "--wait", "--address=http://localhost:8265"]
         print(hosts.run(*submit, cwd=tmp_path / "empty", timeout=400))
+        nodes = "from cluster.submission.client import JobServer; print(JobServer('localhost:8265').grows())"
+        assert hosts.run(sys.executable, "-c", nodes, cwd=ROOT, timeout=60).splitlines()[-1] == "True"
         tunnel.terminate()
         (result,) = storage.glob("runs/*/result.json")
         assert json.loads(result.read_text())["status"] == "finished"
