@@ -102,7 +102,9 @@ def _other(error: Exception) -> int:
         return complain(str(error), FAILED)
     if hasattr(error, "format_message"):  # typer's usage errors
         path = getattr(getattr(error, "ctx", None), "command_path", "manta")
-        return complain(f"{error.format_message()} (`{path} --help` tells more)", USER_ERROR)
+        message = error.format_message()
+        # without a message: a group of commands was asked for, and its help has been shown
+        return complain(f"{message} (`{path} --help` tells more)", USER_ERROR) if message else USER_ERROR
     raise error
 
 

@@ -35,6 +35,7 @@ RAYS_NOTES = (
     "ray._private.runtime_env.packaging",
     "ray._private.runtime_env.working_dir",
 )
+NODE_GROUP = "ray.io/node-group"  # a label that `ray up` and KubeRay give to nodes
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -49,6 +50,7 @@ class Node:
     address: str
     raylet_socket: str
     resources: dict[str, float]
+    group: str | None = None  # its type's name in the file of `ray up` or KubeRay; None where it was started by hand
 
     @property
     def here(self) -> bool:
@@ -212,16 +214,19 @@ class JobServer:
             for node in self._get("/nodes?view=summary")["summary"]
         }
         return [
-            Node(node["node_ip"], sockets.get(node["node_id"], ""), node.get("resources_total") or {})
+            Node(
+                node["node_ip"],
+                sockets.get(node["node_id"], ""),
+                node.get("resources_total") or {},
+                (node.get("labels") or {}).get(NODE_GROUP),
+            )
             for node in totals
             if node["state"] == "ALIVE"
         ]
 
     def grows(self) -> bool:
-        """Whether an autoscaler may add nodes: their types then have names of their own."""
-        status = self._get("/api/cluster_status")["clusterStatus"] or {}
-        types = (status.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}
-        return any(kind != f"node_{node}" for node, kind in types.items())
+        """Whether an autoscaler may add nodes. Ray's own, by default, tells the job server nothing: its nodes do."""
+        return any(node.group for node in self.nodes())
 
     def refuse_unplaceable(self, bundles: list[dict[str, float]], what: str) -> None:
         """Raise UserError where the cluster can never have room for all of these at once; one that grows may."""

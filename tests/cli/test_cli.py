@@ -75,6 +75,13 @@ def test_resume_of_a_finished_run_trains_nothing(manta, tmp_path):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("group", [[], ["submit"], ["jobs"], ["data"]])
+def test_a_group_of_commands_shows_its_help_and_complains_of_nothing(manta, group):
+    code, out, err = manta(*group)
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+
+
 def test_show_models_recipes(manta):
     code, out, _ = manta("show", "digits-cnn", "--json")
     assert code == 0

@@ -1,27 +1,19 @@
 """What the README says works: its recipe, its commands, its Python."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
-import yaml
 
 import cluster
 from cluster.recipe.loading import builtin_recipes, load_recipe, parse_yaml
-from jobs.cli import app
+from tests.cli.command_lines import blocks, lines_of, parse_manta
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return [text for kind, text in fenced if kind == language]
-
-
 def test_its_recipe_is_the_built_in_one():
-    shown = next(block for block in blocks("yaml") if block.startswith("name: fashion-cnn"))
+    shown = next(block for block in blocks(README, "yaml") if block.startswith("name: fashion-cnn"))
     assert load_recipe(parse_yaml(shown, name="README.md")) == load_recipe("fashion-cnn")
 
 
@@ -30,25 +22,15 @@ def test_its_table_lists_every_recipe():
     assert set(builtin_recipes()) <= table
 
 
-COMMANDS = [line for block in blocks("") for line in block.splitlines() if line.startswith("manta ")]
-
-
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", lines_of(README, "manta"))
 def test_its_commands_parse(line):
-    arguments = shlex.split(line, comments=True)[1:]
-    command = typer.main.get_command(app)
-    context = command.make_context("manta", arguments, resilient_parsing=False)
-    while hasattr(command, "resolve_command"):
-        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        context = command.make_context(name, rest, parent=context)
-    for pair in context.params.get("set_") or []:
-        yaml.safe_load(pair.partition("=")[2])
+    parse_manta(line)
 
 
 @pytest.mark.ray
 def test_its_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = next(block for block in blocks("python") if "cluster.train" in block)
+    code = next(block for block in blocks(README, "python") if "cluster.train" in block)
     names: dict = {}
     exec(code, names)
     assert names["outcome"].status == "finished"

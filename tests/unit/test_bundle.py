@@ -101,6 +101,10 @@ def test_this_project_brings_manta_and_its_wheel_has_all_of_it(tmp_path):
     }
     assert sources <= names
     assert "jobs/recipes/digits-mlp.yaml" in names
+    # what brings a cluster up takes the checkout along: without one it is of no use
+    assert not [
+        name for name in names if name.startswith("cluster/") and name.endswith((".yaml", ".txt", "Dockerfile"))
+    ]
     assert any(name.endswith(".dist-info/METADATA") for name in names)
     with wheel() as again:
         assert again.read_bytes() == first  # the same content is uploaded once

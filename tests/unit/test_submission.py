@@ -129,8 +129,9 @@ def test_training_in_the_jobs_own_process(work, caplog):
 
 def test_whether_a_cluster_grows(monkeypatch):
     server = JobServer.__new__(JobServer)
-    for types, grows in (({"0a": "node_0a"}, False), ({"0a": "head", "0b": "gpu"}, True), (None, False)):
-        told = {"clusterStatus": {"autoscalerReport": {"nodeTypeMapping": types} if types else None}}
+    for labels, grows in (({"ray.io/node-id": "0a"}, False), ({"ray.io/node-group": "head"}, True), (None, False)):
+        node = {"node_id": "0a", "node_ip": "203.0.113.1", "state": "ALIVE", "labels": labels}
+        told = {"result": {"result": [node]}, "summary": []}
         monkeypatch.setattr(server, "_get", lambda path, told=told: told)
         assert server.grows() == grows
 
