@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from cluster.runtime.existing import existing, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.identity import data_facts
+from cluster.training.leaving import Leaves, never, saved_on_sigterm
 from cluster.training.run_directory import RunDirectory, environment, new_place, result_of
 from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
@@ -220,7 +221,10 @@ def _fit(
         from cluster.training.ray_train import train_on_ray
 
         return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
-    with closing(open_training(recipe, data, splits, directory.folder, workers, session)) as training:
+    with (
+        saved_on_sigterm() if not workers.coordinated else nullcontext(never) as leaves,
+        closing(open_training(recipe, data, splits, directory.folder, workers, session, leaves=leaves)) as training,
+    ):
         for _ in training.epochs():
             pass
         return training.conclude()
@@ -250,14 +254,25 @@ class Training(Protocol):
 
 
 def open_training(
-    recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
+    recipe: Recipe,
+    data: DataSet,
+    splits: Splits,
+    run: Folder,
+    workers: Workers,
+    session: RaySession | None,
+    *,
+    leaves: Leaves = never,
 ) -> Training:
-    """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray."""
+    """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray.
+
+    The loop is stopped by Left where it `leaves`.
+    """
     if workers.coordinated:
         return coordinator_of(recipe, data, splits, run, workers, session)
     from cluster.training.loop import Loop
 
-    return Loop(recipe, LocalContext(run=run, splits=splits, device=local_device(workers.use_gpu)))
+    device = local_device(workers.use_gpu)
+    return Loop(recipe, LocalContext(run=run, splits=splits, device=device, leaves=leaves))
 
 
 def coordinator_of(

@@ -29,6 +29,7 @@ SETTINGS = {
     # how soon Ray Train notices that a run has ended, 2 s by default; each look takes time from busy workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # 5 s by default: a cloud's warning may come half a minute before
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of custom models keep their meaning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -112,6 +113,14 @@ class RaySession:
         """Raise RayLost where Ray has gone."""
         if reason := self.lost():
             raise RayLost(reason)
+
+    def drained(self) -> bool:
+        """Whether the cluster is about to take this process's node away."""
+        if self.embedded:
+            return False
+        from ray._private.state import state  # no public table says so
+
+        return self.ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
 
     def revive(self) -> None:
         """Start an embedded Ray anew where it has gone: all references into it are void then.

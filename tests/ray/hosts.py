@@ -1,6 +1,6 @@
 """Three nodes and a head that trains nothing, on this machine: `python -m tests.ray.hosts`, until standard input ends.
 
-Prints {"address", "raylets": their process ids}.
+Prints {"address", "raylets": their process ids, "nodes": their ids, "head": that of the head}.
 """
 
 import json
@@ -14,7 +14,8 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1, include_dashboard=False) for _ in range(3)]
     raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+    ids = {"nodes": [node.node_id for node in nodes], "head": cluster.head_node.node_id}
+    print(json.dumps({"address": cluster.address, "raylets": raylets, **ids}), flush=True)
     sys.stdin.read()
     cluster.shutdown()
 
