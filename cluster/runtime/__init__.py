@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RayLost
+from cluster.runtime.draining import draining
 from cluster.runtime.embedded import embedded_ray
 from cluster.runtime.existing import Existing, connected, first_line
 from cluster.runtime.lifeline import Lifeline
@@ -116,11 +117,7 @@ class RaySession:
 
     def drained(self) -> bool:
         """Whether the cluster is about to take this process's node away."""
-        if self.embedded:
-            return False
-        from ray._private.state import state  # no public table says so
-
-        return self.ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+        return not self.embedded and bool(draining([self.ray.get_runtime_context().get_node_id()]))
 
     def revive(self) -> None:
         """Start an embedded Ray anew where it has gone: all references into it are void then.

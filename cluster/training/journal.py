@@ -93,11 +93,14 @@ class Journal:
         """So many more steps are done."""
         self.progress.step += steps
         self.progress.epoch_step += steps
-        now = time.time()
+        self.first_step(at=time.time())
+
+    def first_step(self, *, at: float) -> None:
+        """Note when the first step since `open` was done, where it is the first."""
         if self.first_step_at is None:
-            self.first_step_at = now
+            self.first_step_at = at
         if self._broken_at is not None:
-            self.progress.lost_s += now - self._broken_at
+            self.progress.lost_s += at - self._broken_at
             self._broken_at = None
 
     def interval(

@@ -60,6 +60,17 @@ def never(step: int) -> bool:
     return False
 
 
+def once_on_sigterm(told: Callable[[], object]) -> None:
+    """Call this at the first SIGTERM; a second one does what it did before. For the main thread."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def note(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, before)
+        told()
+
+    signal.signal(signal.SIGTERM, note)
+
+
 @contextmanager
 def saved_on_sigterm() -> Iterator[Leaves]:
     """Let SIGTERM wait, while training in this process goes on in the block, until the step it is in has been saved.
@@ -73,12 +84,7 @@ def saved_on_sigterm() -> Iterator[Leaves]:
         yield never
         return
     told = threading.Event()
-
-    def note(number: int, frame: object) -> None:
-        told.set()
-        signal.signal(signal.SIGTERM, before)
-
-    signal.signal(signal.SIGTERM, note)
+    once_on_sigterm(told.set)
     try:
         yield lambda step: told.is_set()
     except Left as left:

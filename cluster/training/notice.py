@@ -6,7 +6,6 @@ run carry it from one to all: no collective could, for a rank may be in one that
 """
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +14,9 @@ from contextlib import contextmanager
 import ray
 from ray.train.v2._internal.execution.context import get_train_context
 
+from cluster.runtime.draining import drains
 from cluster.runtime.lifeline import POLL_S
-from cluster.training.leaving import Leaving
+from cluster.training.leaving import Leaving, once_on_sigterm
 from cluster.training.notes import Notes
 
 logger = logging.getLogger(__name__)
@@ -24,19 +24,17 @@ logger = logging.getLogger(__name__)
 LEAVING = "leaving"  # why, in words
 ASKING_S = 0.02  # between looks at the others' answers
 
-_woken, _signals = threading.Event(), list[int]()
+_sigterm, _woken = threading.Event(), threading.Event()
 
 
 def heed_sigterm() -> None:
     """Have this worker's process take the first SIGTERM as a warning. Called in its main thread."""
-    before = signal.getsignal(signal.SIGTERM)
 
-    def note(number: int, frame: object) -> None:
-        _signals.append(number)
+    def told() -> None:
+        _sigterm.set()
         _woken.set()
-        signal.signal(signal.SIGTERM, before)
 
-    signal.signal(signal.SIGTERM, note)
+    once_on_sigterm(told)
 
 
 @contextmanager
@@ -78,15 +76,12 @@ class _Hearing(threading.Thread):
         return bool(reason or self._notes.read(LEAVING))
 
     def _own_reason(self) -> str | None:
-        if _signals:
+        if _sigterm.is_set():
             return f"worker {self._rank} on {ray.util.get_node_ip_address()} was told to end (SIGTERM)"
         info = get_train_context().preemption_context.preemption_info
         if info is None:
             return None
-        names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        nodes = ", ".join(f"{names.get(node, '?')} ({node[:8]})" for node in info.preempted_node_ids)
-        when = "" if info.deadline_ms is None else f", and goes in {info.deadline_ms / 1000 - time.time():.0f} s"
-        return f"node {nodes} is drained{when}"
+        return drains(dict.fromkeys(info.preempted_node_ids, info.deadline_ms or 0))
 
     def _agree(self) -> None:
         self._notes.write(f"{self._group}/{self._rank}", self._leaving.hold())

@@ -24,6 +24,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     get_env_vars_to_propagate,
 )
 from ray.train.v2._internal.execution.controller import TrainController
@@ -32,6 +33,7 @@ from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
 from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
+from cluster.runtime.draining import DRIVER
 from cluster.runtime.lifeline import POLL_S
 from cluster.storage import Folder
 from cluster.training.context import GroupContext
@@ -44,7 +46,6 @@ from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-DRIVER = "the driver's node is drained"
 ABORT_TIMEOUT_S = 30
 DEATH_TIMEOUT_S = 10  # of workers whose controller has died
 KNOWN: dict[str, type[RunFailed]] = {
@@ -283,6 +284,8 @@ class _Trainer(TorchTrainer):
         environment.setdefault(
             RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
         )
+        if self.session.embedded:  # nobody takes a node of it away: no process is needed to watch for that
+            environment[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(TrainController)
         self.controller = remote.remote(**options)

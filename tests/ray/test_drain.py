@@ -70,7 +70,7 @@ class Driver:
     """`manta train`, whose steps are slow until it is told to `end`."""
 
     def __init__(self, folder: Path, environment: dict[str, str], *options: str) -> None:
-        self.run, self._go, self._mark = folder / "run", folder / "go", {"MANTA_TEST_RUN": str(folder)}
+        self.run, self._go, self._mark = folder / "run", folder / "go", {MARK: environment[MARK]}
         (folder / "recipe.yaml").write_text(json.dumps(paced(self._go)))
         self._command = [sys.executable, "-m", "jobs", "train", str(folder / "recipe.yaml"), f"--run={self.run}"]
         self.process = subprocess.Popen(
@@ -78,11 +78,11 @@ class Driver:
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
-            env={**environment, **self._mark},
+            env=environment,
         )
 
     def workers(self) -> list[psutil.Process]:
-        """Those of Ray Train's that are its own."""
+        """Those of Ray Train's, which have the environment of their node."""
         return [found for found in left_over(self._mark) if "RayTrainWorker" in " ".join(found.cmdline())]
 
     def trains(self, *, after: int = 0) -> int:
