@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -39,12 +40,14 @@ from cluster.adversarial.players import (
     learn,
     take_turn,
 )
-from cluster.errors import RunFailed, StorageFailed
+from cluster.errors import RayLost, RunFailed, StorageFailed
 from cluster.group import join, listen_at, lost_peer
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession
+from cluster.runtime.draining import DRIVER, draining, drains
 from cluster.runtime.lifeline import POLL_S
 from cluster.training.checkpoints import to_cpu
+from cluster.training.leaving import once_on_sigterm
 from cluster.training.memory import keep_freed_memory
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
@@ -75,6 +78,8 @@ class _Actor:
         self, recipe: dict[str, Any], splits: Splits, tables: dict[str, Any], seat: Seat, path: Sequence[str]
     ) -> None:
         sys.path.extend(part for part in path if part not in sys.path)
+        self._sigterm = threading.Event()
+        once_on_sigterm(self._sigterm.set)
         torch.set_num_threads(seat.threads)
         self.seat = seat
         self.device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
@@ -93,8 +98,8 @@ class _Actor:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def join(self, meeting: str) -> None:
-        """Become one of the peers that meet there."""
+    def join(self, meeting: str) -> str:
+        """Become one of the peers that meet there. Returns the id of this actor's node."""
         listen_at(ray.util.get_node_ip_address())
         replicas = self.seat.replicas
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -103,6 +108,13 @@ class _Actor:
         halves = [distributed.new_group(range(first, first + replicas), timeout=patience) for first in (0, replicas)]
         self.group = halves[self.peer // replicas]
         self.exchange: Any = distributed.new_group(range(2 * replicas), timeout=patience)
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
+
+    def warned(self) -> str | None:
+        """Whether its process has been told to end, in words."""
+        who = f"half {self.peer} on {ray.util.get_node_ip_address()}"
+        return f"{who} was told to end (SIGTERM)" if self._sigterm.is_set() else None
 
     @property
     def peer(self) -> int:
@@ -255,8 +267,13 @@ class ActorPlayers:
         bundle: dict[str, float],
         session: RaySession,
     ) -> None:
-        """Start an embedded Ray anew first, where it has gone. Raises PlayersLost where a half dies while it starts."""
+        """Start an embedded Ray anew first, where it has gone. Raises PlayersLost where a half dies while it starts.
+
+        Raises RayLost where this process's own node is about to go.
+        """
         session.revive()
+        if session.drained():
+            raise RayLost(DRIVER)
         self._session = session
         self._notes: Path | None = None
         self._actors: list[Any] = []
@@ -302,7 +319,7 @@ class ActorPlayers:
             meeting = f"file://{self._notes / uuid.uuid4().hex}"
         else:
             meeting = self._all([self._actors[0].meeting_point.remote()])[0]
-        self._all([actor.join.remote(meeting) for actor in self._actors])
+        self._nodes = set(self._all([actor.join.remote(meeting) for actor in self._actors]))
 
     def _await_room(self, group: PlacementGroup, what: str) -> None:
         notice = time.monotonic() + PLACEMENT_NOTICE_S
@@ -338,6 +355,14 @@ class ActorPlayers:
         """See Players."""
         calls = [self._generators[0].weights.remote(weights), self._discriminators[0].weights.remote()]
         return as_halves(*self._all(calls))
+
+    def warned(self) -> str | None:
+        """See Players."""
+        if self._session.drained():
+            return DRIVER
+        if not self._session.embedded and (nodes := draining(self._nodes)):
+            return drains(nodes)
+        return next(filter(None, self._all([actor.warned.remote() for actor in self._actors])), None)
 
     def close(self) -> None:
         """See Players."""

@@ -29,6 +29,7 @@ from cluster.adversarial.players import (
     Played,
     Players,
     PlayersLost,
+    PlayersWarned,
     State,
     interval_ends,
 )
@@ -83,7 +84,8 @@ class Coordinator:
         self.checkpoints = Checkpoints(run / "checkpoints", keep=self.train.keep_checkpoints)
         self.background = Background()
         self.players: Players | None = None
-        self.restarts = 0
+        self.restarts = self.preemptions = 0
+        self._began = time.time()
         self.journal = self._new_journal()
 
     @property
@@ -102,12 +104,17 @@ class Coordinator:
         Those of the validation split are among them where the epoch ended with a look.
 
         Halves whose processes die are started again, up to the recipe's max_failures times, from the newest
-        checkpoint, and epochs since then are told again. Raises RunFailed where they die more often.
+        checkpoint, and epochs since then are told again. Raises RunFailed where they die more often. Those that are
+        warned before are saved at the end of the segment, and started elsewhere.
         """
         while True:
             try:
                 yield from self._play()
                 return
+            except PlayersWarned as warned:
+                self._close_players()
+                self.preemptions += 1
+                logger.warning("%s; both start again elsewhere", warned)
             except PlayersLost as lost:
                 self._close_players()
                 self.restarts += 1
@@ -135,7 +142,8 @@ class Coordinator:
         self.players = self._start()
         self.journal.close()
         resumed = self._resume(self.players)
-        self.journal.open(began=time.time(), keep_to_step=None if resumed else -1)
+        since = self._began if self.restarts or self.preemptions else None
+        self.journal.open(began=time.time(), keep_to_step=None if resumed else -1, since=since)
         if not resumed:
             self._look(self.players, epoch=0)  # the untrained halves
             self.progress.game["untrained"] = dict(self.progress.validation)
@@ -144,6 +152,10 @@ class Coordinator:
             looked = self._segment(self.players)
             if self.progress.epoch > done:
                 yield self.journal.metrics() if looked else prefixed("train", self.progress.train)
+            if not self.ended and (reason := self.players.warned()):
+                self._checkpoint(self.players)
+                self.background.wait()
+                raise PlayersWarned(f"{reason}: saved after step {self.progress.step}")
 
     def _segment(self, players: Players) -> bool:
         """Play to the next checkpoint or epoch's end; whether it ended with a look."""
@@ -152,8 +164,7 @@ class Coordinator:
         began = time.perf_counter()
         played = players.play(first, steps, self.watch.learning_rate_factor)
         elapsed = time.perf_counter() - began
-        if journal.first_step_at is None:
-            journal.first_step_at = time.time() - elapsed * (1 - 1 / steps)
+        journal.first_step(at=time.time() - elapsed * (1 - 1 / steps))
         finite = self._take_in(played, first, steps, elapsed)
         ended_epoch, looks = progress.step % self.epoch_steps == 0, False
         if not finite:
@@ -380,6 +391,7 @@ class Coordinator:
             num_parameters=sum(p.numel() for p in halves.parameters()),
             world_size=self.replicas,
             restarts=self.restarts,
+            preemptions=self.preemptions,
             untrained=self.progress.game.get("untrained", {}),
             rollbacks=self.progress.game.get("rollbacks", []),
         )

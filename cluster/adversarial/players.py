@@ -39,6 +39,10 @@ class PlayersLost(Exception):
     """The process of a half has died; the others have been ended."""
 
 
+class PlayersWarned(Exception):
+    """The process of a half is about to be ended; all has been saved."""
+
+
 class Players(Protocol):
     """A generator and a discriminator, wherever they are. Every method may raise PlayersLost."""
 
@@ -56,6 +60,9 @@ class Players(Protocol):
 
     def kept(self, weights: Weights) -> dict[str, Tensor]:
         """The weights that a run keeps, as those of `nn_models.adversarial.Halves`: these of the generator."""
+
+    def warned(self) -> str | None:
+        """Why the halves are to be started elsewhere soon, in words; None where they are not."""
 
     def close(self) -> None:
         """Leave no process behind."""
@@ -159,6 +166,10 @@ class LocalPlayers:
     def kept(self, weights: Weights) -> dict[str, Tensor]:
         """See Players."""
         return as_halves(self.generator.weights(weights).state_dict(), self.discriminator.module.state_dict())
+
+    def warned(self) -> str | None:
+        """See Players."""
+        return None
 
     def close(self) -> None:
         """See Players."""

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.data.cache import cache_root
+from cluster.data.cache import cache_root, publish
 from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import MANIFEST, SPLITS, Manifest, Shard, StoredColumn
 from cluster.data.rows import Rows
@@ -86,7 +84,7 @@ def _cached(spec: DataSpec) -> DataSet:
         unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             prepare(spec, Folder(unfinished))
-            _publish(unfinished, folder)
+            publish(unfinished, folder)
         except OSError as error:
             raise failure(str(folder), "written", error) from None
         finally:
@@ -98,16 +96,6 @@ def cache_key(spec: DataSpec) -> str:
     """Differs when the source, the split or the content differs."""
     identity = json.dumps([FORMAT, spec.identity(), spec.fingerprint()], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-
-def _publish(unfinished: Path, folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).exists():  # what is left of a set that somebody deleted
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        os.rename(unfinished, folder)
-    except OSError:
-        if not (folder / MANIFEST).exists():  # another process was not first: this is a real failure
-            raise
 
 
 def prepare(spec: DataSpec, out: Folder, *, mapper: Mapper = map) -> Manifest:

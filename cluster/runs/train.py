@@ -3,14 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.data.prepare import prepared
-from cluster.data.shards import DataSet
 from cluster.errors import Lost, RunFailed
 from cluster.recipe.fit import check, warn_about_classes
 from cluster.recipe.loading import load_recipe
@@ -23,6 +22,7 @@ from cluster.runs.admission import (
     workers_of,
 )
 from cluster.runs.going_on import command, last_word, telling_how
+from cluster.runs.sharing import other_nodes, reaching, refuse_unshared
 from cluster.runs.tail import Listener, Tail
 from cluster.runtime import (
     RaySession,
@@ -37,6 +37,7 @@ from cluster.runtime.existing import existing, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.context import LocalContext
 from cluster.training.identity import data_facts
+from cluster.training.leaving import Leaves, never, saved_on_sigterm
 from cluster.training.run_directory import RunDirectory, environment, new_place, result_of
 from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
@@ -142,6 +143,11 @@ def train(
             if session.embedded:
                 warn_about_cores(workers)
             refuse_unplaceable(session.ray, workers)
+            nodes = other_nodes(session, workers)
+            if not workers.coordinated:  # else this process writes all of it
+                refuse_unshared(session, nodes, directory.folder)
+            if "train" not in splits.tables:
+                splits = reaching(session, nodes, data, splits)
         if resume:
             directory.write_start(recipe, facts)
         else:
@@ -155,7 +161,7 @@ def train(
 
         stack.enter_context(last_word(session, say))
         result = run_here(
-            recipe, data, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
+            recipe, splits, directory, workers, session, num_workers=num_workers, listener=listener, began=began
         )
     return Outcome(result["status"], result["metrics"], str(directory), result)
 
@@ -168,7 +174,6 @@ def again(run: str, *, num_workers: int | tuple[int, int], use_gpu: bool, addres
 
 def run_here(
     recipe: Recipe,
-    data: DataSet,
     splits: Splits,
     directory: RunDirectory,
     workers: Workers,
@@ -187,7 +192,7 @@ def run_here(
         if listener:
             stack.enter_context(Tail(directory, listener))
         try:
-            found = _fit(recipe, data, splits, directory, workers, session)
+            found = _fit(recipe, splits, directory, workers, session)
         except BaseException as error:
             failed = {"status": "failed", "error": str(error)}
             with suppress(Lost, UserError):  # where the directory is what failed, that has been said
@@ -209,7 +214,6 @@ def write_end(
 
 def _fit(
     recipe: Recipe,
-    data: DataSet,
     splits: Splits,
     directory: RunDirectory,
     workers: Workers,
@@ -220,7 +224,10 @@ def _fit(
         from cluster.training.ray_train import train_on_ray
 
         return train_on_ray(recipe, splits, run=directory.folder, workers=workers, session=session)
-    with closing(open_training(recipe, data, splits, directory.folder, workers, session)) as training:
+    with (
+        saved_on_sigterm() if not workers.coordinated else nullcontext(never) as leaves,
+        closing(open_training(recipe, splits, directory.folder, workers, session, leaves=leaves)) as training,
+    ):
         for _ in training.epochs():
             pass
         return training.conclude()
@@ -250,25 +257,35 @@ class Training(Protocol):
 
 
 def open_training(
-    recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
+    recipe: Recipe,
+    splits: Splits,
+    run: Folder,
+    workers: Workers,
+    session: RaySession | None,
+    *,
+    leaves: Leaves = never,
 ) -> Training:
-    """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray."""
+    """The loop in this process, or a GAN's coordinator: its halves are in this process too, or in the session's Ray.
+
+    The loop is stopped by Left where it `leaves`.
+    """
     if workers.coordinated:
-        return coordinator_of(recipe, data, splits, run, workers, session)
+        return coordinator_of(recipe, splits, run, workers, session)
     from cluster.training.loop import Loop
 
-    return Loop(recipe, LocalContext(run=run, splits=splits, device=local_device(workers.use_gpu)))
+    device = local_device(workers.use_gpu)
+    return Loop(recipe, LocalContext(run=run, splits=splits, device=device, leaves=leaves))
 
 
 def coordinator_of(
-    recipe: Recipe, data: DataSet, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
+    recipe: Recipe, splits: Splits, run: Folder, workers: Workers, session: RaySession | None
 ) -> "Coordinator":
     """The coordinator of a GAN's halves, which are in this process, or in Ray actors."""
     from cluster.adversarial.coordinator import Coordinator
     from cluster.adversarial.features import open_features
     from cluster.adversarial.players import LocalPlayers, Players
 
-    device = local_device(workers.use_gpu and session is None)
+    data, device = splits.stored(), local_device(workers.use_gpu and session is None)
     start: Callable[[], Players] = partial(LocalPlayers, recipe, splits, device=device)
     if session is not None:
         from cluster.adversarial.actors import ActorPlayers

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RayLost
+from cluster.runtime.draining import draining
 from cluster.runtime.embedded import embedded_ray
 from cluster.runtime.existing import Existing, connected, first_line
 from cluster.runtime.lifeline import Lifeline
@@ -29,6 +30,7 @@ SETTINGS = {
     # how soon Ray Train notices that a run has ended, 2 s by default; each look takes time from busy workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # 5 s by default: a cloud's warning may come half a minute before
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of custom models keep their meaning
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -112,6 +114,10 @@ class RaySession:
         """Raise RayLost where Ray has gone."""
         if reason := self.lost():
             raise RayLost(reason)
+
+    def drained(self) -> bool:
+        """Whether the cluster is about to take this process's node away."""
+        return not self.embedded and bool(draining([self.ray.get_runtime_context().get_node_id()]))
 
     def revive(self) -> None:
         """Start an embedded Ray anew where it has gone: all references into it are void then.

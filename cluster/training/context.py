@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.storage import Folder
+from cluster.training.leaving import Leaves, never
 from cluster.training.splits import Splits
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ class Context(Protocol):
     def share(self, value: T) -> T:
         """Rank 0's plain value (what JSON can hold), on all ranks, once all have come here."""
 
+    def leaves(self, step: int) -> bool:
+        """Whether training stops here, where so many steps are done, to go on elsewhere: the same on all ranks."""
+
 
 class LocalContext:
     """One process, without Ray."""
@@ -45,8 +49,9 @@ class LocalContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, *, run: Folder, splits: Splits, device: torch.device) -> None:
+    def __init__(self, *, run: Folder, splits: Splits, device: torch.device, leaves: Leaves = never) -> None:
         self.run, self.splits, self.device = run, splits, device
+        self._leaves = leaves
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """See Context."""
@@ -68,12 +73,17 @@ class LocalContext:
         """See Context."""
         return value
 
+    def leaves(self, step: int) -> bool:
+        """See Context."""
+        return self._leaves(step)
+
 
 class GroupContext:
     """One rank of a process group; see Context."""
 
-    def __init__(self, *, run: Folder, splits: Splits, device: torch.device) -> None:
+    def __init__(self, *, run: Folder, splits: Splits, device: torch.device, leaves: Leaves = never) -> None:
         self.run, self.splits, self.device = run, splits, device
+        self._leaves = leaves
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -124,3 +134,7 @@ class GroupContext:
         distributed.broadcast(content, src=0)
         shared: T = json.loads(bytes(content.tolist()))
         return shared
+
+    def leaves(self, step: int) -> bool:
+        """See Context."""
+        return self._leaves(step)

@@ -34,7 +34,9 @@ class Result:
     num_parameters: int
     world_size: int
     first_step_at: float | None  # the time, as time.time() has it
-    restarts: int = 0
+    restarts: int = 0  # of the workers, after one has died
+    preemptions: int = 0  # moves of the workers, after a warning
+    lost_s: float = 0.0  # from the checkpoints gone on from to the steps that followed, over both
     more: dict[str, Any] = field(default_factory=dict)  # a GAN's untrained figures and rollbacks
 
     def facts(self) -> dict[str, Any]:
@@ -57,13 +59,18 @@ class Journal:
         self._writes = writes
         self._recorder: Recorder | None = None
         self._began = time.time()
+        self._broken_at: float | None = None  # until the first step after a break
 
-    def open(self, *, began: float, keep_to_step: int | None = None) -> None:
+    def open(self, *, began: float, keep_to_step: int | None = None, since: float | None = None) -> None:
         """Start to write; lines of steps past the progress (or `keep_to_step`), from before a restart, are dropped.
 
-        `began` is when this process took the run up. Times are told as if it had run without a break.
+        `began` is when this process took the run up. Times are told as if it had run without a break; what the break
+        has cost counts as lost where this is not the first start of a run that goes on `since` then.
         """
         self.close()
+        if since is None or self.progress.saved_at < since:
+            self.progress.lost_s = 0.0
+        self._broken_at = None if since is None else max(self.progress.saved_at, since)
         if self._writes:
             step = self.progress.step if keep_to_step is None else keep_to_step
             self._recorder = Recorder(RunDirectory(self.run), keep_to_step=step)
@@ -86,8 +93,15 @@ class Journal:
         """So many more steps are done."""
         self.progress.step += steps
         self.progress.epoch_step += steps
+        self.first_step(at=time.time())
+
+    def first_step(self, *, at: float) -> None:
+        """Note when the first step since `open` was done, where it is the first."""
         if self.first_step_at is None:
-            self.first_step_at = time.time()
+            self.first_step_at = at
+        if self._broken_at is not None:
+            self.progress.lost_s += at - self._broken_at
+            self._broken_at = None
 
     def interval(
         self,
@@ -154,6 +168,7 @@ class Journal:
         num_parameters: int,
         world_size: int = 1,
         restarts: int = 0,
+        preemptions: int = 0,
         ended: str | None = None,
         **more: Any,
     ) -> Result:
@@ -176,12 +191,14 @@ class Journal:
             world_size=world_size,
             first_step_at=self.first_step_at,
             restarts=restarts,
+            preemptions=preemptions,
+            lost_s=round(progress.lost_s, 3),
             more=more,
         )
 
     def state(self) -> dict[str, Any]:
         """The progress as a checkpoint has it."""
-        self.progress.time_s = self.time_s
+        self.progress.time_s, self.progress.saved_at = self.time_s, time.time()
         return self.progress.state()
 
     def flush(self) -> None:
@@ -214,11 +231,12 @@ class Pending:
         self._counted = False
         self._used: list[Sequence[Place]] = []  # the pieces of each step's batch
         self.grad_norm: Tensor | None = None
+        self.earlier: Collected | None = None  # of the same interval, from before a break
 
     @property
     def full(self) -> bool:
-        """Whether the next step would find no room."""
-        return len(self._used) == self._num_steps
+        """Whether the interval is over: the next step would find no room."""
+        return len(self._used) + (len(self.earlier.sums) if self.earlier else 0) >= self._num_steps
 
     def begin(self, places: Sequence[Place]) -> None:
         """Note the rows of a new step, which comes in these pieces."""
@@ -237,7 +255,8 @@ class Pending:
         """What has been added up; starts anew."""
         sums = self._sums[: len(self._used)].clone()
         self._sums.zero_()
-        parts = [digest_part(place.ids, place.start) for places in self._used for place in places]
+        parts = [np.zeros(2, np.int64)]
+        parts += [digest_part(place.ids, place.start) for places in self._used for place in places]
         collected = Collected(
             sums=sums if self._counted else sums[:, : self._size],
             size=self._size,
@@ -251,13 +270,39 @@ class Pending:
 
 @dataclass(frozen=True)
 class Collected:
-    """Some steps of one rank. `sums` (steps, size), or where metrics have counts of their own (steps, 2 * size)."""
+    """Some steps of one rank, or of all: `sums` (steps, size), or (steps, 2 * size) where metrics have own counts."""
 
     sums: Tensor
     size: int
     digest: NDArray[np.int64]
     rows: int  # of all ranks
     weight: float  # of all ranks: what the loss counts
+    seconds: float = 0.0
+
+    def after(self, earlier: "Collected | None") -> "Collected":
+        """These steps together with earlier ones."""
+        if earlier is None or not len(earlier.sums):
+            return self
+        if not len(self.sums):
+            return earlier
+        return Collected(
+            sums=torch.cat([earlier.sums, self.sums]),
+            size=self.size,
+            digest=earlier.digest + self.digest,
+            rows=earlier.rows + self.rows,
+            weight=earlier.weight + self.weight,
+            seconds=earlier.seconds + self.seconds,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        plain = {"digest": self.digest.tolist(), "rows": int(self.rows), "weight": float(self.weight)}
+        return {**vars(self), **plain, "sums": self.sums.cpu()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> "Collected":
+        """From a checkpoint."""
+        return cls(**{**state, "sums": state["sums"].to(device), "digest": np.array(state["digest"], np.int64)})
 
 
 def prefixed(split: str, metrics: Mapping[str, float]) -> dict[str, float]:

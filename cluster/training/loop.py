@@ -3,22 +3,25 @@
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.recipe.recipe import Recipe
 from cluster.training.average import MovingAverage
 from cluster.training.beginning import new_model
+from cluster.training.buffers import fill, flat
 from cluster.training.carry import gathered, of_rows, on_device
 from cluster.training.checkpoints import Background, Checkpoints, State, name_at, read_model, save_model, to_cpu
 from cluster.training.context import Context
 from cluster.training.evaluation import evaluate, evaluate_best, names_of
 from cluster.training.gradients import touch_only_used_rows
 from cluster.training.identity import data_facts, described_rows
-from cluster.training.journal import Journal, Pending
+from cluster.training.journal import Collected, Journal, Pending
+from cluster.training.leaving import Left
 from cluster.training.memory import keep_freed_memory
 from cluster.training.progress import Progress
 from cluster.training.randomness import generator_state, seed_rank, set_generator_state
@@ -28,13 +31,14 @@ from nn_models.objectives import Objective
 logger = logging.getLogger(__name__)
 
 
-def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
+def fit(recipe: Recipe, *, context: Context, since: float | None = None) -> dict[str, Any]:
     """Train, from the newest checkpoint where there is one, and evaluate the best weights on the test split.
 
     Returns what result.json holds of it: metrics, best, steps, epochs, rows_per_s, …, the same on all ranks.
-    Raises Diverged, naming the step, where the loss is NaN or infinite.
+    Where these are not the first workers of a run, `since` is when it began: see Journal.open.
+    Raises Diverged, naming the step, where the loss is NaN or infinite; Left where the context says so.
     """
-    loop = Loop(recipe, context)
+    loop = Loop(recipe, context, since=since)
     try:
         for _ in loop.epochs():
             pass
@@ -46,7 +50,7 @@ def fit(recipe: Recipe, *, context: Context) -> dict[str, Any]:
 class Loop:
     """Training that can be followed epoch by epoch; see `fit`. `close` must be called at the end."""
 
-    def __init__(self, recipe: Recipe, context: Context) -> None:
+    def __init__(self, recipe: Recipe, context: Context, *, since: float | None = None) -> None:
         started = time.time()
         keep_freed_memory(context.device)
         self.whole_recipe = recipe
@@ -89,7 +93,7 @@ class Loop:
         seed_rank(self.train.seed, context.rank, 0)
         if newest is not None:
             self._resume(newest)
-        self.journal.open(began=started)
+        self.journal.open(began=started, since=since)
         self._using: Recipe | None = None
 
     @property
@@ -138,6 +142,8 @@ class Loop:
             self.step.carry = None
         batches = self.rows.batches(self.progress.epoch, self.progress.epoch_step, pieces=self.train.accumulation)
         for pieces in batches:
+            if self.context.leaves(self.progress.step):
+                self._leave(began)
             factor = self.recipe.schedule.factor(self.progress.step, self.num_steps)
             self.step(pieces, self.objective, rate_factor=factor)
             self.journal.stepped()
@@ -200,23 +206,33 @@ class Loop:
 
     def _log_interval(self, began: float) -> float:
         """Add up the steps since the last call over all ranks and write their means. Returns the time now."""
-        collected = self.pending.collect()
-        sums = self.context.sum(collected.sums)
+        collected = self._collected(began)
+        sums = collected.sums
         totals, size = sums.sum(0).tolist(), collected.size
         if not np.isfinite(totals[0]):
             first = int((~torch.isfinite(sums[:, 0])).nonzero()[0])
             self._diverged("loss", self.progress.step - len(sums) + first + 1)
-        digest = self.context.sum(torch.from_numpy(collected.digest).to(self.context.device)).tolist()
-        elapsed = time.perf_counter() - began
-        self.journal.trained(rows=collected.rows, seconds=elapsed, digest=digest)
+        self.journal.trained(rows=collected.rows, seconds=collected.seconds, digest=collected.digest.tolist())
         extra: dict[str, Any] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.pending.grad_norm is not None:
             extra["grad_norm"] = float(self.pending.grad_norm)
         counts = [collected.weight, *totals[size + 1 :]] if len(totals) > size else None
         self.journal.interval(
-            totals[:size], weight=collected.weight, counts=counts, rows_per_s=collected.rows / elapsed, **extra
+            totals[:size],
+            weight=collected.weight,
+            counts=counts,
+            rows_per_s=collected.rows / collected.seconds,
+            **extra,
         )
         return time.perf_counter()
+
+    def _collected(self, began: float) -> Collected:
+        """The steps of the interval so far, their sums over all ranks, of which those before a break are part."""
+        own = self.pending.collect()
+        sums = self.context.sum(own.sums)
+        digest = self.context.sum(torch.from_numpy(own.digest).to(self.context.device)).cpu().numpy()
+        earlier, self.pending.earlier = self.pending.earlier, None
+        return replace(own, sums=sums, digest=digest, seconds=time.perf_counter() - began).after(earlier)
 
     def _diverged(self, what: str, step: int) -> NoReturn:
         raise self.progress.diverged(what, step=step, rate=self.step.base_rates[0])
@@ -245,18 +261,33 @@ class Loop:
 
     def _average_buffers(self) -> None:
         """Give all ranks the mean of their running statistics (batch normalisation's); gradients never see these."""
+        if self.context.world_size > 1 and (buffers := self._buffers()):
+            fill(buffers, self.context.sum(flat(buffers)) / self.context.world_size)
+
+    def _buffers(self) -> list[Tensor]:
         modules = [self.model, *([self.average.module] if self.average else [])]
-        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
-        if self.context.world_size == 1 or not buffers:
-            return
-        flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-        mean = self.context.sum(flat) / self.context.world_size
-        for buffer, values in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+        return [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+
+    def _leave(self, began: float) -> NoReturn:
+        """Save all between two steps, where no checkpoint is due, so that whoever goes on comes to the same figures.
+
+        The ranks' own running statistics are kept, as they are without this checkpoint, and so is the interval's part.
+        Raises Left once that is written.
+        """
+        self._refuse_broken_weights()
+        collected = self._collected(began)
+        buffers = self._buffers()
+        own = self.context.gather(flat(buffers)) if buffers else []
+        self._save({"interval": collected.state() if len(collected.sums) else None, "buffers": to_cpu(own)})
+        self.background.wait()
+        raise Left(self.progress.step)
 
     def _checkpoint(self) -> None:
         """Save everything that decides how training goes on. The loop waits only for the copy, not for the writing."""
         self._average_buffers()
+        self._save({})
+
+    def _save(self, more: State) -> None:
         generators = self.context.gather(generator_state(self.context.device))
         carry = gathered(self.step.carry, self.context)
         if self.context.rank == 0:
@@ -271,6 +302,7 @@ class Loop:
                 "average": to_cpu(self.average.state_dict()) if self.average else None,
                 "generators": [generator.cpu() for generator in generators],
                 "carry": to_cpu(carry),
+                **more,
             }
             step = self.progress.step
             self.background.submit(lambda: self.checkpoints.save(step, state))
@@ -296,6 +328,11 @@ class Loop:
             place = self.rows.order.place(progress.epoch, progress.epoch_step, context.rank, context.world_size)
             first = place.start - self.rows.order.place(progress.epoch, progress.epoch_step, 0, 1).start
             self.step.carry = on_device(of_rows(state.get("carry"), first, place.num_rows), context.device)
+        if state.get("interval"):
+            self.pending.earlier = Collected.restored(state["interval"], context.device)
+        if own := state.get("buffers"):
+            same = state["world_size"] == context.world_size
+            fill(self._buffers(), own[context.rank] if same else torch.stack(own).mean(0))
         if state["world_size"] == context.world_size:
             set_generator_state(state["generators"][context.rank], context.device)
         else:

@@ -48,6 +48,8 @@ class Progress:
     best: dict[str, Any] | None = None  # what is known of the weights that are kept: see `lifted`
     ended: str | None = None  # why training ended before its last epoch
     time_s: float = 0.0
+    saved_at: float = 0.0  # when a checkpoint was made of it, as time.time() has it
+    lost_s: float = 0.0  # between such a time and the next step, where the run's workers were started again
     train_s: float = 0.0  # time spent in steps, and the rows trained in it
     train_rows: int = 0
     game: dict[str, Any] = field(default_factory=dict)  # a GAN's alone: its watch, rollbacks, untrained figures

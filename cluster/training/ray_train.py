@@ -24,6 +24,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     get_env_vars_to_propagate,
 )
 from ray.train.v2._internal.execution.controller import TrainController
@@ -32,11 +33,14 @@ from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
 from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
+from cluster.runtime.draining import DRIVER
 from cluster.runtime.lifeline import POLL_S
 from cluster.storage import Folder
 from cluster.training.context import GroupContext
+from cluster.training.leaving import Leaving, Left
 from cluster.training.loop import fit
 from cluster.training.notes import FAILURE, STARTS, Notes
+from cluster.training.notice import LEAVING, heard, heed_sigterm
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
 
@@ -62,11 +66,12 @@ class NodesConfig(TorchConfig):
 class _NodesBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend."""
-        worker_group.execute(_listen_at_node)
+        worker_group.execute(_at_start)
         super().on_start(worker_group, backend_config)
 
 
-def _listen_at_node() -> None:
+def _at_start() -> None:
+    heed_sigterm()
     listen_at(ray.util.get_node_ip_address())
 
 
@@ -91,6 +96,7 @@ class _LoopbackBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """See Backend. A file is where the workers meet: a new one for each start."""
+        worker_group.execute(heed_sigterm)
         meeting = f"file://{Path(tempfile.mkdtemp(dir=backend_config.meeting)) / 'store'}"
         timeout_s, backend = backend_config.timeout_s, backend_config.backend
         shared = {"world_size": len(worker_group), "timeout_s": timeout_s, "backend": backend}
@@ -109,35 +115,62 @@ class _LoopbackBackend(Backend):
 def train_on_ray(
     recipe: Recipe, splits: Splits, *, run: Folder, workers: Workers, session: RaySession
 ) -> dict[str, Any]:
-    """Run the loop in Ray workers and return what rank 0's `fit` returned, with the number of `restarts`.
+    """Run the loop in Ray workers and return what rank 0's `fit` returned, with `restarts` and `preemptions`.
 
     Workers that die are started again, up to the recipe's max_failures times, from the newest checkpoint; so is all
-    where Ray Train's controller dies, and with it an embedded Ray whose raylet or GCS does.
-    Raises Diverged, UserError or RunFailed with what happened in the workers; RayLost where Ray has gone for good.
+    where Ray Train's controller dies, and with it an embedded Ray whose raylet or GCS does. Workers that are warned
+    before (see notice) stop at a checkpoint and are started elsewhere, as often as that is so.
+    Raises Diverged, UserError or RunFailed with what happened in the workers; RayLost where Ray has gone for good, or
+    takes this process along.
     """
-    restarts, allowed = 0, recipe.train.max_failures
+    began, restarts, preemptions, allowed = time.time(), 0, 0, recipe.train.max_failures
     while True:
         session.revive()
-        with closing(_Attempt(recipe, splits, run, workers, session, max_failures=allowed - restarts)) as attempt:
+        again = {"began": began, "again": restarts + preemptions > 0}
+        left = allowed - restarts
+        with closing(_Attempt(recipe, splits, run, workers, session, max_failures=left, again=again)) as attempt:
             try:
                 result = attempt.result()
-                return {**result, "restarts": restarts + attempt.starts - 1}
+                restarts += attempt.starts - 1
+                break
+            except AttemptMoves as moves:
+                preemptions += 1
+                restarts += attempt.starts - 1
+                if session.drained():
+                    raise RayLost(str(moves)) from None
+                logger.warning("%s; the workers start again elsewhere", moves)
             except AttemptLost as lost:
                 restarts += attempt.starts
                 if restarts > allowed:
                     raise RunFailed(f"{lost}, more often than train.max_failures allows ({allowed})") from None
                 logger.warning("%s; the workers are started again from the newest checkpoint", lost)
+    if restarts or preemptions:
+        told = "%d restarts after a death and %d moves after a warning have cost %.1f s"
+        logger.info(told, restarts, preemptions, result["lost_s"])
+    return {**result, "restarts": restarts, "preemptions": preemptions}
 
 
 class AttemptLost(Exception):
     """What led the workers has died, and they with it."""
 
 
+class AttemptMoves(Exception):
+    """The workers were warned, and have stopped at a checkpoint."""
+
+
 class _Attempt:
     """One controller of Ray Train's with its workers, which it may start several times. `close` must be called."""
 
     def __init__(
-        self, recipe: Recipe, splits: Splits, run: Folder, workers: Workers, session: RaySession, *, max_failures: int
+        self,
+        recipe: Recipe,
+        splits: Splits,
+        run: Folder,
+        workers: Workers,
+        session: RaySession,
+        *,
+        max_failures: int,
+        again: dict[str, Any],
     ) -> None:
         self._session = session
         key = uuid.uuid4().hex
@@ -158,6 +191,7 @@ class _Attempt:
                 "tables": session.references(splits.tables),
                 "run": run.uri,
                 "notes": key,
+                **again,
                 "path": sys.path,
                 "threads": workers.cpus,
             },
@@ -189,6 +223,8 @@ class _Attempt:
             raise AttemptLost(str(lost)) from None
         if "failure" in returned:
             _raise(returned["failure"])
+        if "moves" in returned:
+            raise AttemptMoves(returned["moves"])
         found: dict[str, Any] = returned["result"]
         return found
 
@@ -200,6 +236,8 @@ class _Attempt:
     def _look(self) -> None:
         """Called every moment while the workers train."""
         self._session.refuse_lost()
+        if self._session.drained():
+            self._notes.write(LEAVING, DRIVER)
         if failure := self._notes.read(FAILURE):
             raise _ToldFailure(failure)
 
@@ -246,6 +284,8 @@ class _Trainer(TorchTrainer):
         environment.setdefault(
             RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
         )
+        if self.session.embedded:  # nobody takes a node of it away: no process is needed to watch for that
+            environment[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(TrainController)
         self.controller = remote.remote(**options)
@@ -286,14 +326,22 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         return {"failure": failure}
     tables = dict(zip(config["tables"], ray.get(list(config["tables"].values())), strict=True))
     splits = replace(config["splits"], tables=tables)
-    context = GroupContext(run=Folder(config["run"]).anchored(), splits=splits, device=get_device())
+    leaving = Leaving()
+    run, device = Folder(config["run"]).anchored(), get_device()
+    context = GroupContext(run=run, splits=splits, device=device, leaves=leaving.leaves)
     if context.rank == 0:
         notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
+    start = context.share(notes.read(STARTS))
+    since = config["began"] if config["again"] or start > 1 else None
+    place = {"rank": context.rank, "world_size": context.world_size}
     alone = ExitStack()
     try:
         if context.rank == 0 and context.run.local:  # workers whose controller has died may live on a little, and write
             alone.enter_context((context.run / "checkpoints").create().claimed(patience_s=DEATH_TIMEOUT_S))
-        return {"result": fit(Recipe.model_validate(config["recipe"]), context=context)}
+        with heard(leaving, notes, group=f"group {start}", **place):
+            return {"result": fit(Recipe.model_validate(config["recipe"]), context=context, since=since)}
+    except Left as left:
+        return {"moves": f"{notes.read(LEAVING)}: {left}"}
     except Diverged as error:  # all ranks are here
         return {"failure": _described(error)}
     except Exception as error:

@@ -14,6 +14,7 @@ from cluster.data.loader import Held, HeldRows, Reading, RowsOfRank, StreamedRow
 from cluster.data.manifest import SPLITS, Manifest
 from cluster.data.order import Buckets, InOrder, LaneOrder, Order, StreamOrder, Weights, held, training_order
 from cluster.data.shards import DataSet
+from cluster.data.shipment import Shipment
 from cluster.recipe.recipe import Recipe
 from cluster.storage import Folder
 from nn_models.batch import Batch
@@ -28,6 +29,11 @@ class Splits:
     manifest: Manifest
     where: str  # the prepared data set, read by workers only where training rows are streamed
     tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    shipment: Shipment | None = None  # how the prepared data set reaches nodes that do not see it there
+
+    def stored(self) -> DataSet:
+        """The prepared data set, as this process reads it."""
+        return self.shipment.arrived() if self.shipment else DataSet(Folder(self.where))
 
     def training(self, recipe: Recipe, *, rank: int, world_size: int, device: torch.device) -> RowsOfRank:
         """The training rows of one rank."""
@@ -44,8 +50,7 @@ class Splits:
             buckets=self._buckets(recipe),
         )
         if isinstance(order, LaneOrder):
-            data = DataSet(Folder(self.where))
-            return StreamedRows(data, order, reading, rank=rank, world_size=world_size)
+            return StreamedRows(self.stored(), order, reading, rank=rank, world_size=world_size)
         rows = self.held("train", device, names=reading.names)
         return HeldRows(rows, order, reading, rank=rank, world_size=world_size)
 
@@ -120,7 +125,7 @@ class Splits:
         if split in self.tables:
             lengths: NDArray[np.int32] = self.tables[split][f"{name}.{LENGTH}"].to_numpy()
             return lengths
-        return DataSet(Folder(self.where)).lengths(split, name)
+        return self.stored().lengths(split, name)
 
     def _work(self, split: str) -> Weights | None:
         """What each row of a split that is held takes to compute: its input's elements, where rows differ in length."""

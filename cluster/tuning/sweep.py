@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,13 +25,13 @@ from cluster.runs.admission import (
     workers_of,
 )
 from cluster.runs.going_on import command, last_word, telling_how
+from cluster.runs.sharing import other_nodes, reaching, refuse_unshared
 from cluster.runtime import RaySession, ray_session
 from cluster.runtime.existing import existing, refuse_temporary
 from cluster.storage import Folder
 from cluster.training.checkpoints import Checkpoints
 from cluster.training.identity import data_facts
 from cluster.training.run_directory import environment, new_place
-from cluster.training.splits import Splits
 from cluster.tuning.budget import longest_trial, needs_of, room_for, rungs
 from cluster.tuning.fused.groups import groups, pays, why_not
 from cluster.tuning.fused.pruning import PruningRule
@@ -105,6 +106,7 @@ def sweep(
         configure_tune()
         session = stack.enter_context(ray_session(address=there, cpus=cpus, verbose=verbose))
         running.refuse_what_never_fits(session, concurrency)
+        running.share(session)
         running.fuse(most)
         if began_with is not None:
             directory.write_start(recipe, running.environment | {"seed": recipe.sweep.seed})
@@ -224,6 +226,14 @@ class _Sweep:
         grown = room_for(self.needs, [limits]) if limits else 0
         self.state.concurrency = max(1, min(concurrency or 10_000, max(room, grown)))
 
+    def share(self, session: RaySession) -> None:
+        """See that trials on any node find the sweep's directory, and the data where they read its files themselves."""
+        nodes = other_nodes(session, self.workers)
+        refuse_unshared(session, nodes, self.directory.folder)
+        for where, (data, splits) in self.data.opened.items():
+            if "train" not in splits.tables or self.workers.coordinated:
+                self.data.opened[where] = data, reaching(session, nodes, data, splits)
+
     def fuse(self, most: int | None) -> None:
         """Settle whether trials train together, and how many. Raises UserError where they were to, and cannot."""
         reason = why_not(self.base, self.manifest)
@@ -252,7 +262,7 @@ class _Sweep:
         roster = self.roster
         roster.listener = listener
         stored = {
-            where: (Splits(splits.manifest, splits.where), session.references(splits.tables))
+            where: (replace(splits, tables={}), session.references(splits.tables))
             for where, (_, splits) in self.data.opened.items()
         }
         world = World(

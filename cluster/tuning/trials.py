@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Trial(tune.Trainable):
         if where not in self._tables and where in self.world.data:
             splits, references = self.world.data[where]
             held = dict(zip(references, ray.get(list(references.values())), strict=True))
-            self._tables[where] = Splits(splits.manifest, splits.where, held)
+            self._tables[where] = replace(splits, tables=held)
         elif where not in self._tables:
             self._tables[where] = open_splits(DataSet(where.folder), window=where.window)
         return self._tables[where]
@@ -199,9 +199,9 @@ class EpochTrial(Trial):
         self.open_run()
         trial, workers = self.trial, self.world.workers
         session = self.session() if workers.coordinated and workers.most else None
-        data, run = DataSet(trial.where.folder), self.directory.folder
+        run = self.directory.folder
         with self._failing():
-            self.training = open_training(trial.recipe, data, self.splits(), run, workers, session)
+            self.training = open_training(trial.recipe, self.splits(), run, workers, session)
             self.epochs = self.training.epochs()
 
     def advance(self) -> dict[str, Any]:
@@ -269,7 +269,6 @@ class RayTrainTrial(Trial):
         try:
             result = run_here(
                 self.trial.recipe,
-                DataSet(self.trial.where.folder),
                 self.splits(),
                 self.directory,
                 self.world.workers,

@@ -1,7 +1,9 @@
-"""Custom models that go wrong in a worker."""
+"""Custom models that go wrong in a worker, or are slow."""
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,3 +34,18 @@ class Suicidal(Faulty):
             if self.steps == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.linear(x.flatten(1))
+
+
+class Paced(nn.Module):
+    """With dropout and batch normalisation; its steps take a while for as long as there is no such file."""
+
+    def __init__(self, signature, until: str):
+        super().__init__()
+        hidden = [nn.Linear(signature.input_size, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.2)]
+        self.layers = nn.Sequential(*hidden, nn.Linear(32, signature.num_outputs))
+        self.until = Path(until)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.device.type != "meta" and not self.until.exists():
+            time.sleep(0.1)
+        return self.layers(x.flatten(1))
