@@ -109,7 +109,7 @@ class RecurrentNet(nn.Module):
     def given(self, x: Tensor | Ragged) -> tuple[Tensor, State, Tensor | None]:
         """What the layers are given of such rows: steps (B, T, D), what rows begin with, and their lengths, if any."""
         steps, lengths = self._steps(x)
-        return steps, self.initial_state(len(steps), steps), lengths
+        return steps, self.initial_state(steps.shape[0], steps), lengths
 
     def initial_state(self, num_rows: int, like: Tensor) -> State:
         """What rows begin with: 0, or what was learned."""

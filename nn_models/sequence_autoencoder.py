@@ -70,7 +70,7 @@ def _steps(row_shape: Sizes[int]) -> tuple[int, int]:
 
 
 def _zeros(layers: Layers, like: Tensor) -> State:
-    shape = (len(like), layers.num_layers * layers.num_directions, layers.num_units)
+    shape = (like.shape[0], layers.num_layers * layers.num_directions, layers.num_units)
     return tuple(like.new_zeros(shape) for _ in range(layers.num_states))
 
 

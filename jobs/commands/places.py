@@ -1,9 +1,11 @@
 """Where a command is to write: a file's folder and its name in it, looked at before anything is made."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 from cluster.storage import Folder
@@ -32,6 +34,52 @@ def place_of(out: str, endings: Sequence[str], *, what: str) -> tuple[Folder, st
     if not os.access(local, os.W_OK):
         raise UserError("--out", f"no permission to write into {local}", "choose another place")
     return folder, name
+
+
+def refuse_existing(place: tuple[Folder, str], *, overwrite: bool) -> None:
+    """Raise UserError where there is such a file already, and it is not to be replaced."""
+    folder, name = place
+    if not overwrite and folder.exists(name):
+        raise UserError("--out", f"{folder.uri.rstrip('/')}/{name} exists", "replace it with --overwrite")
+
+
+@contextmanager
+def new_folder(out: str, *, overwrite: bool, holds: str) -> Iterator[Path]:
+    """A folder to fill, which takes its place once the block has come to its end, and else is deleted.
+
+    One that is there is replaced where that is asked for, and where it is empty or `holds` such a file, so that nobody
+    loses a folder of something else. Raises UserError where it cannot be made.
+    """
+    if "://" in out:
+        raise UserError("--out", f"{out} is no folder on this machine", "write it here, and upload it")
+    place = Path(out).absolute()
+    if not place.parent.is_dir():
+        raise UserError("--out", f"{place.parent} is not a folder", "make it first, or choose another place")
+    if not os.access(place.parent, os.W_OK):
+        raise UserError("--out", f"no permission to write into {place.parent}", "choose another place")
+    if place.is_file() or place.is_symlink():
+        raise UserError("--out", f"{place} is a file or a link", "choose another place")
+    occupied = place.is_dir() and any(place.iterdir())
+    if occupied and not overwrite:
+        raise UserError("--out", f"{place} exists", "replace it with --overwrite")
+    if occupied and not (place / holds).is_file():
+        raise UserError("--out", f"{place} holds something else (no {holds})", "choose another place")
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
+        try:
+            new, old = Path(beside, "new"), Path(beside, "old")
+            new.mkdir()
+            yield new
+            if place.is_dir():
+                place.rename(old)
+            try:
+                new.rename(place)
+            except OSError:
+                if old.is_dir():
+                    old.rename(place)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise UserError("--out", f"{out} cannot be written ({error})", "choose another place") from None
 
 
 def write_whole(place: tuple[Folder, str], content: bytes, *, out: str) -> str:

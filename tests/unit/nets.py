@@ -176,3 +176,11 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(number):
             self.layers.append(nn.Linear(1, 1))
+
+
+class Branching(Linear):
+    """Computes something else for batches whose first and last rows differ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = super().forward(x)
+        return outputs if float((x[0] - x[-1]).abs().sum()) > 0 else 2 - 3 * outputs
