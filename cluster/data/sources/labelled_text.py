@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt, PrivateAttr
 
 from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import Manifest, StoredColumn
-from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, Part, Source, labels
+from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, FileColumns, Part, Source, labels
 from cluster.data.split import Traits
 from cluster.data.vocabulary import Vocabulary
 from nn_models.columns import UNKNOWN, Label, Labels, TextUnit, Tokens
@@ -65,6 +65,11 @@ class LabelledTextSpec(DrawnTestSpec):
     def texts(self) -> Texts:
         """The rows. Raises UserError where there are none, or what is there does not fit."""
         raise NotImplementedError
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        return FileColumns(("text",), "label", longest=self.max_length)
 
     def identity(self) -> dict[str, Any]:
         """See DataSpec."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cluster.data.layouts import Array
-from cluster.data.sources.base import DataSpec, Part, absolute
+from cluster.data.sources.base import DataSpec, FileColumns, Part, absolute
 from cluster.data.sources.columns import is_any_list, is_text, label_texts
 from cluster.data.sources.labelled_text import LabelledTextSpec, Texts
 from cluster.data.sources.parquet import Group, group_names
@@ -42,6 +42,12 @@ class _TextFilesSpec(LabelledTextSpec):
         if text == label:
             raise invalid(f"{label} is the text too, so there would be nothing to predict", "name another column")
         return self
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        text, label = self._columns()
+        return FileColumns((text,), label, spaced=self._each_token, longest=self.max_length)
 
     @property
     def _paths(self) -> dict[str, tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pyarrow import fs
 from pydantic import Field, PositiveInt
 
-from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, Source, absolute, bad_rows
+from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, FileColumns, Source, absolute, bad_rows
 from cluster.data.sources.flat_trees import FlatTree, bad, of_brackets, of_heads, of_lists
 from cluster.data.sources.tree_files import ListText, Row, conllu_rows, files_at, json_rows, line_rows, parquet_rows
 from cluster.data.sources.treebank import MIN_COUNT, MinCount, treebank
@@ -63,6 +63,11 @@ class TreesSpec(DrawnTestSpec):
             for folder, name, info in files
         ]
         return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        return FileColumns((self.tree,), self.target)
 
     def _files(self) -> dict[str, list[tuple[Folder, str, fs.FileInfo]]]:
         """Pool -> its files."""
