@@ -46,7 +46,7 @@ def read_sentence(text: str | Sequence[str], *, path: str) -> FlatTree:
     Of a tree in brackets the words alone are read. Raises UserError.
     """
     if isinstance(text, str):
-        words = _words_of(read_tree(text, path=path)) if "(" in text or ")" in text else text.split()
+        words = words_of(read_tree(text, path=path)) if "(" in text or ")" in text else text.split()
     else:
         words = list(text)
     if not words:
@@ -54,7 +54,7 @@ def read_sentence(text: str | Sequence[str], *, path: str) -> FlatTree:
     return of_joins(words, [(0, end) for end in range(2, len(words) + 1)])
 
 
-def _words_of(tree: FlatTree) -> list[str]:
+def words_of(tree: FlatTree) -> list[str]:
     """From left to right."""
     words: list[str] = []
     open_ = [len(tree.words) - 1]
