@@ -92,6 +92,8 @@ class Objective(ABC):
     metrics: tuple[Metric, ...] = ()
     whole: ClassVar[tuple[Metric, ...]] = ()  # of whole splits, which `figures` can measure
     best: str = "loss"
+    # whether what is said of a row's last element is said of the whole row: of a tree's root, of a text what follows it
+    last_says: ClassVar[bool] = False
     sections: ClassVar[tuple[str, ...]] = ()  # the parts of the report that show what `inspect` finds
 
     @abstractmethod

@@ -70,6 +70,7 @@ class NextToken(Objective):
     """
 
     metrics = (Metric("bits_per_token", "less"), Metric("accuracy", "more"))
+    last_says = True
     sections: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, *, carry_state: bool) -> None:

@@ -41,6 +41,7 @@ class NodeLabels(Objective):
 
     metrics: tuple[Metric, ...] = (NODES, ROOTS, POLES)
     best = ROOTS.name
+    last_says = True
 
     def __init__(self, *, poles: tuple[Classes, Classes] | None, best: str) -> None:
         self.metrics = (NODES, ROOTS, *([POLES] if poles else []))

@@ -6,7 +6,7 @@ pickled. So types are looked at before a value is, extension types are refused, 
 is where a type that is unknown here would travel to a process that knows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -53,6 +53,16 @@ class ParquetFile:
         except (pa.ArrowException, OSError) as error:
             raise UnreadableError(str(error)) from None
         return _plain(table, names)
+
+    def batches(self, names: Sequence[str], group: int, *, rows: int) -> Iterator[pa.Table]:
+        """These columns of a row group, so many rows at once, and no more in memory. Raises UnreadableError."""
+        self._refuse_extensions(names)
+        names = list(dict.fromkeys(names))
+        try:
+            for batch in self._file.iter_batches(rows, row_groups=[group], columns=names):
+                yield _plain(pa.Table.from_batches([batch]), names)
+        except (pa.ArrowException, OSError) as error:
+            raise UnreadableError(str(error)) from None
 
     def first_row(self, names: Sequence[str]) -> pa.Table:
         """These columns of the first row, of which there must be one. Raises UnreadableError."""

@@ -4,7 +4,7 @@ import codecs
 import csv as python_csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -75,6 +75,17 @@ class TabularFile:
             self.check(column)
         texts = [name for name in texts if name in columns]
         return self._csv(columns, texts) if self._ending in SEPARATORS else self._json_of(columns, texts)
+
+    def pieces(self, columns: Sequence[str], group: int, *, rows: int, texts: Sequence[str] = ()) -> Iterator[pa.Table]:
+        """The same of one row group, so many rows at once; of Parquet files no more is in memory."""
+        if self._ending not in PARQUET:
+            table = self.read(columns, group, texts=texts)
+            yield from (table.slice(first, rows) for first in range(0, table.num_rows, rows))
+            return
+        try:
+            yield from open_parquet(self.name).batches(columns, group, rows=rows)
+        except UnreadableError as error:
+            raise _damaged(self.name, error) from None
 
     def _other_separator(self, names: Sequence[str]) -> str | None:
         ours = SEPARATORS.get(self._ending)
@@ -212,7 +223,11 @@ def read_parquet(name: str, columns: Sequence[str], group: int | None = None) ->
     try:
         return file.read(columns, group)
     except UnreadableError as error:
-        raise UserError(name, f"damaged Parquet file ({error})", "replace or remove it") from None
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: UnreadableError) -> UserError:
+    return UserError(name, f"damaged Parquet file ({error})", "replace or remove it")
 
 
 def check_plain(name: str, file: ParquetFile, column: str) -> None:

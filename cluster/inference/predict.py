@@ -1,15 +1,19 @@
-"""predict: what a run's best model says of a tree, node by node, from RUN/model alone."""
+"""predict: what a run's best model says of a text, or of a tree, node by node, from RUN/model alone."""
 
 from dataclasses import dataclass
 from typing import cast
 
+import pyarrow as pa
 import torch
 
 from cluster.data.sources.flat_trees import FlatTree
+from cluster.inference.predictions import Predicting, opened_predictor
+from cluster.runs.given_files import GivenTexts
+from cluster.runs.given_tables import INPUT
 from cluster.runs.given_trees import is_tree, read_tree
 from cluster.runs.opened import Parser, open_model
 from cluster.runs.predictor import Predictor
-from nn_models.columns import Labels, Tree
+from nn_models.columns import Labels, Tokens, Tree
 from nn_models.errors import UserError
 from nn_models.evidence import confidence
 
@@ -21,6 +25,32 @@ class PredictedTree:
     tree: FlatTree
     labels: list[str | None]
     confidences: list[float | None]
+
+
+def predict_text(
+    run: str, text: str, *, parser: str | None = None, top: int = 5, device: torch.device | None = None
+) -> "PredictedTree | pa.Table":
+    """A tree with what is said of its nodes, where the run's model reads trees; else the row that is said of a text.
+
+    Of a language model that is the token that follows the text. Raises UserError where the model reads no text.
+    """
+    model = open_model(run, device=device)
+    column = model.manifest.columns[INPUT].column
+    if isinstance(column, Tree):
+        return predict_tree(run, text, parser=parser, device=device)
+    model = opened_predictor(run, device=device)
+    if not isinstance(column, Tokens):
+        what = f"its model reads no text (input: {column.describe()})"
+        raise UserError(run, what, "name a file of rows in the place of --text")
+    if parser is not None:
+        raise UserError("--parser", "the model reads texts, and no trees", "leave it out")
+    if not column.unit:
+        raise UserError(run, "its model reads numbers of words that have no names", "give a file with lists of them")
+    if not text:
+        raise UserError("--text", "no text", "give some")
+    texts = GivenTexts([text], {INPUT: model.manifest.columns[INPUT]}, model.recipe.data.file_columns, path="--text")
+    (found,) = Predicting(model, texts, top=top, gather=False).found(texts.parts[0])
+    return found.table
 
 
 def predict_tree(

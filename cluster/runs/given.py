@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.data.layouts import Ragged, shared
+from cluster.data.layouts import Dense, Ragged, shared
 from cluster.data.manifest import StoredColumn
 from cluster.data.vocabulary import Vocabulary, told
 from cluster.runs.given_trees import tree_rows
@@ -28,10 +28,13 @@ def as_stored(name: str, stored: StoredColumn, rows: Any, device: torch.device) 
     Rows of one shape are an array or a tensor (rows, *shape) of any numeric type, or lists of numbers; those that
     differ in length a sequence with an array for each row, or a mapping of the column's fields where it has several.
     Words and classes may be given by their names, and a row of tokens as a text: what is not in the vocabulary is then
-    counted and logged. Raises UserError for what the column cannot hold.
+    counted and logged. What is laid already, as files are read, is taken as it is. Raises UserError for what the column
+    cannot hold.
     """
+    if isinstance(rows, Dense | Ragged):
+        return rows.collate(stored.column, device)
     if stored.column.layout == "ragged":
-        return _ragged(name, stored, rows, device)
+        return laid(name, stored, rows).collate(stored.column, device)
     return dense(name, stored, rows).to(device)
 
 
@@ -78,7 +81,8 @@ def dense(name: str, stored: StoredColumn, rows: Any) -> Tensor:
     return values
 
 
-def _ragged(name: str, stored: StoredColumn, rows: Sequence[Any], device: torch.device) -> Value:
+def laid(name: str, stored: StoredColumn, rows: Sequence[Any]) -> Ragged:
+    """Rows that differ in length, as they are stored: see `as_stored`."""
     column, fields = stored.column, stored.column.ragged_fields()
     found: dict[str, list[NDArray[Any]]] = {field: [] for field in fields}
     lengths = []
@@ -100,7 +104,7 @@ def _ragged(name: str, stored: StoredColumn, rows: Sequence[Any], device: torch.
         field: np.concatenate([np.empty((0, *described.shape), described.dtype), *found[field]])
         for field, described in fields.items()
     }
-    return Ragged.of(whole, lengths).collate(column, device)
+    return Ragged.of(whole, lengths)
 
 
 def _spelled_out(name: str, column: Column, rows: Sequence[Any]) -> Sequence[Any]:

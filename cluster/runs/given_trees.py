@@ -49,7 +49,7 @@ def read_sentence(text: str | Sequence[str], *, path: str) -> FlatTree:
     Of a tree in brackets the words alone are read. Raises UserError.
     """
     if isinstance(text, str):
-        words = _words_of(read_tree(text, path=path)) if "(" in text or ")" in text else _between(text)
+        words = words_of(read_tree(text, path=path)) if "(" in text or ")" in text else _between(text)
     else:
         words = list(text)
     if not words:
@@ -62,7 +62,7 @@ def _between(text: str) -> list[str]:
     return [word for word in SPACES.split(text) if word]
 
 
-def _words_of(tree: FlatTree) -> list[str]:
+def words_of(tree: FlatTree) -> list[str]:
     """From left to right."""
     words: list[str] = []
     open_ = [len(tree.words) - 1]

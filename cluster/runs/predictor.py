@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from cluster.data.keys import row_keys
+from cluster.data.layouts import Dense, Ragged
 from cluster.data.manifest import Manifest, StoredColumn
 from cluster.data.scaling import Scaling
 from cluster.recipe.recipe import Recipe
 from cluster.runs.given import as_stored, wanted
+from cluster.runs.given_files import GivenFiles, as_paths
 from cluster.training.carry import joined
 from cluster.training.checkpoints import SavedModel
 from cluster.training.evaluation import autocast
@@ -131,11 +133,25 @@ class Predictor(OpenedModel):
         return self.scaling.inverse(self.of, outputs) if isinstance(outputs, Tensor) else outputs
 
     def predict(self, input: Any, **columns: Any) -> Any:
-        """Rows -> a list of the classes' names; where these have none, or numbers are predicted, a tensor of them."""
+        """Rows -> a list of the classes' names; where these have none, or numbers are predicted, a tensor of them.
+
+        In the place of rows may stand the path of a file or a folder, or a list of paths, as `manta predict` takes
+        them: text too, but where the model reads text, where a path is a `pathlib.Path`.
+        """
+        if (paths := as_paths(input, self._column("input").column)) is not None:
+            return self._of_files(paths, columns)
         predicted = self.objective.predicted(self(input, **columns))
         if not self.classes or not isinstance(predicted, Tensor) or predicted.is_floating_point():
             return predicted
         return _named(predicted.tolist(), self.classes)
+
+    def _of_files(self, paths: list[str], columns: Mapping[str, Any]) -> Any:
+        if columns:
+            raise UserError("rows", f"files, and {', '.join(columns)} beside them", "give one or the other")
+        read = {name: self._column(name) for name in self.reads}
+        files = GivenFiles(paths, read, self.recipe.data.file_columns, labelled=False, path="input")
+        found = [self.predict(**piece.columns) for part in files.parts for piece in files.read(part)]
+        return torch.cat(found) if isinstance(found[0], Tensor) else [name for names in found for name in names]
 
     def batch(self, rows: Mapping[str, Any]) -> Batch:
         """These rows as an objective is given them, on the device: so many as it is to compute at once."""
@@ -156,17 +172,16 @@ class Predictor(OpenedModel):
 
 def pieces(columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """So many rows at once as evaluation takes, which bounds memory; at least one piece."""
-    rows = {
-        name: values if isinstance(values, (Tensor, list, tuple)) else np.asarray(values)
-        for name, values in columns.items()
-    }
+    whole = (Tensor, Dense, Ragged, list, tuple)
+    rows = {name: values if isinstance(values, whole) else np.asarray(values) for name, values in columns.items()}
     for name, values in rows.items():
         if not getattr(values, "shape", (0,)):
             raise UserError(name, "one number, where the model takes a batch of rows", "give an array of them")
     if len({len(values) for values in rows.values()}) > 1:
         raise UserError("rows", f"columns of {', '.join(f'{len(v)} {n}' for n, v in rows.items())} rows")
     for first in range(0, max(1, len(next(iter(rows.values())))), EVALUATION_ROWS):
-        yield {name: values[first : first + EVALUATION_ROWS] for name, values in rows.items()}
+        some = slice(first, first + EVALUATION_ROWS)
+        yield {n: v.take(some) if isinstance(v, Dense | Ragged) else v[some] for n, v in rows.items()}
 
 
 def _named(numbers: Any, names: tuple[str, ...]) -> Any:

@@ -1,7 +1,7 @@
 """Evaluation: exact metrics of a split over all ranks, and the evidence that a report shows."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from cluster.training.run_directory import EVALUATION
 from nn_models.evidence import Evidence
 from nn_models.figures import Figures
 from nn_models.metrics import LOSS
-from nn_models.objectives import Objective
+from nn_models.objectives import Measured, Objective
 
 INSPECTED_ROWS = 16  # of the test, whose way through the model is looked at
 
@@ -31,6 +31,33 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def names_of(objective: Objective) -> tuple[str, ...]:
     """The loss, and the objective's metrics."""
     return (LOSS.name, *(metric.name for metric in objective.metrics))
+
+
+class Totals:
+    """Sums of the loss and of metrics over batches, in float64, and what they count."""
+
+    def __init__(self, num_metrics: int, device: torch.device) -> None:
+        """`num_metrics` beside the loss."""
+        self._size = 1 + num_metrics
+        self._weight, self._counted = 0.0, False
+        self._sums = torch.zeros(2 * self._size, dtype=torch.float64, device=device)
+
+    def add(self, weight: float, measured: Measured) -> None:
+        """Take in a batch that counts so much. Nothing is read back."""
+        size = self._size
+        self._weight += weight
+        self._sums[0] += measured.loss
+        self._sums[1:size] += measured.sums
+        if measured.counts is not None:
+            self._counted = True
+            self._sums[size] += weight
+            self._sums[size + 1 :] += measured.counts
+
+    def means(self, across: Callable[[Tensor], Tensor]) -> list[float]:
+        """Of the loss and the metrics, over all ranks; called by all."""
+        own = torch.cat((self._sums.new_tensor([self._weight, self._counted]), self._sums))
+        total, has_counts, *totals = across(own).tolist()
+        return means(totals[: self._size], total, totals[self._size :] if has_counts else None)
 
 
 @torch.no_grad()
@@ -50,9 +77,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    size = len(names_of(objective))
-    weight, counted = 0.0, False
-    sums = torch.zeros(2 * size, dtype=torch.float64, device=context.device)  # of each metric, and what it counts
+    totals = Totals(len(objective.metrics), context.device)
     carry: Any = None
     for (batch,) in rows.batches(0):
         place = batch.place
@@ -62,19 +87,12 @@ def evaluate(
         carry = kept(measured.carry, place.num_rows) if rows.order.carries else None
         if not place.num_rows:
             continue
-        weight += place.weight
-        sums[0] += measured.loss
-        sums[1:size] += measured.sums
-        if measured.counts is not None:
-            counted = True
-            sums[size] += place.weight
-            sums[size + 1 :] += measured.counts
+        totals.add(place.weight, measured)
         for whole in (figures, evidence):
             if whole is not None:
                 whole.add(batch, measured.outputs)
     model.train(training)
-    total, has_counts, *totals = context.sum(torch.cat((sums.new_tensor([weight, counted]), sums))).tolist()
-    found = means(totals[:size], total, totals[size:] if has_counts else None)
+    found = totals.means(context.sum)
     gathered = figures.values(context.sum, context.device) if figures is not None else {}
     return dict(zip(names_of(objective), found, strict=True)) | gathered
 

@@ -2,30 +2,14 @@
 
 import json
 import math
-import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jobs.commands.app import app, import_from_here
+from jobs.commands.given import DataArgument, LabelOption, SplitOption, data_of, splits_of
 from jobs.commands.options import GpuOption, JsonOption, RunArgument
-from nn_models.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from cluster.data.sources.base import DataSpec
-
-DataArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[DATA]",
-        help="A file of rows (Parquet, CSV, TSV, JSON lines) with the columns of the run's data, a source's name, a "
-        "prepared folder, or YAML: '{kind: parquet, …}'; by default the run's own data.",
-    ),
-]
-SplitOption = Annotated[
-    str | None, typer.Option(help="train, validation or test, of data with splits.", show_default=False)
-]
-LabelOption = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of a file with the labels.")]
+from nn_models.errors import UserError
 
 
 @app.command()
@@ -48,7 +32,7 @@ def encode(
 
     import_from_here()
     place = parquet_place(out)
-    tables = encode_rows(run, data=_data(data), splits=_splits(split), label=label, device=local_device(gpu))
+    tables = encode_rows(run, data=data_of(data), splits=splits_of(split), label=label, device=local_device(gpu))
     path, rows = stream_rows(tables, place, out=out)
     print(json.dumps({"path": path, "rows": rows}) if as_json else path)
 
@@ -95,7 +79,7 @@ def detect(
         raise UserError("--threshold", f"{threshold} is no error of rows", "give a number from 0 on")
     place = None if out is None else parquet_place(out)
     detector = Detector(run, anomaly=anomaly or (), rate=rate, given=threshold, device=local_device(gpu))
-    detection = detector.detect(_data(data), splits=_splits(split), label=label)
+    detection = detector.detect(data_of(data), splits=splits_of(split), label=label)
     path = None
     if place is not None:
         path, _ = stream_rows(detection.tables(), place, out=str(out))
@@ -104,27 +88,3 @@ def detect(
             pass
     found = detection.found()
     print(json.dumps({"path": path, **found})) if as_json else print_found(found, path)
-
-
-def _data(given: str | None) -> "DataSpec | str | None":
-    """A file of rows by its name, or a data section."""
-    from pathlib import PurePosixPath
-
-    from cluster.data.tabular import ENDINGS
-    from cluster.recipe.loading import parse_data
-
-    if given is None:
-        return None
-    if PurePosixPath(given).suffix.lower() in ENDINGS and not given.lstrip().startswith("{"):
-        return given
-    return parse_data(given, name="DATA").resolved(os.getcwd())
-
-
-def _splits(split: str | None) -> tuple[str, ...]:
-    from cluster.data.manifest import SPLITS
-
-    if split is None:
-        return ()
-    if split not in SPLITS:
-        raise UserError("--split", f"{split!r} is no split", did_you_mean(split, SPLITS))
-    return (split,)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -115,13 +116,15 @@ def print_manifest(where: str, manifest: Manifest, *, as_json: bool, verified: b
         console.print("checksums        match")
 
 
-def print_outcome(metrics: Mapping[str, float | None], facts: Mapping[str, object]) -> None:
+def print_outcome(
+    metrics: Mapping[str, float | None], facts: Mapping[str, object], *, file: TextIO | None = None
+) -> None:
     """Metrics, then facts, in two columns; what is None is left out, but a metric is then not finite."""
     figures = {name: "not finite" if value is None else f"{value:.4f}" for name, value in metrics.items()}
     shown = figures | {name: fact for name, fact in facts.items() if fact is not None}
     width = max(map(len, shown))
     for name, value in shown.items():
-        print(f"{name:{width}}  {value}")
+        print(f"{name:{width}}  {value}", file=file)
 
 
 def _pairs(rows: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""`manta evaluate`, `predict`, `generate`, `forecast`, `report`: what a trained run is used for."""
+"""`manta evaluate`, `generate`, `forecast`, `report`: what a trained run is used for."""
 
 import json
 import os
@@ -102,32 +102,6 @@ def generate(
     out = "samples.png" if out is None else out
     path = write_samples(run, num=num, out=out, label=label, seed=seed, between=between, device=device)
     print(json.dumps({"path": path, "num": num, "seed": seed, "label": label}) if as_json else path)
-
-
-@app.command()
-def predict(
-    run: RunArgument,
-    text: Annotated[
-        str, typer.Option(metavar="TREE", help="A tree in brackets, '((It works) .)'; with a parser a sentence.")
-    ],
-    parser: Annotated[
-        str | None, typer.Option(metavar="RUN", help="The run of a parser, which finds the sentence's tree.")
-    ] = None,
-    gpu: GpuOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Predict the classes of a tree's nodes, or find a sentence's tree, by a run's best model: from RUN/model alone."""
-    from cluster.inference.predict import predict_tree
-    from cluster.runtime import local_device
-    from jobs.commands.trees import tree_json, tree_lines
-
-    import_from_here()
-    found = predict_tree(run, text, parser=parser, device=local_device(gpu))
-    if as_json:
-        print(json.dumps(tree_json(found)))
-        return
-    for line in tree_lines(found):
-        print(line)
 
 
 @app.command()

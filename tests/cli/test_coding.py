@@ -75,14 +75,14 @@ def test_what_was_there_stays_where_encoding_fails(refused, runs, table, tmp_pat
          "trained on image 1 x 8 x 8 uint8; choose others"),
         ("digits", ["{kind: sklearn, table: wine}"], "DATA: the rows of sklearn are features 13 float32, but the"),
         ("digits", ["digitz"], "data.kind: unknown kind 'digitz'; did you mean digits?"),
-        ("digits", ["rows.csv"], "rows.csv cannot be told to hold rows of digits; give a data section, such as"),
+        ("digits", ["rows.csv"], "DATA: rows.csv: no such file or folder; check the path"),
         ("digits", ["digits", "--split", "test"], "--split: digits is taken as a whole; leave it out, or prepare"),
         ("digits", ["--split", "tests"], "--split: 'tests' is no split; did you mean test?"),
         ("digits", ["--label", "x"], "--label: only a file of rows has columns to choose from; leave it out"),
         ("digits", ["--out", "codes.csv"], "--out: 'codes.csv' is not the name of a Parquet file; end it in .parquet"),
         ("digits", ["--out", "no/codes.parquet"], "no is not a folder; make it first, or choose another place"),
         ("mlp", [], "a mlp, which makes no codes; give the run of an autoencoder"),
-        ("table", ["gone.csv"], "gone.csv: cannot be read"),
+        ("table", ["gone.csv"], "DATA: gone.csv: no such file or folder"),
     ],
 )  # fmt: skip
 def test_what_encode_refuses(refused, runs, tmp_path, monkeypatch, run, arguments, message):

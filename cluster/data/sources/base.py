@@ -83,11 +83,16 @@ def bad_rows(problems: Iterable[Problem]) -> UserError:
 
 
 class FileColumns(NamedTuple):
-    """The columns of a file with rows such as these: of what is read, and of the label; images of any size or not."""
+    """The columns of a file with rows such as these: of what is read, and of the label; images of any size or not.
+
+    Of texts: whether spaces alone separate their words, and how many tokens are read of each at most.
+    """
 
     input: tuple[str, ...]
     target: str | None = None
     resize: bool = False
+    spaced: bool = False
+    longest: int | None = None
 
 
 class DataSpec(Spec):

@@ -1,5 +1,6 @@
 """Columns of the user's Parquet files as arrays: images, features, numbers and labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ class ArrayColumns:
     resize: bool  # encoded images of another size
     moments: bool = True  # of images of bytes: whether their mean and std are kept
     whose: str = "the first file has"  # the shape, in errors
+    resized_by: str = "data.image_shape"  # what would resize images of another size, in errors
 
     @property
     def stored(self) -> StoredColumn:
@@ -55,10 +57,12 @@ class ArrayColumns:
         channels, height, width = self.shape
         return StoredColumn(column=Image(shape=(channels, height, width)), dtype="float32")
 
-    def read(self, table: pa.Table, where: str) -> Array:
-        """See Reader."""
-        if _is_encoded(table[self.names[0]].type):
-            return self._images(table[self.names[0]], f"{where}, column {self.names[0]}")
+    def read(self, table: pa.Table, where: str, *, named: Sequence[str] | None = None) -> Array:
+        """See Reader. `named` are the rows as errors call them, where that is not by their numbers in the table."""
+        if is_encoded(table[self.names[0]].type):
+            column = f"{where}, column {self.names[0]}"
+            names = named or [f"{column}, row {number}" for number in range(table.num_rows)]
+            return self._images(table[self.names[0]], names)
         columns = ", ".join(self.names)
         values = np.concatenate([_numbers(table[name], f"{where}, column {name}") for name in self.names], axis=1)
         if values.shape[1] != int(np.prod(self.shape)):
@@ -72,21 +76,22 @@ class ArrayColumns:
         rows = values.reshape(-1, *self.shape)
         return _pixels(rows, f"{where}, column {columns}") if self.dtype == "uint8" else rows
 
-    def _images(self, column: pa.ChunkedArray, where: str) -> Array:
+    def _images(self, column: pa.ChunkedArray, names: Sequence[str]) -> Array:
         channels, height, width = self.shape
-        field = None if self.resize else "data.image_shape"
+        field = None if self.resize else self.resized_by
 
-        def read(row: tuple[int, Any]) -> Array:
-            number, value = row
+        def read(row: tuple[str, Any]) -> Array:
+            name, value = row
             return decode_image(
                 _encoded(value),
-                name=f"{where}, row {number}",
+                name=name,
                 channels=channels,
                 size=(height, width),
                 size_field=field,
+                whose=self.whose.replace("file", "image"),
             )
 
-        return np.stack(each(read, enumerate(column.to_pylist())))
+        return np.stack(each(read, zip(names, column.to_pylist(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def array_columns(
     """
     kinds = [first.schema.field(column).type for column in columns]
     resize = image_shape is not None
-    if len(columns) == 1 and _is_encoded(kinds[0]):
+    if len(columns) == 1 and is_encoded(kinds[0]):
         if (channels := image_shape[0] if image_shape else channels) not in MODES:
             raise UserError(
                 name,
@@ -229,7 +234,8 @@ def is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-def _is_encoded(kind: pa.DataType) -> bool:
+def is_encoded(kind: pa.DataType) -> bool:
+    """Whether values of a type are images as files hold them."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)
 
 

@@ -18,6 +18,7 @@ from cluster.data.sources.base import (
     BadRows,
     DataSpec,
     DrawnTestSpec,
+    FileColumns,
     Part,
     Pixels,
     absolute,
@@ -119,6 +120,11 @@ class ImageFolderSpec(DrawnTestSpec):
             for name, info in images
         ]
         return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec: names of columns that are usual where a file has images."""
+        return FileColumns(("image",), "label", resize=self.image_size is not None)
 
     def target_fix(self, kinds: tuple[type[Column], ...]) -> tuple[str, str] | None:
         """See DataSpec."""

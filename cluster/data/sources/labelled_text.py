@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 
 from cluster.data.layouts import Array, Dense, Layout, Ragged
 from cluster.data.manifest import Manifest, StoredColumn
-from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, FittedSpec, Part, Source, labels
+from cluster.data.sources.base import BadRows, DataSpec, DrawnTestSpec, FileColumns, FittedSpec, Part, Source, labels
 from cluster.data.split import Traits
 from cluster.data.vocabulary import Vocabulary
 from nn_models.columns import UNKNOWN, Labels, TextUnit, Tokens
@@ -62,6 +62,11 @@ class LabelledTextSpec(FittedSpec, DrawnTestSpec):
     def texts(self) -> Texts:
         """The rows. Raises UserError where there are none, or what is there does not fit."""
         raise NotImplementedError
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        return FileColumns(("text",), "label", longest=self.max_length)
 
     def fits(self, manifest: Manifest) -> bool:
         """See FittedSpec."""

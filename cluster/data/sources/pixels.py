@@ -34,12 +34,19 @@ def endings() -> tuple[str, ...]:
 
 
 def decode_image(
-    content: bytes, *, name: str, channels: int, size: tuple[int, int] | None, size_field: str | None = None
+    content: bytes,
+    *,
+    name: str,
+    channels: int,
+    size: tuple[int, int] | None,
+    size_field: str | None = None,
+    whose: str = "the first image has",
 ) -> NDArray[np.uint8]:
     """The image as a viewer shows it, (channels, height, width). `size` is (height, width); None keeps its own.
 
     It is upright, and what is transparent lies on white. An image of another size is resized, or refused where
-    `size_field` names the recipe's field that was not given. Raises BadRows naming the image where it cannot be used.
+    `size_field` names the field or option that was not given; `whose` says of what the size is. Raises BadRows naming
+    the image where it cannot be used.
     """
     try:
         with Image.open(io.BytesIO(content), formats=formats()) as image:
@@ -56,7 +63,7 @@ def decode_image(
         if size_field:
             raise BadRows(
                 name,
-                f"{own_size[0]}x{own_size[1]} pixels where the first image has {size[0]}x{size[1]}",
+                f"{own_size[0]}x{own_size[1]} pixels where {whose} {size[0]}x{size[1]}",
                 f"set {size_field} to resize them all",
                 names=(size_field,),
             )

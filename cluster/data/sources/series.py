@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
 from cluster.data.layouts import Dense, Layout
-from cluster.data.manifest import SPLITS, StoredColumn
+from cluster.data.manifest import StoredColumn
 from cluster.data.series import Series, Windows
 from cluster.data.sources.base import DataSpec, DrawnTestSpec, Fraction, Part, Source, absolute, even_parts
 from cluster.data.sources.series_files import read_series
@@ -68,6 +68,24 @@ class WindowsSpec(DrawnTestSpec):
         """The series, or those of other files with the same columns. Raises UserError for what cannot be used."""
         raise NotImplementedError
 
+    def over(self, path: str, *, field: str) -> Source:
+        """All windows of the series in other files, with what follows each. Raises UserError as `read` does."""
+        series = self.read(path, field=field)
+        windows = Windows(self.window, self.horizon, self.stride, 0.0, 0.0)
+        starts = {"train": windows.starts(series)["train"]}
+        return _Windows(series.values, starts, self.window, self._ahead(windows.changes(series, len(self.targets), 1)))
+
+    def _ahead(self, changes: tuple[float, ...]) -> Ahead:
+        return Ahead(
+            steps=self.horizon,
+            columns=(*self.targets, *self.others),
+            targets=len(self.targets),
+            changes=changes,
+            season=self.season,
+            relative=self.relative,
+            **self.marks,
+        )
+
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if not self.targets:
@@ -94,16 +112,7 @@ class WindowsSpec(DrawnTestSpec):
         changes = windows.changes(series, targets, self.season or 1)
         for name in windows.constant(series, (*self.targets, *self.others)):
             logger.warning("data: column %s is constant in the training part: there is nothing to learn of it", name)
-        ahead = Ahead(
-            steps=self.horizon,
-            columns=(*self.targets, *self.others),
-            targets=targets,
-            changes=changes,
-            season=self.season,
-            relative=self.relative,
-            **self.marks,
-        )
-        return _Windows(series.values, starts, self.window, ahead)
+        return _Windows(series.values, starts, self.window, self._ahead(changes))
 
 
 class SeriesSpec(WindowsSpec):
@@ -210,7 +219,7 @@ class _Windows:
                 Part(part.rows, (split, *part.what), f"windows of the {split} part")
                 for part in even_parts(len(self.starts[split]), PART_WINDOWS)
             ]
-            for split in SPLITS
+            for split in self.starts
         }
 
     def traits(self, part: Part) -> Traits:

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from cluster.data.layouts import Array
-from cluster.data.sources.base import OwnFilesSpec, Part
+from cluster.data.sources.base import FileColumns, OwnFilesSpec, Part
 from cluster.data.sources.columns import is_any_list, is_text, label_texts
 from cluster.data.sources.labelled_text import LabelledTextSpec, Texts
 from cluster.data.sources.parquet import Group, group_names
@@ -39,6 +39,12 @@ class _TextFilesSpec(OwnFilesSpec, LabelledTextSpec):
         if text == label:
             raise invalid(f"{label} is the text too, so there would be nothing to predict", "name another column")
         return self
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        text, label = self._columns()
+        return FileColumns((text,), label, spaced=self._each_token, longest=self.max_length)
 
     def found_at(self, path: str, *, field: str) -> Sequence[tuple[Any, ...]]:
         """See OwnFilesSpec."""

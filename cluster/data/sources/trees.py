@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 from pyarrow import fs
 from pydantic import Field, PositiveInt
 
-from cluster.data.sources.base import BadRows, DrawnTestSpec, OwnFilesSpec, Source, bad_rows
+from cluster.data.sources.base import BadRows, DrawnTestSpec, FileColumns, OwnFilesSpec, Source, bad_rows
 from cluster.data.sources.flat_trees import FlatTree, bad, of_brackets, of_heads, of_lists
 from cluster.data.sources.own_rows import (
     LEAVE_OUT,
@@ -55,6 +55,11 @@ class TreesSpec(OwnFilesSpec, TreebankSpec, DrawnTestSpec):
         "or upos, xpos or deprel); without, each node begins with its label",
     )
     classes: PositiveInt | None = Field(None, description="how many there are, if labels are numbers from 0 on")
+
+    @property
+    def file_columns(self) -> FileColumns:
+        """See DataSpec."""
+        return FileColumns((self.tree,), self.target)
 
     def found_at(self, path: str, *, field: str) -> Sequence[tuple[Folder, str, fs.FileInfo]]:
         """See OwnFilesSpec."""
