@@ -40,9 +40,7 @@ def serve(
     where, token = _address(host), os.environ.get(TOKEN)
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise UserError(TOKEN, f"a token of {len(token)} characters", f"choose one of at least {SHORTEST_TOKEN}")
-    if token is None and not where.is_loopback:
-        token = secrets.token_urlsafe(32)
-        _say(f"token: {token}")
+    made = None if token or where.is_loopback else secrets.token_urlsafe(32)
     import_from_here()
     check_installed()
     configure_ray()
@@ -50,11 +48,13 @@ def serve(
     from cluster.inference.serving.requests import Limits
 
     limits = Limits(body_bytes=max_body << 20, rows=max_rows)
-    settings = Settings(str(where), port, replicas=replicas, use_gpu=gpu, token=token, limits=limits)
+    settings = Settings(str(where), port, replicas=replicas, use_gpu=gpu, token=token or made, limits=limits)
 
     def ready(place: str, port: int) -> None:
         name = f"[{where}]" if where.version == 6 else str(where)
         print(f"http://{name}:{port}/", flush=True)
+        if made:
+            _say(f"token: {made}")
         _say(f"serves {place}; Ctrl-C stops it")
 
     try:

@@ -11,4 +11,4 @@ def check_installed() -> None:
     """Raise UserError where a package of the extra `serve` is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         message = f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
-        raise UserError("manta serve", message, "pip install 'manta-train[serve]'")
+        raise UserError("serve", message, "pip install 'manta-train[serve]'")

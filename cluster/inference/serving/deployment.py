@@ -6,7 +6,9 @@ request from process to process. What waits while the model computes is answered
 """
 
 import asyncio
+import ipaddress
 import logging
+import os
 import socket
 import sys
 import time
@@ -15,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import uvicorn
 from ray import serve
 from ray.serve.schema import LoggingConfig
@@ -32,6 +35,7 @@ from nn_models.errors import UserError
 NAME = "manta"
 MOST_REQUESTS = 64  # that are answered in one pass
 STOPPING_S = 15.0  # that requests which have begun may take
+METRICS = "metrics"
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
 QUIET = LoggingConfig(log_level="ERROR", enable_access_log=False)
 
@@ -46,7 +50,7 @@ class Settings:
     use_gpu: bool = False
     token: str | None = None
     limits: Limits = field(default_factory=Limits)
-    metrics: str = ""  # the folder of the replicas' shared counts
+    folder: str = ""  # that only this user can enter, for the replicas' shared counts and sockets
     path: tuple[str, ...] = ()  # sys.path of the driver: where custom models are
 
 
@@ -60,6 +64,7 @@ class Replica:
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
         sys.path.extend(part for part in settings.path if part not in sys.path)
+        _close_side_door(settings.folder)
 
     async def reconfigure(self, told: dict[str, Any]) -> None:
         """Serve this run from now on: what has begun is answered by the one before. Ray Serve calls it."""
@@ -116,6 +121,29 @@ class Replica:
                 await self._serving
 
 
+def _close_side_door(folder: str) -> None:
+    """Let this replica's server for other deployments listen in the folder, where no other user can knock.
+
+    It would listen on all of this machine's addresses, and unpickle what anybody sends. Nobody here asks it.
+    """
+    from ray.serve._private import replica
+
+    add = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add(server, f"unix:{folder}/replica-{os.getpid()}")
+
+
+def _check_loopback(port: int) -> None:
+    """Raise RunFailed where another port than this is open to other machines: a Ray that is not as we know it."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            for socket_ in process.net_connections("inet"):
+                if socket_.status != psutil.CONN_LISTEN or socket_.laddr.port == port:
+                    continue
+                address = ipaddress.ip_address(socket_.laddr.ip)
+                if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+                    raise RunFailed(f"Ray Serve listens on {address}, not on loopback alone")
+
+
 def _answers(given: list[tuple[Served, Rows]]) -> list[list[Answer] | UserError]:
     """Each by the model that has checked its rows: more than one while a new run is swapped in."""
     found: list[list[Answer] | UserError] = [[] for _ in given]
@@ -129,7 +157,7 @@ def _answers(given: list[tuple[Served, Rows]]) -> list[list[Answer] | UserError]
 def deploy(settings: Settings, run: str) -> None:
     """Have Ray Serve's replicas serve this run: start them, or tell those there are. Returns once all do."""
     actor: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(settings.use_gpu)}
-    actor["runtime_env"] = {"env_vars": {MULTIPROCESS: settings.metrics}}
+    actor["runtime_env"] = {"env_vars": {MULTIPROCESS: f"{settings.folder}/{METRICS}"}}
     replicas = serve.deployment(Replica).options(
         name="replica",
         num_replicas=settings.replicas,
@@ -160,9 +188,8 @@ def serve_run(
     Served(place)  # refuses what cannot be served
     with _held(settings.host, settings.port) as port, _ray(settings.replicas, verbose=verbose) as session:
         assert session.folder is not None
-        metrics = session.folder / "metrics"
-        metrics.mkdir()
-        settings = replace(settings, port=port, metrics=str(metrics), path=tuple(sys.path))
+        (session.folder / METRICS).mkdir()
+        settings = replace(settings, port=port, folder=str(session.folder), path=tuple(sys.path))
         try:
             if not verbose:
                 logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -171,6 +198,7 @@ def serve_run(
                 deploy(settings, place)
             except RuntimeError as error:
                 raise RunFailed(f"Ray Serve could not start the replicas ({first_line(error)})") from None
+            _check_loopback(port)
             ready(place, port)
             while not (lost := session.lost()):
                 time.sleep(POLL_S)
@@ -184,7 +212,7 @@ def serve_run(
 def _ray(replicas: int, *, verbose: bool) -> Iterator[RaySession]:
     with ray_session(address=None, cpus=replicas, verbose=verbose) as session:
         if not session.embedded:
-            raise UserError("manta serve", "a Ray runs in this process already", "end it with ray.shutdown()")
+            raise UserError("serve", "a Ray runs in this process already", "end it with ray.shutdown()")
         yield session
 
 

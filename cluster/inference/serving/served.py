@@ -156,7 +156,7 @@ class Served:
 
     def _steps(self, row: Any) -> Any:
         width = cast(Steps, self.column).width
-        steps = _array(row, f"a list of steps of {width} numbers").astype(np.float32)
+        steps = _float32(row, f"a list of steps of {width} numbers")
         if steps.ndim != 2 or steps.shape[1] != width or not np.isfinite(steps).all():
             raise UserError(ROWS, f"a row of shape {steps.shape}", f"give a list of steps of {width} numbers each")
         _check_length(steps, None)
@@ -166,7 +166,7 @@ class Served:
         forecaster = cast(Forecaster, self.model)
         columns, window = forecaster.ahead.columns, forecaster.window
         what = f"at least {window} steps of {', '.join(columns)}"
-        steps = torch.from_numpy(_array(row, what).astype(np.float32))
+        steps = torch.from_numpy(_float32(row, what))
         if steps.dim() != 2 or steps.shape[1] != len(columns) or len(steps) < window:
             raise UserError(
                 ROWS, f"a row of shape {tuple(steps.shape)}, where the model reads {what}", "give that many"
@@ -218,6 +218,11 @@ def _array(row: Any, what: str) -> Any:
     if array is None or not array.size:
         raise UserError(ROWS, "an empty row" if row in ([], "") else "a row that is no list", f"give {what}")
     return array
+
+
+def _float32(row: Any, what: str) -> Any:
+    with np.errstate(over="ignore"):  # what is too large is infinite then, and refused
+        return _array(row, what).astype(np.float32)
 
 
 def _text(row: Any) -> str:
