@@ -193,6 +193,7 @@ def test_the_page_in_a_browser_predicts_pictures_and_drawings(server, pixels, tm
         assert page.run("document.body.textContent.includes('digits')") is False
         page.run(f"document.getElementById('token').value = '{TOKEN}'; document.getElementById('enter').click()")
         wait("document.body.dataset.ready === 'yes'")
+        assert page.run("document.getElementById('key').hidden") is True
         assert page.run("document.getElementById('name').textContent") == served["name"]
         page.run(  # a picture is dropped
             f"""const bytes = Uint8Array.from(atob("{content}"), one => one.charCodeAt(0));
@@ -207,7 +208,9 @@ def test_the_page_in_a_browser_predicts_pictures_and_drawings(server, pixels, tm
         page.run("document.getElementById('draw').click()")
         wait("document.body.dataset.answered")
         assert page.run("document.querySelectorAll('.bar').length") == 5
-        assert page.run("document.body.dataset.answered") == "1"
+        drawn = base64.b64decode(page.run("canvas.toDataURL('image/png').split(',')[1]"))
+        wanted = server.ask("POST", "/predict", drawn, **{"content-type": "image/png"})[1]["predictions"][0]["class"]
+        assert page.run("document.body.dataset.answered") == wanted
         page.run("picture(new File(['no picture'], 'a.png', {type: 'image/png'}))")
         wait("document.getElementById('error').textContent.includes('no known image format')")
         if shown := os.environ.get("MANTA_TEST_PICTURES"):
