@@ -58,6 +58,9 @@ class Measured(NamedTuple):
     carry: Any = None
 
 
+INSPECTED_ROWS = 16  # of the test, whose way through the model is looked at
+
+
 class Asked(NamedTuple):
     """What models of fused trials are called with: rows, and other tensors and options by their names.
 
@@ -157,6 +160,10 @@ class Objective(ABC):
     def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
         """What its `sections` of the report show of the trained model and the first rows of a test: see ModelSpec."""
         return {}
+
+    def inspected_rows(self, signature: Signature) -> int:
+        """How many rows `inspect` looks at, at most."""
+        return INSPECTED_ROWS
 
     @property
     def better(self) -> Literal["less", "more"]:

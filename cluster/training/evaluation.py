@@ -15,12 +15,11 @@ from cluster.training.checkpoints import packed, read_model
 from cluster.training.context import Context
 from cluster.training.progress import means
 from cluster.training.run_directory import EVALUATION
+from nn_models.batch import Batch
 from nn_models.evidence import Evidence
 from nn_models.figures import Figures
 from nn_models.metrics import LOSS
-from nn_models.objectives import Measured, Objective
-
-INSPECTED_ROWS = 16  # of the test, whose way through the model is looked at
+from nn_models.objectives import INSPECTED_ROWS, Measured, Objective
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -129,12 +128,16 @@ def evaluate_best(
 
 def _inspected(model: nn.Module, objective: Objective, *, recipe: Recipe, context: Context) -> dict[str, Tensor]:
     """What model and objective show of the first rows of the test."""
-    batch = context.splits.first("test", recipe, INSPECTED_ROWS, device=context.device)
     signature = context.splits.manifest.signature
+
+    def first(num: int) -> Batch:
+        return context.splits.first("test", recipe, num, device=context.device)
+
+    few, rows = first(INSPECTED_ROWS), first(objective.inspected_rows(signature))
     model.eval()
     # a few rows of other shapes are not worth compiling the model anew
     with torch.compiler.set_stance("force_eager"):
-        return {**recipe.model.inspect(model, signature, batch), **objective.inspect(model, signature, batch)}
+        return {**recipe.model.inspect(model, signature, few), **objective.inspect(model, signature, rows)}
 
 
 def _baselines(

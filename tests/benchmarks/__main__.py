@@ -26,6 +26,7 @@ ORDER = (
     "fused",
     "gpu",
     "trees",
+    "serving",
 )
 
 
