@@ -14,6 +14,7 @@ from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
 MOST_PARSES = 3  # of each sort
 SHAPES = (
     ("", "the parser"),
+    ("labelled_", "the parser, with labels"),
     ("left_", "trees to the left"),
     ("right_", "trees to the right"),
     ("balanced_", "balanced trees"),
@@ -83,5 +84,10 @@ def _pictures(tree: Tree, found: list[tuple[int, int]]) -> tuple[Picture, Pictur
 
 
 SECTION = Section(
-    name="parses", template="parses.html", read=_read, title="The parses", file=EVALUATION, figures=FIGURES
+    name="parses",
+    template="parses.html",
+    read=_read,
+    title="The parses",
+    file=EVALUATION,
+    figures=("labelled_bracket_f1", *FIGURES),
 )
