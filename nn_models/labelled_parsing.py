@@ -22,7 +22,7 @@ LABELLED = Metric("labelled_bracket_f1", "more", words="F1 of brackets (labelled
 
 
 class LabelledParsing(Parsing):
-    """Parsing, and a label for each node of the true trees, words included (Socher et al. 2011, section 3.4).
+    """Parsing, and a label for each node of the true trees, words included: category classifiers (Socher et al. 2011).
 
         loss = loss of Parsing - weight * sum over nodes log softmax(y)[label]
 

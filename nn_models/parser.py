@@ -135,8 +135,8 @@ class ParserNet(nn.Module):
 
         probabilities of a node's labels = softmax(L p + l)
 
-    (section 3.4 there). In training a join that the true tree does not have scores `margin` more than it
-    would, so that what is found is the tree that violates the margin most, as far as the search finds it.
+    (its category classifiers). In training a join that the true tree does not have scores `margin` more than it would,
+    so that what is found is the tree that violates the margin most, as far as the search finds it.
     """
 
     def __init__(
