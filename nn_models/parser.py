@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from nn_models.activations import initialise
 from nn_models.batch import Forest
-from nn_models.columns import Labels, Tree
+from nn_models.columns import Tree
 from nn_models.errors import UserError
-from nn_models.model import check_column, reading
+from nn_models.model import reading
 from nn_models.recursive import RecursiveCells, WordVectors
 from nn_models.signature import Signature
 from nn_models.word_vectors import WordVectorsSpec
@@ -382,9 +382,10 @@ class ParserSpec(WordVectorsSpec):
 
     def build(self, signature: Signature) -> ParserNet:
         """The module: trees -> Parsed."""
-        return self._net(signature)
+        return self.net(signature)
 
-    def _net(self, signature: Signature, num_labels: int | None = None) -> ParserNet:
+    def net(self, signature: Signature, num_labels: int | None = None) -> ParserNet:
+        """The module, with so many labels, or without."""
         column = signature["input"]
         assert isinstance(column, Tree)
         vectors = WordVectors(column.num_known, self.embedding, std=0.1, scale=1.0)
@@ -392,21 +393,3 @@ class ParserSpec(WordVectorsSpec):
         net = ParserNet(vectors, self.hidden, dropout=self.dropout, num_labels=num_labels, **search)
         self.settle(net)
         return net
-
-
-class LabelledParserSpec(ParserSpec):
-    """Parser that also says the label of each node, by softmax (Socher et al. 2011)."""
-
-    gives = frozenset({"labelled_tree"})
-    kind: Literal["labelled_parser"] = "labelled_parser"  # type: ignore[assignment]
-
-    def check(self, signature: Signature) -> None:
-        """See ModelSpec."""
-        super().check(signature)
-        learns = f"{self.kind} learns the label of each node"
-        fix = "choose data whose nodes have labels, or set model.kind to parser"
-        check_column(signature, "target", (Labels,), path="model.kind", reads=learns, fix=fix)
-
-    def build(self, signature: Signature) -> ParserNet:
-        """The module: trees -> Parsed, with labels."""
-        return self._net(signature, signature.num_outputs)

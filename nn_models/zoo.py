@@ -16,11 +16,11 @@ from nn_models.custom import CustomSpec
 from nn_models.denoising import DenoisingSpec
 from nn_models.feedforward import MLPSpec
 from nn_models.forecasting import ForecastSpec
-from nn_models.labelled_parsing import LabelledParsingSpec
+from nn_models.labelled_parser import LabelledParserSpec, LabelledParsingSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ObjectiveSpec
-from nn_models.parser import LabelledParserSpec, ParserSpec
+from nn_models.parser import ParserSpec
 from nn_models.parser_objective import ParsingSpec
 from nn_models.pix2pix import Pix2PixSpec
 from nn_models.reconstruction import ReconstructionSpec

@@ -22,7 +22,7 @@ from nn_models import zoo
 from nn_models.batch import Batch, Place, Ragged
 from nn_models.columns import Label, Labels, Tree
 from nn_models.errors import UserError
-from nn_models.labelled_parsing import LabelledParsingSpec
+from nn_models.labelled_parser import LabelledParsingSpec
 from nn_models.parser_objective import ParsingSpec, Shaped
 from nn_models.signature import Signature
 
@@ -188,4 +188,6 @@ def test_a_run_finds_trees_with_labels(tmp_path):
     assert spelled(found.tree.words, found.tree.children, found.labels) == text
     assert cluster.open_model(run.run).predict(["the bird hears a dog"]) == [text]
     write_report(run.run)
-    assert "the parser, with labels" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "the parser, with labels" in page
+    assert "with labels these count too, as evalb has it" in page

@@ -1,4 +1,4 @@
-"""Labelled parsing: the objective of parsing beside cross entropy of nodes' labels, and F1 of brackets with labels.
+"""Labelled parser: a parser that learns the labels of nodes too, and F1 of brackets with labels.
 
 Shapes: B sentences of the batch, M joins of the longest, N nodes of the true trees, C classes.
 """
@@ -12,13 +12,32 @@ from torch.nn import functional as F
 from nn_models.batch import Batch
 from nn_models.columns import Labels, Tree
 from nn_models.metrics import Metric
-from nn_models.model import reading
+from nn_models.model import check_column, reading
 from nn_models.objectives import Across, Measured, Objective, at_least_float32, only_here
+from nn_models.parser import ParserNet, ParserSpec
 from nn_models.parser_objective import F1, Over, Parsing, ParsingSpec
 from nn_models.sequence_objectives import step_labels
 from nn_models.signature import Signature
 
 LABELLED = Metric("labelled_bracket_f1", "more", words="F1 of brackets (labelled)", short="labelled F1")
+
+
+class LabelledParserSpec(ParserSpec):
+    """Parser that also says the label of each node, by softmax (Socher et al. 2011)."""
+
+    gives = frozenset({"labelled_tree"})
+    kind: Literal["labelled_parser"] = "labelled_parser"  # type: ignore[assignment]
+
+    def check(self, signature: Signature) -> None:
+        """See ModelSpec."""
+        super().check(signature)
+        learns = f"{self.kind} learns the label of each node"
+        fix = "choose data whose nodes have labels, or set model.kind to parser"
+        check_column(signature, "target", (Labels,), path="model.kind", reads=learns, fix=fix)
+
+    def build(self, signature: Signature) -> ParserNet:
+        """The module: trees -> Parsed, with labels."""
+        return self.net(signature, signature.num_outputs)
 
 
 class LabelledParsing(Parsing):
