@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # descriptions need no torch
     from nn_models.word_vectors import WantedVectors
 
 # What a model makes of the rows: a row of outputs each, one for each element, the input again, a distribution of codes
-# and of the input again, a tree over its words, one over its segments, or it has two halves. One that can do several
-# follows the rows' target: outputs for each element where elements have labels, else a row.
-Gives = Literal["row", "elements", "reconstruction", "posterior", "tree", "joins", "halves"]
+# and of the input again, a tree over its words, with labels or without, one over its segments, or it has two halves.
+# One that can do several follows the rows' target: outputs for each element where elements have labels, else a row.
+Gives = Literal["row", "elements", "reconstruction", "posterior", "tree", "labelled_tree", "joins", "halves"]
 
 # How fused trials compute it: by layers that are as many times as wide, or by vmap.
 Batching = Literal["wide", "vmap"]

@@ -31,6 +31,7 @@ TRAINED_BY: Mapping[Gives, str] = {
     "reconstruction": "reconstruction",
     "posterior": "variational",
     "tree": "parsing",
+    "labelled_tree": "labelled_parsing",
     "joins": "scene_parsing",
 }
 

@@ -27,7 +27,8 @@ class Brackets(NamedTuple):
     """Where the nodes of true trees stand: `of_node` (N, 2) in words of their sentence, `rows` (N,) which sentence.
 
     `words` (B, T) are the nodes of each sentence's words in their order, N where it is shorter; `lengths` (B,) how many
-    words it has; `keys` (N,), sorted, those of the nodes that join two, all others standing behind them.
+    words it has; `keys` (N,), sorted, are those of the nodes that join two, all others standing behind them, and
+    `nodes` (N,) whose they are.
     """
 
     of_node: Tensor
@@ -35,6 +36,7 @@ class Brackets(NamedTuple):
     words: Tensor
     lengths: Tensor
     keys: Tensor
+    nodes: Tensor
 
     @classmethod
     def of(cls, forest: Forest) -> "Brackets":
@@ -61,21 +63,37 @@ class Brackets(NamedTuple):
         of_node = torch.stack((starts, starts + sizes), 1)
         keys = _keys(rows, of_node, longest)
         joins = (children >= 0).sum(1) == 2
-        keys = torch.where(joins, keys, torch.iinfo(torch.int64).max).sort().values
-        return cls(of_node, rows, words, sizes[forest.roots], keys)
+        keys, nodes = torch.where(joins, keys, torch.iinfo(torch.int64).max).sort()
+        return cls(of_node, rows, words, sizes[forest.roots], keys, nodes)
 
     def has(self, brackets: Tensor) -> Tensor:
         """Whether brackets (B, ..., 2) are those of nodes of the true trees."""
+        return self.nodes_at(brackets) < len(self.keys)
+
+    def nodes_at(self, brackets: Tensor) -> Tensor:
+        """The nodes of the true trees that have brackets (B, ..., 2), N for none."""
         rows = torch.arange(len(brackets), device=brackets.device).view(-1, *[1] * (brackets.dim() - 2))
         wanted = _keys(rows, brackets, self.words.shape[1])
         places = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
-        return self.keys[places] == wanted
+        return torch.where(self.keys[places] == wanted, self.nodes[places], len(self.keys))
 
 
 def _keys(rows: Tensor, brackets: Tensor, longest: int) -> Tensor:
     """A number for each bracket of each sentence."""
     first, end = brackets.unbind(-1)
     return (rows * (longest + 1) + first) * (longest + 1) + end
+
+
+class Labelled(NamedTuple):
+    """What a parser says of labels: `scores` (N, C) of all nodes of the true trees, in the order of their Forest.
+
+    `labels` (B, M) are the likeliest ones of the joins that were found, and `nodes` (B, M) the nodes of the true trees
+    that have their brackets, N for none.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    nodes: Tensor
 
 
 class Parsed(NamedTuple):
@@ -93,6 +111,7 @@ class Parsed(NamedTuple):
     true_score: Tensor
     rivals: Tensor
     rivalry: Tensor
+    labelled: Labelled | None = None
 
 
 class Levels(NamedTuple):
@@ -112,11 +131,24 @@ class ParserNet(nn.Module):
         words:  x = tanh(A w + a)        p = tanh(W [c1; c2] + b)        score of a join = u^T p
         score of a tree = sum over its joins
 
-    (Socher et al. 2011, eq. 1-6). In training a join that the true tree does not have scores `margin` more than it
-    would, so that what is found is the tree that violates the margin most, as far as the search finds it.
+    (Socher et al. 2011, eq. 1-6), and where nodes have labels, of which there are `num_labels`,
+
+        probabilities of a node's labels = softmax(L p + l)
+
+    (its category classifiers). In training a join that the true tree does not have scores `margin` more than it would,
+    so that what is found is the tree that violates the margin most, as far as the search finds it.
     """
 
-    def __init__(self, vectors: WordVectors, hidden: int, *, beam: int, train_beam: int, dropout: float) -> None:
+    def __init__(
+        self,
+        vectors: WordVectors,
+        hidden: int,
+        *,
+        beam: int,
+        train_beam: int,
+        dropout: float,
+        num_labels: int | None = None,
+    ) -> None:
         super().__init__()
         self.beam, self.train_beam = beam, train_beam
         self.embedding = vectors
@@ -126,6 +158,9 @@ class ParserNet(nn.Module):
         self.cells = RecursiveCells(hidden)
         self.score = nn.Linear(hidden, 1, bias=False)  # all trees of a sentence have as many joins: a bias tells none
         initialise(self.score, activation=None)
+        self.label = None if num_labels is None else nn.Linear(hidden, num_labels)
+        if self.label is not None:
+            initialise(self.label, activation=None)
 
     @torch.compiler.disable  # batches differ in their levels: each would be compiled anew
     def forward(self, forest: Forest, margin: float = 0.0) -> Parsed:
@@ -138,13 +173,18 @@ class ParserNet(nn.Module):
         else:
             found = self._search(x, true, margin=0.0, beam=self.beam)
         joins = found.brackets[..., 0] >= 0
-        score, rivals = scores_of(found, x, self.cells, self.score.weight)
+        score, rivals, of_found = scores_of(found, x, self.cells, self.score.weight)
         two = (forest.children[num_leaves:] >= 0).all(1)
-        of_nodes = (self.cells.up(forest, x)[num_leaves:] * self.score.weight).sum(1) * two
+        of_true = self.cells.up(forest, x)
+        of_nodes = (of_true[num_leaves:] * self.score.weight).sum(1) * two
         true_score = score.new_zeros(len(true.lengths)).index_add(0, true.rows[num_leaves:], of_nodes)
         num_true = torch.zeros_like(true.lengths).index_add(0, true.rows[num_leaves:], two.long())
         right, rivalry = true.has(found.brackets) & joins, (found.rivals >= 0).flatten(2).all(2)
-        return Parsed(found.brackets, right, num_true, score, true_score, rivals, rivalry)
+        labelled = None
+        if self.label is not None:
+            labels = self.label(of_found[num_leaves:]).argmax(1).view(joins.shape[1], len(joins)).t()
+            labelled = Labelled(self.label(of_true), labels, true.nodes_at(found.brackets))
+        return Parsed(found.brackets, right, num_true, score, true_score, rivals, rivalry, labelled)
 
     @torch.no_grad()
     def _search(self, leaves: Tensor, true: Brackets, *, margin: float, beam: int) -> "Found":
@@ -170,15 +210,15 @@ class Found(NamedTuple):
     rivals: Tensor
 
 
-def scores_of(found: Found, leaves: Tensor, cells: RecursiveCells, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores (B,) of the trees that were found, and (B, M, 2) of the rivals before each join."""
+def scores_of(found: Found, leaves: Tensor, cells: RecursiveCells, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores (B,) of the trees that were found, and (B, M, 2) of the rivals before each join; states of nodes."""
     joins = found.brackets[..., 0] >= 0
     of_found = cells.up(found.levels, leaves)
     own = (of_found[len(leaves) :] * weight).sum(1)
     score = (own.view(joins.shape[1], len(joins)).t() * joins).sum(1)
     both = torch.cat((of_found, of_found.new_zeros(1, of_found.shape[1])))[found.rivals].flatten(3)
     parents = torch.tanh(cells.bias + both @ cells.weight.t().to(both.dtype))
-    return score, (parents * weight[0]).sum(3)
+    return score, (parents * weight[0]).sum(3), of_found
 
 
 def search(leaves: Tensor, true: Brackets, join: Any, *, beam: int) -> Found:
@@ -342,9 +382,14 @@ class ParserSpec(WordVectorsSpec):
 
     def build(self, signature: Signature) -> ParserNet:
         """The module: trees -> Parsed."""
+        return self.net(signature)
+
+    def net(self, signature: Signature, num_labels: int | None = None) -> ParserNet:
+        """The module, with so many labels, or without."""
         column = signature["input"]
         assert isinstance(column, Tree)
         vectors = WordVectors(column.num_known, self.embedding, std=0.1, scale=1.0)
-        net = ParserNet(vectors, self.hidden, beam=self.beam, train_beam=self.train_beam, dropout=self.dropout)
+        search = {"beam": self.beam, "train_beam": self.train_beam}
+        net = ParserNet(vectors, self.hidden, dropout=self.dropout, num_labels=num_labels, **search)
         self.settle(net)
         return net

@@ -41,7 +41,7 @@ class Parsing(Objective):
     violates the margin most; elsewhere it is the tree of the highest score.
     """
 
-    metrics = (F1,)
+    metrics: tuple[Metric, ...] = (F1,)
     best = F1.name
 
     def __init__(self, margin: float, *, over: Over) -> None:
@@ -49,7 +49,13 @@ class Parsing(Objective):
 
     def measure(self, model: Any, batch: Batch, *, carry: Any = None, across: Across = only_here) -> Measured:
         """`model` gives Parsed of the batch's trees."""
+        return self._measured(self._parsed(model, batch))
+
+    def _parsed(self, model: Any, batch: Batch) -> Parsed:
         parsed: Parsed = model(batch["input"], self.margin if self.over == "trees" else 0.0)
+        return parsed
+
+    def _measured(self, parsed: Parsed) -> Measured:
         found = parsed.brackets[..., 0] >= 0
         if self.over == "trees":
             wrong = (found & ~parsed.right).sum(1)
@@ -62,8 +68,10 @@ class Parsing(Objective):
         right = (parsed.right.sum(1) - 1).clamp(min=0)  # without the whole sentence, the last
         all_found, true = (num_found - 1).clamp(min=0), (parsed.true_brackets - 1).clamp(min=0)
         sums, counts = 2 * right.sum(), (all_found + true).sum()
-        outputs = Parsed(*(value.detach() for value in parsed))
-        return Measured(loss, sums[None].double(), counts=counts[None].double(), outputs=outputs)
+        outputs: dict[str, Any] = {
+            name: value.detach() for name, value in parsed._asdict().items() if isinstance(value, Tensor)
+        }
+        return Measured(loss, sums[None].double(), counts=counts[None].double(), outputs=Parsed(**outputs))
 
     def predicted(self, outputs: Parsed) -> Tensor:
         """See Objective: the brackets (B, M, 2)."""

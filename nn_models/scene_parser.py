@@ -196,8 +196,8 @@ class SceneParserNet(nn.Module):
         x, graph = torch.tanh(self.segments(scenes.features)), Graph.of(scenes)
         found = self._search(x, graph, margin=margin if self.training else 0.0, only_right=False)
         true = self._search(x, graph, margin=0.0, only_right=True)
-        score, rivals = scores_of(found, x, self.cells, self.score.weight)
-        true_score, _ = scores_of(true, x, self.cells, self.score.weight)
+        score, rivals, _ = scores_of(found, x, self.cells, self.score.weight)
+        true_score, *_ = scores_of(true, x, self.cells, self.score.weight)
         num_true, rivalry = (true.brackets[..., 0] >= 0).sum(1), (found.rivals >= 0).flatten(2).all(2)
         return Parsed(found.brackets, right_joins(found, graph), num_true, score, true_score, rivals, rivalry)
 

@@ -16,6 +16,7 @@ from nn_models.custom import CustomSpec
 from nn_models.denoising import DenoisingSpec
 from nn_models.feedforward import MLPSpec
 from nn_models.forecasting import ForecastSpec
+from nn_models.labelled_parser import LabelledParserSpec, LabelledParsingSpec
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec
 from nn_models.objectives import ObjectiveSpec
@@ -55,6 +56,7 @@ AnyModelSpec = Annotated[
     | TreeLSTMSpec
     | ChildSumTreeLSTMSpec
     | ParserSpec
+    | LabelledParserSpec
     | SceneParserSpec
     | GANSpec
     | DCGANSpec
@@ -77,6 +79,7 @@ AnyObjectiveSpec = Annotated[
     | VariationalSpec
     | NodeLabelsSpec
     | ParsingSpec
+    | LabelledParsingSpec
     | SceneParsingSpec
     | AdversarialObjectiveSpec,
     Field(discriminator="kind"),

@@ -66,7 +66,7 @@ def predict_tree(
         if parser is not None:
             raise UserError("--parser", f"{run} is a parser itself", "leave it out")
         tree = model.parse(text, path="--text")
-        return PredictedTree(tree, [None] * len(tree.words), [None] * len(tree.words))
+        return PredictedTree(tree, tree.labels, [None] * len(tree.words))
     signature = model.manifest.signature
     if not isinstance(model, Predictor) or not isinstance(signature["input"], Tree) or not model.classes:
         what = signature["input"].describe()

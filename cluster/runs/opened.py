@@ -43,7 +43,7 @@ def open_model(run: str, *, device: torch.device | str | None = None) -> OpenedM
     net, saved = restore_model(folder, recipe)
     objective, model = recipe.objective, recipe.model
     other = Writer if objective.writes else Forecaster if objective.forecasts else Predictor
-    other = Parser if "tree" in model.gives else Coder if model.codes else other
+    other = Parser if model.gives & {"tree", "labelled_tree"} else Coder if model.codes else other
     kind = Generator if "halves" in model.gives else other
     return kind(net.to(device or "cpu"), recipe, saved)
 
@@ -145,13 +145,21 @@ class Parser(Predictor):
     def predict(self, input: Any, **columns: Any) -> list[str]:
         """Sentences -> their trees in brackets."""
         trees = [self.parse(sentence, path="input") for sentence in input]
-        return [spelled(tree.words, tree.children) for tree in trees]
+        return [spelled(tree.words, tree.children, tree.labels if tree.labels[0] else None) for tree in trees]
 
     def parse(self, sentence: str | list[str], *, path: str = "sentence") -> FlatTree:
-        """The tree of a sentence, of words that spaces separate, or that a list has. Raises UserError for no words."""
+        """The tree of a sentence, of words that spaces separate, or that a list has. Raises UserError for no words.
+
+        Its nodes have labels where the parser has learned them.
+        """
         given = read_sentence(sentence, path=path)
         words = [word for word in given.words if word is not None]
-        return of_joins(words, [(first, end) for first, end in self([given]).brackets[0].tolist()])
+        parsed = self([given])
+        tree = of_joins(words, [(first, end) for first, end in parsed.brackets[0].tolist()])
+        if parsed.labelled is None:
+            return tree
+        of_words = parsed.labelled.scores[: len(words)].argmax(1)
+        return tree._replace(labels=[self.classes[label] for label in (*of_words, *parsed.labelled.labels[0])])
 
 
 class Generator(OpenedModel):

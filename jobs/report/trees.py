@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ROW, GAP, MARGIN = 46.0, 12.0, 16.0  # pixels between levels, between words, around all
+ROW, GAP, MARGIN = 46.0, 12.0, 26.0  # pixels between levels, between words, around all
 CHARACTER, NARROWEST = 6.7, 34.0  # pixels of a word's character, and of a word at least
 MOST_WORDS = 28  # of a tree that is drawn: more could not be read
 
@@ -34,11 +34,12 @@ class Node(NamedTuple):
 
 
 class Word(NamedTuple):
-    """A word under its node."""
+    """A word under its node, or over that where there are others below."""
 
     x: float
     y: float
     text: str
+    inside: bool = False  # of a node with children
 
 
 class Picture(NamedTuple):
@@ -86,11 +87,17 @@ def picture(words: Sequence[str | None], children: Sequence[Sequence[int]], mark
     level = [MARGIN + ROW * (depth - own) for own in height]
     edges = [(place[n], level[n], place[child], level[child]) for n, found in enumerate(below) for child in found]
     text = " ".join(words[leaf] or "" for leaf in order)
+    told = [Word(place[leaf], MARGIN + ROW * depth + 38, words[leaf] or "") for leaf in order]
+    told += [
+        Word(place[node], level[node] - 13, word, inside=True)
+        for node, word in enumerate(words)
+        if word is not None and below[node]
+    ]
     return Picture(
         width=right - GAP + MARGIN,
         height=MARGIN + ROW * depth + 44,
         edges=edges,
         nodes=[Node(place[node], level[node], marks[node]) for node in range(len(below))],
-        words=[Word(place[leaf], MARGIN + ROW * depth + 38, words[leaf] or "") for leaf in order],
+        words=told,
         alt=f"Tree of: {text}",
     )

@@ -124,6 +124,9 @@ def test_pictures_keep_words_apart_and_the_root_above():
     assert len(drawn.edges) == len(words) - 1
     assert all(above < below for _, above, _, below in drawn.edges)
     assert drawn.nodes[-1].y == min(node.y for node in drawn.nodes)
+    sentence = picture(["dogs", "old", "bark"], [[-1, -1], [-1, -1], [0, 1]], [Mark()] * 3)  # words at all nodes
+    assert [(word.text, word.inside) for word in sentence.words] == [("dogs", False), ("old", False), ("bark", True)]
+    assert sentence.words[-1].y < sentence.nodes[-1].y < sentence.words[0].y
     for broken in ([[1, -1], [-1, -1]], [], [[-1, -1], [0, 0]]):
         with pytest.raises(ValueError, match="no tree"):
             picture(["a"] * len(broken), broken, [Mark()] * len(broken))

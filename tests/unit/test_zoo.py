@@ -220,7 +220,8 @@ FITTING = {
         ({"hidden": 4, "embedding": 5}, trees),
         ({"hidden": 4, "beam": 3, "train_beam": 2, "dropout": 0.5}, labelled_trees),
     ],
-    "scene_parser": [({"hidden": 4}, scenes)],
+    "labelled_parser": [({"hidden": 4, "beam": 2}, labelled_trees)],
+    "scene_parser": [({"hidden": 4}, scenes), ({"hidden": 4, "beam": 3, "train_beam": 2}, scenes)],
     "custom": [
         ({"target": TINY}, features),
         ({"target": TINY, "arguments": {"width": 2}}, colour),
@@ -266,7 +267,10 @@ def run(module, model, signature):
         return inferred.outputs + inferred.log_likelihood.mean() + inferred.log_variance.mean()
     if not isinstance(module, Halves):
         outputs = module(rows["input"])
-        return torch.stack((outputs.score, outputs.true_score), 1) if isinstance(outputs, Parsed) else outputs
+        if not isinstance(outputs, Parsed):
+            return outputs
+        labelled = 0 if outputs.labelled is None else outputs.labelled.scores.mean()
+        return torch.stack((outputs.score, outputs.true_score + labelled), 1)
     spec = zoo.validate(zoo.AnyModelSpec, model)
     condition = rows[spec.given or "target"]  # not looked at where the model is given none
     made = module(torch.randn(NUM_ROWS, spec.noise_size, device=condition.device), condition)
@@ -287,7 +291,7 @@ def check_shape(outputs, model, signature):
         assert outputs.shape == (NUM_ROWS, signature.num_outputs)
     elif gives & {"reconstruction", "posterior"}:
         assert outputs.shape == rows.shape
-    elif gives & {"tree", "joins"}:
+    elif gives & {"tree", "labelled_tree", "joins"}:
         assert outputs.shape == (NUM_ROWS, 2)
     else:
         assert outputs.shape[0] == NUM_ROWS

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from jobs.report.charts import number
-from jobs.report.files import AbsentError, left_out
-from jobs.report.sections.brackets import FIGURES, f1_of, percent, summed
+from jobs.report.files import AbsentError, left_out, mapping
+from jobs.report.sections.brackets import F1, FIGURES, f1_of, percent, summed
 from jobs.report.sections.section import EVALUATION, Run, Section
 from jobs.report.sections.trees import Tree, trees_of
 from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
@@ -14,6 +14,7 @@ from jobs.report.trees import MOST_WORDS, Mark, Picture, can_be_read, picture
 MOST_PARSES = 3  # of each sort
 SHAPES = (
     ("", "the parser"),
+    ("labelled_", "the parser, with labels"),
     ("left_", "trees to the left"),
     ("right_", "trees to the right"),
     ("balanced_", "balanced trees"),
@@ -28,6 +29,7 @@ def _read(run: Run) -> dict[str, Any]:
     page: dict[str, Any] = {
         "split": split,
         "shapes": f1_of(run, split, SHAPES),
+        "labelled": f"{split}/labelled_{F1}" in mapping(run.result.get("metrics")),
         "sizes": [],
         "words": "",
         "wrong": [],
@@ -83,5 +85,10 @@ def _pictures(tree: Tree, found: list[tuple[int, int]]) -> tuple[Picture, Pictur
 
 
 SECTION = Section(
-    name="parses", template="parses.html", read=_read, title="The parses", file=EVALUATION, figures=FIGURES
+    name="parses",
+    template="parses.html",
+    read=_read,
+    title="The parses",
+    file=EVALUATION,
+    figures=(f"labelled_{F1}", *FIGURES),
 )
