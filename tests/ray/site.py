@@ -124,13 +124,13 @@ def _own_folders(folder: Path, name: str) -> None:
     """An empty /mnt, an empty /tmp but for what is needed of it, and a home."""
     _do("mount", "-t", "tmpfs", "none", "/mnt")
     Path("/mnt/outside").mkdir()
-    _do("mount", "--bind", "/tmp", "/mnt/outside")
+    _do("mount", "--rbind", "/tmp", "/mnt/outside")
     _do("mount", "-t", "tmpfs", "none", "/tmp")
     for kept in [folder, *KEPT]:
         if kept.is_relative_to("/tmp"):
             kept.mkdir(parents=True, exist_ok=True)
             _do("mount", "--bind", str(Path("/mnt/outside") / kept.relative_to("/tmp")), str(kept))
-    _do("umount", "/mnt/outside")
+    _do("umount", "--recursive", "--lazy", "/mnt/outside")
     _do("mount", "--bind", str(folder / name / "passwd"), "/etc/passwd")  # which ssh and sshd take homes from
 
 
@@ -141,6 +141,7 @@ def _make(folder: Path, storage: str) -> None:
     _do("ip", "link", "add", "bridge", "type", "bridge")
     _do("ip", "address", "add", f"{USERS_ADDRESS}/24", "dev", "bridge")
     _do("ip", "link", "set", "bridge", "up")
+    hosts: dict[str, subprocess.Popen[bytes]] = {}
     for name, address in ADDRESSES.items():
         inside = [sys.executable, "-m", "tests.ray.site", str(folder), storage, name, address]
         host = subprocess.Popen([*UNSHARED, *inside], stdout=subprocess.DEVNULL)
@@ -148,8 +149,10 @@ def _make(folder: Path, storage: str) -> None:
             time.sleep(0.05)
         _do("ip", "link", "add", name, "type", "veth", "peer", "name", "eth", "netns", str(_only_child(host.pid)))
         _do("ip", "link", "set", name, "master", "bridge", "up")
-    for address in ADDRESSES.values():
+        hosts[address] = host
+    for address, host in hosts.items():
         while subprocess.run(["ssh-keyscan", "-T", "1", address], capture_output=True).stdout == b"":
+            assert host.poll() is None, f"{address} has died"
             time.sleep(0.2)
     print("ready", flush=True)
     sys.stdin.read()
