@@ -9,7 +9,7 @@ from tests.cli.command_lines import blocks, lines_of, parse_manta, parse_ray
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
-PROGRAMS = {"manta", "ray", "export", "source", "python3", ".venv/bin/pip", "aws", "kubectl", "helm", "docker"}
+PROGRAMS = {"manta", "ray", "export", "source", "chmod", "python3", ".venv/bin/pip", "aws", "kubectl", "helm", "docker"}
 
 
 def shown(program: str) -> list[str]:

@@ -57,7 +57,7 @@ class Site:
         enter = ["nsenter", "--target", str(self.pid), "--net", "--pid", "--mount", "--uts", "env", f"--chdir={cwd}"]
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MANTA_"))}
         programs = f"{Path(sys.executable).parent}{os.pathsep}{mine['PATH']}"
-        mine |= {"HOME": str(self.folder / "user"), "PATH": programs, "RAY_TMPDIR": str(self.folder / "user")}
+        mine |= {"HOME": str(self.folder / "user"), "PATH": programs, "TMPDIR": "/tmp"}
         return subprocess.Popen([*enter, *command], env=mine, text=True, **options)
 
     def run(self, *command: str, cwd: Path, timeout: float) -> str:
@@ -75,7 +75,7 @@ class Site:
     def processes(self) -> list[str]:
         """The command lines of all processes of the hosts, but for their first one and sshd."""
         listed = self.run("ps", "-eo", "args", cwd=self.folder, timeout=60).splitlines()
-        return [line for line in listed if any(word in line for word in ("raylet", "gcs_server", "ray/", "ray::"))]
+        return [line for line in listed if "/site-packages/ray/" in line or "ray::" in line]
 
 
 @contextmanager
@@ -120,13 +120,28 @@ def _do(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
+def _own_folders(folder: Path, name: str) -> None:
+    """An empty /mnt, an empty /tmp but for what is needed of it, and a home."""
+    _do("mount", "-t", "tmpfs", "none", "/mnt")
+    Path("/mnt/outside").mkdir()
+    _do("mount", "--rbind", "/tmp", "/mnt/outside")
+    _do("mount", "-t", "tmpfs", "none", "/tmp")
+    for kept in [folder, *KEPT]:
+        if kept.is_relative_to("/tmp"):
+            kept.mkdir(parents=True, exist_ok=True)
+            _do("mount", "--bind", str(Path("/mnt/outside") / kept.relative_to("/tmp")), str(kept))
+    _do("umount", "--recursive", "--lazy", "/mnt/outside")
+    _do("mount", "--bind", str(folder / name / "passwd"), "/etc/passwd")  # which ssh and sshd take homes from
+
+
 def _make(folder: Path, storage: str) -> None:
     """Be the user's machine: make the network and the hosts, and wait until standard input ends."""
-    _do("mount", "--bind", str(folder / "user" / "passwd"), "/etc/passwd")  # which ssh takes ~ from
+    _own_folders(folder, "user")
     _do("ip", "link", "set", "lo", "up")
     _do("ip", "link", "add", "bridge", "type", "bridge")
     _do("ip", "address", "add", f"{USERS_ADDRESS}/24", "dev", "bridge")
     _do("ip", "link", "set", "bridge", "up")
+    hosts: dict[str, subprocess.Popen[bytes]] = {}
     for name, address in ADDRESSES.items():
         inside = [sys.executable, "-m", "tests.ray.site", str(folder), storage, name, address]
         host = subprocess.Popen([*UNSHARED, *inside], stdout=subprocess.DEVNULL)
@@ -134,8 +149,10 @@ def _make(folder: Path, storage: str) -> None:
             time.sleep(0.05)
         _do("ip", "link", "add", name, "type", "veth", "peer", "name", "eth", "netns", str(_only_child(host.pid)))
         _do("ip", "link", "set", name, "master", "bridge", "up")
-    for address in ADDRESSES.values():
+        hosts[address] = host
+    for address, host in hosts.items():
         while subprocess.run(["ssh-keyscan", "-T", "1", address], capture_output=True).stdout == b"":
+            assert host.poll() is None, f"{address} has died"
             time.sleep(0.2)
     print("ready", flush=True)
     sys.stdin.read()
@@ -144,19 +161,10 @@ def _make(folder: Path, storage: str) -> None:
 def _be_host(folder: Path, storage: str, name: str, address: str) -> None:
     """Be a host: its first process."""
     _do("hostname", name)
-    _do("mount", "-t", "tmpfs", "none", "/mnt")
-    Path("/mnt/outside").mkdir()
-    _do("mount", "--bind", "/tmp", "/mnt/outside")
-    _do("mount", "-t", "tmpfs", "none", "/tmp")
-    for kept in [folder, *KEPT]:
-        if kept.is_relative_to("/tmp"):
-            kept.mkdir(parents=True, exist_ok=True)
-            _do("mount", "--bind", str(Path("/mnt/outside") / kept.relative_to("/tmp")), str(kept))
-    _do("umount", "/mnt/outside")
+    _own_folders(folder, name)
     _do("mount", "-t", "tmpfs", "none", "/dev/shm")
     _do("mount", "-t", "tmpfs", "none", "/run")
     Path("/run/sshd").mkdir()
-    _do("mount", "--bind", str(folder / name / "passwd"), "/etc/passwd")
     Path(storage).mkdir(parents=True)
     _do("mount", "--bind", str(folder / "storage"), storage)
     _do("ip", "link", "set", "lo", "up")

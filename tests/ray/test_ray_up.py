@@ -86,6 +86,7 @@ def test_three_hosts_come_up_run_a_job_and_go_down(tmp_path):
         environment = json.loads((result.parent / "environment.json").read_text())
         assert environment["num_workers"] == 3
         assert hosts.processes()
+        assert {(tmp_path / name / ".ray" / "auth_token").stat().st_mode & 0o777 for name in NAMES} == {0o600}
         down = time.monotonic()
         print(user("ray", "down", "--yes", FILE))
         while left := hosts.processes():
