@@ -332,7 +332,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     context = GroupContext(run=run, splits=splits, device=device, leaves=leaving.leaves)
     if context.rank == 0:
         notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
-    start = context.share(notes.read(STARTS))
+        notes.write(LEAVING, None)  # of workers before these, which came to no end in time
+    start = context.share(notes.read(STARTS))  # from here on these ranks listen
     since = config["began"] if config["again"] or start > 1 else None
     place = {"rank": context.rank, "world_size": context.world_size}
     alone = ExitStack()
