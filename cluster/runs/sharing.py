@@ -62,7 +62,7 @@ def reaching(session: RaySession, nodes: Sequence[Node], data: DataSet, splits: 
     if not nodes or data.folder.local is None:
         return splits
     found = ask_each(session.ray, list(nodes), lies_at, data.folder.uri, data.manifest)
-    lacking = [node for node, there in found.items() if there is not True]
+    lacking = [node for node in nodes if found.get(node) is not True]  # one that has not answered is sent them too
     if not lacking:
         return splits
     total = sum(shard.bytes for shard in shards_of(data.manifest))

@@ -100,7 +100,7 @@ class Journal:
         if self.first_step_at is None:
             self.first_step_at = at
         if self._broken_at is not None:
-            self.progress.lost_s += at - self._broken_at
+            self.progress.lost_s += max(0.0, at - self._broken_at)  # by the clocks of two nodes
             self._broken_at = None
 
     def interval(

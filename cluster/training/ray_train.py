@@ -31,6 +31,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
 from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
+from cluster.recipe.loading import RECIPE
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers
 from cluster.runtime.draining import DRIVER
@@ -331,11 +332,15 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     context = GroupContext(run=run, splits=splits, device=device, leaves=leaving.leaves)
     if context.rank == 0:
         notes.write(STARTS, 1 + (notes.read(STARTS) or 0))
-    start = context.share(notes.read(STARTS))
+        notes.write(LEAVING, None)  # of workers before these, which came to no end in time
+    start = context.share(notes.read(STARTS))  # from here on these ranks listen
     since = config["began"] if config["again"] or start > 1 else None
     place = {"rank": context.rank, "world_size": context.world_size}
     alone = ExitStack()
     try:
+        if run.local and not run.exists(RECIPE):  # a node that came after all others were asked
+            where = f"{run} is not there on node {ray.util.get_node_ip_address()}"
+            raise UserError("--run", where, "give --run a URI or a folder that all nodes share")
         if context.rank == 0 and context.run.local:  # workers whose controller has died may live on a little, and write
             alone.enter_context((context.run / "checkpoints").create().claimed(patience_s=DEATH_TIMEOUT_S))
         with heard(leaving, notes, group=f"group {start}", **place):

@@ -1,6 +1,7 @@
 """Real signals to Ray's processes, and what a run directory says."""
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,8 +62,10 @@ def all_is_free(ray) -> bool:
 
 
 @contextmanager
-def killing(title: str, *, when: Callable[[], object] = lambda: True, number: int = 0) -> Iterator[None]:
-    """While the block goes on: SIGKILL to the process of this number among those with the title, once `when` holds."""
+def killing(
+    title: str, *, when: Callable[[], object] = lambda: True, number: int = 0, by: int = signal.SIGKILL
+) -> Iterator[None]:
+    """While the block goes on: a signal to the process of this number among those with the title, once `when` holds."""
     killed: list[int] = []
     over = threading.Event()
 
@@ -71,7 +74,7 @@ def killing(title: str, *, when: Callable[[], object] = lambda: True, number: in
         while len(found := processes(title)) <= number and not over.wait(0.01):
             pass
         if len(found) > number:
-            found[number].kill()
+            found[number].send_signal(by)
             killed.append(found[number].pid)
 
     killer = threading.Thread(target=kill)

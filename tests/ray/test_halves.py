@@ -1,6 +1,7 @@
 """The halves of a GAN as actors: equal to one process, whatever is killed, and nothing is left behind."""
 
 import json
+import signal
 import threading
 from pathlib import Path
 
@@ -99,6 +100,19 @@ def test_a_killed_half_changes_nothing(ray, undisturbed, tmp_path, half, step):
     with killing(f"{half}Actor", when=lambda: steps_done(run) >= step):
         outcome = cluster.train(TRAINED, num_workers=1, run=str(run))
     assert outcome.result["restarts"] == 1
+    assert all(torch.equal(ours, weights(undisturbed.run)[name]) for name, ours in weights(run).items())
+    assert outcome.metrics == undisturbed.metrics
+    assert digests(run) == digests(undisturbed.run)
+    wait_for(lambda: nothing_left(ray))
+
+
+@pytest.mark.parametrize("half", ["Generator", "Discriminator"])
+def test_a_half_that_is_told_to_end_is_saved_and_started_elsewhere(ray, undisturbed, tmp_path, half):
+    run = tmp_path / "run"
+    with killing(f"{half}Actor", when=lambda: steps_done(run) >= 20, by=signal.SIGTERM):
+        outcome = cluster.train(TRAINED, num_workers=1, run=str(run))
+    assert (outcome.result["restarts"], outcome.result["preemptions"]) == (0, 1)
+    assert 0 < outcome.result["lost_s"] < outcome.result["wall_s"]
     assert all(torch.equal(ours, weights(undisturbed.run)[name]) for name, ours in weights(run).items())
     assert outcome.metrics == undisturbed.metrics
     assert digests(run) == digests(undisturbed.run)

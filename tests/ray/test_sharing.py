@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +21,10 @@ from cluster.data.sources.images import DigitsSpec
 from cluster.storage import Folder
 from tests.ray.conftest import EXACT
 from tests.ray.faults import MARK, digests, left_over, wait_for, weights
+from tests.ray.heads import free_ports
 
 NAMESPACE = ["unshare", "--mount"]  # where this user may not make one, there is no such node to try it with
-MAY = subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+MAY = shutil.which("unshare") and not subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode
 pytestmark = pytest.mark.skipif(not MAY, reason="needs the right to make a mount namespace")
 
 
@@ -53,7 +56,9 @@ def address(environment, place, cache) -> Iterator[str]:
     head = subprocess.Popen([sys.executable, "-m", "tests.ray.hosts", "0"], **pipes)
     assert head.stdout
     found = str(json.loads(head.stdout.readline())["address"])
-    start = f"{sys.executable} -m ray.scripts.scripts start --block --address={found} --num-cpus=2"
+    # as tests of Ray's own start several nodes on one machine
+    ports = f"--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port={free_ports(1)[0]}"
+    start = f"{sys.executable} -m ray.scripts.scripts start --block --address={found} --num-cpus=2 {ports}"
     node = subprocess.Popen(
         [*NAMESPACE, "sh", "-c", f"mount -t tmpfs none {place} && exec {start}"],
         env={**environment, "MANTA_CACHE": str(cache)},
@@ -65,8 +70,8 @@ def address(environment, place, cache) -> Iterator[str]:
         assert node.poll() is None
         yield found
     finally:
-        for one in [*psutil.Process(node.pid).children(recursive=True), node]:
-            with suppress(psutil.Error, ProcessLookupError):
+        with suppress(psutil.Error):
+            for one in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
                 one.kill()
         node.wait()
         head.communicate("")
@@ -100,15 +105,15 @@ def test_prepared_files_that_a_node_does_not_see_travel_to_it(place, environment
     recipe = streamed(place / "data")
     done = train(recipe, tmp_path / "run", address, environment, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "of prepared files travel to 1" in done.stderr
-    assert f"which do not see {place}/data" in done.stderr
+    assert re.search(rf"prepared files travel to \S+ \(\w{{8}}\), which do not see {place}/data\n", done.stderr)
     (arrived,) = (cache / "data").iterdir()
     assert arrived.name.startswith("shipped-")
     whole = cluster.train(recipe, run=str(tmp_path / "whole"))
     assert digests(tmp_path / "run") == digests(whole.run)
     ours, theirs = weights(tmp_path / "run"), weights(whole.run)
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name])  # summed over two ranks instead of one
+        # float32, 45 steps, gradients summed over two ranks instead of one
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
 
 
 def test_a_run_whose_directory_a_node_does_not_see_is_refused(place, environment, address, tmp_path):

@@ -19,7 +19,7 @@ from nn_models.batch import Batch, Place
 
 CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order, 16 steps
-CLOCKS = {"time_s", "rows_per_s", "train_s", "first_step_at"}
+CLOCKS = {"time_s", "rows_per_s", "train_s", "saved_at", "first_step_at"}
 
 
 def splits_of(recipe: Recipe) -> Splits:

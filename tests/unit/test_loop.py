@@ -142,7 +142,7 @@ def same(one: Any, other: Any) -> bool:
 def timeless(value: Any) -> Any:
     """Without what a clock has measured."""
     if isinstance(value, dict):
-        left_out = CLOCKS | {"train_s", "first_step_at"}
+        left_out = CLOCKS | {"train_s", "saved_at", "first_step_at"}
         return {key: timeless(inner) for key, inner in value.items() if key not in left_out}
     return [timeless(inner) for inner in value] if isinstance(value, list) else value
 

@@ -138,9 +138,9 @@ def test_files_that_all_see_do_not_travel(monkeypatch, data):
     assert asked == [("lies_at", data.folder.uri, data.manifest)]
 
 
-@pytest.mark.parametrize("answer", [False, OSError("stale handle")])
+@pytest.mark.parametrize("answer", [{LARGE: False}, {LARGE: OSError("stale handle")}, {}])
 def test_files_that_one_does_not_see_are_put_into_the_store_once(monkeypatch, data, answer):
-    answering(monkeypatch, {SMALL: True, LARGE: answer})
+    answering(monkeypatch, {SMALL: True, **answer})
     there = session(HERE, SMALL, LARGE)
     splits = sharing.reaching(there, [SMALL, LARGE], data, open_splits(data, window=100))
     assert splits.shipment is not None
