@@ -38,7 +38,7 @@ from cluster.training.context import GroupContext
 from cluster.training.loop import fit
 from cluster.training.notes import FAILURE, STARTS, WAITED, Notes
 from cluster.training.splits import Splits
-from cluster.training.starting import PATIENCE_S, Controller, Patient
+from cluster.training.starting import PATIENCE_S, Patient, TrainController
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ class _Trainer(TorchTrainer):
             RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR, DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE
         )
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(Controller)
+        remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(TrainController)
         patient = Patient(self.run_config.failure_config, self.notes)
         self.controller = remote.remote(**{**options, "failure_policy": patient})
         _running.append(self)

@@ -9,7 +9,7 @@ import time
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, TrainingFailedError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution import controller
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
@@ -33,8 +33,8 @@ class Group(WorkerGroup):
             raise
 
 
-class Controller(TrainController):
-    """Ray Train's, with groups that leave nothing behind."""
+class TrainController(controller.TrainController):
+    """Ray Train's, by its name too, with groups that leave nothing behind."""
 
     worker_group_cls = Group
 
