@@ -29,6 +29,9 @@ SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # how soon Ray Train notices that a run has ended, 2 s by default; each look takes time from busy workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # how long a group of workers waits for its room before the room that there is is looked at anew, 60 s by default:
+    # a node that has just died still counts as room, and whoever trains on MIN-MAX workers could go on with fewer
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # 5 s by default: a cloud's warning may come half a minute before
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

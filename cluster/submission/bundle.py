@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,6 +36,7 @@ MARKS = (  # files that say what a folder is
     ("CACHEDIR.TAG",),  # https://bford.info/cachedir: pytest, mypy, ruff, …
     (RECIPE, ENVIRONMENT),  # a run or a sweep
 )
+NO_PATTERNS = (ValueError, IndexError)  # how Ray's library of patterns tells of some that are none
 _SILENT = logging.getLogger(f"{__name__}.ray")
 _SILENT.setLevel(logging.CRITICAL)
 
@@ -68,7 +69,8 @@ class Bundle:
 
     def largest(self, count: int = MOST_SHOWN) -> list[tuple[str, int]]:
         """The largest entries: files, and folders (with a `/`) where their bytes are spread over many."""
-        return sorted(_entries(self.files), key=lambda entry: -entry[1])[:count]
+        largest = sorted(_entries(self.files), key=lambda entry: -entry[1])[:count]
+        return [(name if name.isprintable() else repr(name), num) for name, num in largest]
 
     def refuse_larger(self, limit_mib: int) -> None:
         """Raise UserError past the limit, naming what is largest."""
@@ -83,9 +85,12 @@ class Bundle:
             )
 
 
-def bundle(root: Path) -> Bundle:
-    """What is uploaded of the folder. Raises UserError for files that cannot be read."""
-    from ray._private.runtime_env.packaging import _dir_travel  # which files Ray takes has no public name
+def bundle(root: Path, *, without: Sequence[str] = ()) -> Bundle:
+    """What is uploaded of the folder, `without` what these patterns of .gitignore match.
+
+    Raises UserError for files that cannot be read, and for patterns that are none.
+    """
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes  # which files Ray takes: no public name
 
     root = root.absolute()
     files: dict[str, int] = {}
@@ -94,7 +99,7 @@ def bundle(root: Path) -> Bundle:
     def left_out(path: Path) -> bool:
         if path == root or not _of_no_use(path):
             return False
-        excludes.append("/" + re.sub(r"([\\*?\[\]!#])", r"\\\1", path.relative_to(root).as_posix()))
+        excludes.append("/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", path.relative_to(root).as_posix()))
         return True
 
     def take(path: Path) -> None:
@@ -103,23 +108,44 @@ def bundle(root: Path) -> Bundle:
         name = path.relative_to(root).as_posix()
         if name != legible(name):
             raise UserError(legible(str(path)), "a name that is not UTF-8", "rename it, or list it in .rayignore")
+        if name.splitlines() != [name]:  # no pattern could leave it out, nor a line tell of it
+            raise UserError(repr(str(path)), "a name of several lines", "rename it")
         if not os.access(path, os.R_OK):
             raise UserError(str(path), "no permission to read it", "change that, or list it in .rayignore")
         files[name] = path.stat().st_size
 
     try:
-        _dir_travel(root, [left_out], take, include_gitignore=True, logger=_SILENT)
+        unwanted = _get_excludes(root, list(without))
+    except NO_PATTERNS as error:
+        raise UserError("--runtime-env", f"excludes: {error}", "write patterns as in .gitignore") from None
+    try:
+        _dir_travel(root, [unwanted, left_out], take, include_gitignore=True, logger=_SILENT)
+    except NO_PATTERNS as error:
+        raise _no_patterns(root, error) from None
     except OSError as error:
         path = str(error.filename or root)
         raise UserError(path, f"cannot be read ({error.strerror})", "change that, or list it in .rayignore") from None
     return Bundle(root, files, tuple(excludes))
 
 
+def _no_patterns(root: Path, error: Exception) -> UserError:
+    """What to raise for an ignore file that cannot be understood: Ray does not say which."""
+    from ray._private.runtime_env.packaging import _get_ignore_file
+
+    for name in (".gitignore", ".rayignore"):
+        for file in root.rglob(name):
+            try:
+                _get_ignore_file(file.parent, name)
+            except NO_PATTERNS as of_file:
+                return UserError(str(file), f"no list of patterns ({of_file})", "mend it, or take it away")
+    return UserError(str(root), f"cannot be read ({error})", "look at its .gitignore and .rayignore")
+
+
 def _of_no_use(path: Path) -> bool:
     if path.name in LEFT_OUT or path.suffix == ".pyc":
         return True
     if not path.is_dir():
-        return False
+        return not path.is_file()  # a link that leads nowhere; a pipe, which Ray would wait for to be written
     if path.is_symlink() and path.resolve() in [above.resolve() for above in path.parents]:
         return True  # a circle
     return any(all((path / name).is_file() for name in names) for names in MARKS)

@@ -167,11 +167,16 @@ class JobServer:
         with self._answering(job):
             return _job(self.client.get_job_info(job))
 
-    def log(self, job: str) -> str:
-        """All that it has written so far."""
+    def log(self, job: str, *, missing_ok: bool = False) -> str:
+        """All that it has written so far; with `missing_ok` nothing where the node that has it has gone."""
         refuse_id(job, job)
-        with self._answering(job):
-            return str(self.client.get_job_logs(job))
+        try:
+            with self._answering(job):
+                return str(self.client.get_job_logs(job))
+        except RunFailed as error:
+            if isinstance(error, ServerLost) or not missing_ok:
+                raise
+            return ""
 
     def stop(self, job: str) -> bool:
         """Ask it to end; whether it was running."""

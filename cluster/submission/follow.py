@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
-from cluster.errors import RunFailed
 from cluster.submission.client import Job, JobServer, ServerLost
 from cluster.submission.told import is_told
 
@@ -29,7 +28,7 @@ def follow(server: JobServer, job: str, show: Callable[[str], None], *, patience
         try:
             found = server.job(job)
             if found.over or dropped:  # some proxies let no such connection through
-                _take_all(server, job, lines, missing_ok=found.over)
+                lines.whole(server.log(job, missing_ok=found.over))
             if found.over:
                 lines.end()
                 return found
@@ -42,14 +41,6 @@ def follow(server: JobServer, job: str, show: Callable[[str], None], *, patience
                     f"`manta jobs status {job} --address {server.url}`"
                 ) from None
         time.sleep(AGAIN_S)
-
-
-def _take_all(server: JobServer, job: str, lines: "Lines", *, missing_ok: bool) -> None:
-    try:
-        lines.whole(server.log(job))
-    except RunFailed as error:
-        if isinstance(error, ServerLost) or not missing_ok:  # else the node that has the log has gone
-            raise
 
 
 class _Dropped(Exception):

@@ -11,6 +11,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 NAMESPACE = b"manta"
 STARTS = "starts"  # how often the workers were started
 FAILURE = "failure"  # an error that would only come again
+WAITED = "waited"  # for how many seconds there has been no room for the workers
 
 
 class Notes:

@@ -27,7 +27,7 @@ from ray.train.v2._internal.constants import (
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     get_env_vars_to_propagate,
 )
-from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from cluster.errors import Diverged, Lost, RayLost, RunFailed, StorageFailed
 from cluster.group import COLLECTIVE_TIMEOUT_S, join, leave, listen_at, lost_peer
@@ -40,15 +40,17 @@ from cluster.storage import Folder
 from cluster.training.context import GroupContext
 from cluster.training.leaving import Leaving, Left
 from cluster.training.loop import fit
-from cluster.training.notes import FAILURE, STARTS, Notes
+from cluster.training.notes import FAILURE, STARTS, WAITED, Notes
 from cluster.training.notice import LEAVING, heard, heed_sigterm
 from cluster.training.splits import Splits
+from cluster.training.starting import PATIENCE_S, Patient, TrainController
 from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 30
 DEATH_TIMEOUT_S = 10  # of workers whose controller has died
+TOLD_S = 300  # between two lines about room that is waited for
 KNOWN: dict[str, type[RunFailed]] = {
     kind.__name__: kind for kind in (Diverged, StorageFailed, RunFailed)
 }  # the message says all
@@ -206,7 +208,8 @@ class _Attempt:
                 failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
             ),
         )
-        self._trainer.session, self._trainer.look = session, self._look
+        self._trainer.session, self._trainer.look, self._trainer.notes = session, self._look, key
+        self._workers, self._told_at_s = workers, float("-inf")
 
     def result(self) -> dict[str, Any]:
         """What rank 0's `fit` returned. Raises as train_on_ray does, and AttemptLost."""
@@ -241,6 +244,15 @@ class _Attempt:
             self._notes.write(LEAVING, DRIVER)
         if failure := self._notes.read(FAILURE):
             raise _ToldFailure(failure)
+        self._tell_of_waiting(self._notes.read(WAITED) or 0.0)
+
+    def _tell_of_waiting(self, waited_s: float) -> None:
+        if not waited_s:  # not yet for long
+            self._told_at_s = float("-inf")
+        elif waited_s > self._told_at_s + TOLD_S:
+            self._told_at_s = waited_s
+            each = " and ".join(f"{amount:g} {name}" for name, amount in self._workers.bundle.items())
+            logger.warning("the cluster has no room now for %s of %s each: waiting for it", self._workers.what, each)
 
     def close(self) -> None:
         """Remove what is left of the attempt, and return once others can have its room."""
@@ -272,6 +284,7 @@ class _Trainer(TorchTrainer):
     aborted = False
     session: RaySession
     look: Callable[[], None]  # raises what ends the training
+    notes: str
 
     def _create_default_callbacks(self) -> list[Any]:
         # Ray's own removal of a dead controller's placement group is a process for each run, asks the dashboard, and
@@ -289,7 +302,8 @@ class _Trainer(TorchTrainer):
             environment[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         remote = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": environment})(TrainController)
-        self.controller = remote.remote(**options)
+        patient = Patient(self.run_config.failure_config, self.notes)
+        self.controller = remote.remote(**{**options, "failure_policy": patient})
         _running.append(self)
         try:
             self._watched(self.controller.run.remote())
@@ -384,6 +398,8 @@ def _death(error: Exception) -> str:
 
 
 def _explain(error: TrainingFailedError) -> str:
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        return f"the cluster has had no room for the workers for {PATIENCE_S / 60:.0f} minutes"
     failures = getattr(error, "worker_failures", {})
     ranks = "; ".join(
         f"worker {rank}: {str(inner).strip().splitlines()[-1]}" for rank, inner in sorted(failures.items())

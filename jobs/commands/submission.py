@@ -226,6 +226,11 @@ def environment_of(runtime_env: str | None, env_file: str | None) -> dict[str, A
         raise UserError(str(runtime_env), "not the mapping of a runtime environment", "see Ray's documentation")
     if "working_dir" in found:
         raise UserError(str(runtime_env), "working_dir: the current directory is uploaded", "leave it out")
+    for field, kind, words in (("env_vars", Mapping, "a mapping"), ("excludes", list, "a list of patterns")):
+        if found.get(field) is not None and not isinstance(found[field], kind):
+            raise UserError(
+                f"{runtime_env}: {field}", f"not {words}", "see Ray's documentation of runtime environments"
+            )
     lines = [line.strip() for line in _text(env_file, "--env-file").splitlines()] if env_file else []
     given = [line.removeprefix("export ") for line in lines if line and not line.startswith("#")]
     variables = {name: value.strip("\"'") for name, value in pairs(given, str(env_file)).items()}
@@ -265,7 +270,7 @@ def start(
 ) -> None:
     """Upload and start the job, and say so."""
     runtime_env = {**environment, "working_dir": str(here.root)}
-    runtime_env["excludes"] = [*here.excludes, *runtime_env.get("excludes", [])]
+    runtime_env["excludes"] = [*here.excludes, *(runtime_env.get("excludes") or [])]
     # where the packages are not in the upload, nothing in it takes their place, or that of a library
     entrypoint = [python, *([] if here.has_manta else ["-P"]), "-m", "jobs", asked.verb, *asked.arguments]
     with ExitStack() as stack:

@@ -51,7 +51,7 @@ def status(job: JobArgument, address: ServerOption = None, as_json: JsonOption =
 
     server = _server(address)
     found = server.job(job)
-    told = Told(server.log(job))
+    told = Told(server.log(job, missing_ok=True))
     progress = told.progress(time.time())
     if found.over:
         progress["left_s"] = None
@@ -133,10 +133,20 @@ def result(job: JobArgument, address: ServerOption = None, as_json: JsonOption =
 
 
 def followed(server: "JobServer", job: str, *, quiet: bool = False) -> "Job":
-    """Print the job's log to its end, on standard output, or, `quiet`, on standard error. Returns how it ended."""
+    """Print the job's log to its end, on standard output, or, `quiet`, on standard error. Returns how it ended.
+
+    An interrupt ends the following alone, and says so.
+    """
     from cluster.submission.follow import follow as follow_log
 
-    return follow_log(server, job, (lambda line: print(line, file=sys.stderr, flush=True)) if quiet else _print)
+    try:
+        return follow_log(server, job, (lambda line: print(line, file=sys.stderr, flush=True)) if quiet else _print)
+    except KeyboardInterrupt:
+        where = f"{job} --address {server.url}"
+        message = (
+            f"interrupted; the job goes on: `manta jobs logs -f {where}` follows it, `manta jobs stop {where}` ends it"
+        )
+        raise typer.Exit(complain(message, INTERRUPTED)) from None
 
 
 def told_end(job: "Job") -> int:

@@ -69,7 +69,7 @@ def _submits(verb: str) -> None:
         server = JobServer(address)
         environment = environment_of(runtime_env, env_file)
         asked.refuse_a_place_that_goes(environment["env_vars"])
-        here = bundle(Path.cwd())
+        here = bundle(Path.cwd(), without=environment.get("excludes") or ())
         show_bundle(here)
         here.refuse_larger(upload_limit)
         entry = {"CPU": entrypoint_num_cpus, "GPU": entrypoint_num_gpus, "memory": float(entrypoint_memory)}
@@ -83,16 +83,16 @@ def _submits(verb: str) -> None:
             "metadata": {"manta": verb, "recipe": asked.recipe, **pairs(metadata, "--metadata")},
         }
         job = job_id or new_id(recipe)
-        start(job, asked, here, server, environment, options, with_manta=with_manta, python=python)
+        try:
+            start(job, asked, here, server, environment, options, with_manta=with_manta, python=python)
+        except KeyboardInterrupt:
+            asks = f"`manta jobs status {job} --address {server.url}`"
+            message = f"interrupted while the job was submitted; whether it has begun says {asks}"
+            raise typer.Exit(complain(message, INTERRUPTED)) from None
         if not wait:
             print(json.dumps({"job": job, "address": server.url}) if as_json else job)
             return
-        try:
-            raise typer.Exit(_to_the_end(server, job, as_json=as_json))
-        except KeyboardInterrupt:
-            more = f"manta jobs logs {job} -f --address {server.url}"
-            message = f"interrupted; the job goes on: `{more}` follows it, `manta jobs stop {job}` ends it"
-            raise typer.Exit(complain(message, INTERRUPTED)) from None
+        raise typer.Exit(_to_the_end(server, job, as_json=as_json))
 
 
 def _to_the_end(server: Any, job: str, *, as_json: bool) -> int:
@@ -101,7 +101,7 @@ def _to_the_end(server: Any, job: str, *, as_json: bool) -> int:
 
     ended = followed(server, job, quiet=as_json)
     if as_json:
-        told = Told(server.log(job))
+        told = Told(server.log(job, missing_ok=True))
         print(json.dumps({**ended.facts(), "run": told.run, "result": told.result}))
     return told_end(ended)
 

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 from cluster.submission import client, follow
 from cluster.submission.client import JobServer, ServerLost
 from jobs import cli
+from nn_models.errors import UserError
 from tests.ray.faults import steps_done, wait_for
 from tests.ray.heads import ROOT, Head, Proxy, started_head
 
@@ -62,9 +65,9 @@ class User:
     def __init__(self, head: Head, folder: Path) -> None:
         self.head, self.folder = head, folder
 
-    def manta(self, *arguments: object, **environment: str) -> Ended:
+    def manta(self, *arguments: object, shown: StringIO | None = None, **environment: str) -> Ended:
         """The command in this process: importing torch and Ray anew takes seconds."""
-        out, err = StringIO(), StringIO()
+        out, err = shown or StringIO(), StringIO()
         settings = {"RAY_API_SERVER_ADDRESS": self.head.url, "RAY_AUTH_TOKEN": self.head.token, **environment}
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(self.folder)
@@ -159,6 +162,36 @@ def test_a_job_server_that_dies_in_mid_follow_ends_following_in_bounded_time(
     assert time.monotonic() - began[0] < 20
 
 
+class Interrupting(StringIO):
+    """What a terminal shows; once it is this, the user types Ctrl-C."""
+
+    def __init__(self, until: str) -> None:
+        super().__init__()
+        self._until, self._done = until, False
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        if not self._done and self._until in self.getvalue():
+            self._done = True
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+@pytest.mark.parametrize("command", ["logs", "submit"])
+def test_an_interrupt_ends_the_following_and_says_that_the_job_goes_on(user: User, runs: Path, command: str):
+    job = "endless" if command == "logs" else "waited-for"
+    place = ["digits-mlp", "--set=train.epochs=100000", "--no-report", f"--run={runs / job}", f"--job-id={job}"]
+    line = ["jobs", "logs", "-f", job] if command == "logs" else ["submit", "train", *place, "--wait"]
+    code, _, err = user.manta(*line, shown=Interrupting("epoch 1/"))
+    assert code == 130
+    where = f"{job} --address {user.head.url}"
+    told = f"interrupted; the job goes on: `manta jobs logs -f {where}` follows it, `manta jobs stop {where}` ends it"
+    assert err.splitlines()[-1] == f"error: {told}"
+    assert json.loads(user.manta("jobs", "status", job, "--json").out)["status"] == "RUNNING"
+    if command == "submit":
+        assert user.manta("jobs", "stop", job).out == f"{job} stopped\n"
+
+
 def test_status_tells_how_far_a_run_is_and_stop_ends_it_with_its_result_written(user: User, runs: Path):
     wait_for(lambda: steps_done(runs / "endless") > 100)
     told = json.loads(user.manta("jobs", "status", "endless", "--json").out)
@@ -221,13 +254,29 @@ def test_waiting_follows_a_new_job_and_exits_as_it_does(user: User, runs: Path, 
     assert "error: --run: " in out
     assert re.search(r"error: digits-mlp-\w{8} failed: exit code 2: --run: .* lies in Ray's temporary folder, .*", err)
     (tmp_path / "own.env").write_text(f"MANTA_STORAGE={runs}\n")
-    code, out, err = user.manta(*submit, "--json", f"--env-file={tmp_path / 'own.env'}")
+    (tmp_path / "empty").mkdir()
+    nothing = User(user.head, tmp_path / "empty")
+    code, out, err = nothing.manta(*submit, "--json", f"--env-file={tmp_path / 'own.env'}")
     assert code == 0, err
+    assert f"to be uploaded: {nothing.folder}, 0 files, 0 B\n" in err
     told = json.loads(out)
     assert told["result"] == written(Path(told["run"]))
     assert Path(told["run"]).is_relative_to(runs / "runs")
     taken = user.refused("submit", "train", "digits-mlp", "--job-id=own", f"--run={tmp_path / 'x'}")
     assert taken == "error: --job-id: own is taken; choose another"
+
+
+def test_of_two_jobs_with_one_id_at_once_one_is_refused(user: User):
+    def submit(_: int) -> str:
+        try:
+            user.server().submit("twice", "true", {})
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(2) as both:
+        told = sorted(both.map(submit, range(2)))
+    assert told == ["", "--job-id: twice is taken; choose another"]
 
 
 def test_jobs_are_listed_for_people_and_programs(user: User, runs: Path):

@@ -1,5 +1,6 @@
 """What is uploaded of a folder: what Ray's client takes, but for environments, caches and runs; its size; a wheel."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -48,6 +49,43 @@ def test_ignore_files_are_heeded_and_their_rules_hold_for_what_is_below(tmp_path
     assert set(bundle(tmp_path).files) == {".gitignore", ".rayignore", "b/.gitignore", "b/c/open", "keep.log"}
 
 
+def test_what_is_no_file_is_left_out(tmp_path):
+    """Ray would wait for ever for somebody to write into a pipe."""
+    from ray._private.runtime_env.packaging import get_uri_for_directory
+
+    write(tmp_path, "work/a.py")
+    write(tmp_path, "elsewhere/big", 7)
+    os.mkfifo(tmp_path / "work" / "pipe")
+    for name, to in (("nowhere", "no"), ("itself", "work/itself"), ("there", "elsewhere"), ("file", "elsewhere/big")):
+        (tmp_path / "work" / name).symlink_to(tmp_path / to)
+    found = bundle(tmp_path / "work")
+    assert found.files == {"a.py": 1, "file": 7, "there/big": 7}
+    assert get_uri_for_directory(str(tmp_path / "work"), include_gitignore=True, excludes=list(found.excludes))
+
+
+def test_what_the_runtime_environment_excludes_does_not_count(tmp_path):
+    for name in ("a.log", "b/c.log", "b/d"):
+        write(tmp_path, name)
+    assert bundle(tmp_path, without=["*.log"]).files == {"b/d": 1}
+    assert bundle(tmp_path, without=["*"]).files == {}
+    with pytest.raises(UserError, match="--runtime-env: excludes: "):
+        bundle(tmp_path, without=["a", "!"])
+
+
+def test_an_empty_folder(tmp_path):
+    assert (bundle(tmp_path).files, bundle(tmp_path).largest()) == ({}, [])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"ok\n!\n"])
+def test_an_ignore_file_that_is_none_is_named(tmp_path, content):
+    write(tmp_path, ".gitignore")
+    (tmp_path / ".gitignore").write_text("*.log\n")
+    write(tmp_path, "b/.rayignore")
+    (tmp_path / "b" / ".rayignore").write_bytes(content)
+    with pytest.raises(UserError, match=r"b/.rayignore: no list of patterns \("):
+        bundle(tmp_path)
+
+
 def test_ray_uploads_just_these_files(tmp_path):
     """Its own archive of the folder, with the patterns that it is given."""
     from ray._private.runtime_env.packaging import create_package
@@ -86,6 +124,14 @@ def test_more_than_the_limit_is_refused_by_name(tmp_path):
 def test_a_file_that_has_no_legible_name(tmp_path):
     (tmp_path / "caf\udce9").write_bytes(b"x")
     with pytest.raises(UserError, match=r"caf\\xe9: a name that is not UTF-8"):
+        bundle(tmp_path)
+
+
+def test_names_that_no_line_can_show(tmp_path):
+    write(tmp_path, "bell\x07", 9)
+    assert bundle(tmp_path).largest() == [("'bell\\x07'", 9)]
+    write(tmp_path, "two\nlines")
+    with pytest.raises(UserError, match=r"two\\nlines': a name of several lines; rename it"):
         bundle(tmp_path)
 
 

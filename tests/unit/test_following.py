@@ -114,7 +114,7 @@ class Server:
             raise ServerLost("no answer")
         return Job(job, status, "", None, None, None, {}, "")
 
-    def log(self, job: str) -> str:
+    def log(self, job: str, *, missing_ok: bool = False) -> str:
         return LOG
 
     async def tail(self, job: str) -> AsyncIterator[str]:

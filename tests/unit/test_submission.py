@@ -167,6 +167,10 @@ def test_the_environment_of_a_job(work):
     assert found["pip"] == ["x"]
     kept = {name: found["env_vars"][name] for name in ("KEY", "PLACE", "NUMBER", "MANTA_JOB")}
     assert kept == {"KEY": "a=b", "PLACE": "there", "NUMBER": "3", "MANTA_JOB": "1"}
+    for text in ("env_vars: [1]", "excludes: '*.log'"):
+        Path("wrong.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"wrong.yaml: (env_vars: not a mapping|excludes: not a list)"):
+            environment_of("wrong.yaml", None)
     for text, message in (("[1]", "not the mapping"), ("working_dir: .", "leave it out"), ("a: [", "not valid YAML")):
         Path("wrong.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
