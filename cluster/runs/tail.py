@@ -12,6 +12,16 @@ from nn_models.errors import UserError
 Listener = Callable[[Mapping[str, Any]], None]  # called with each line of metrics
 
 
+def heard_by(*listeners: Listener) -> Listener:
+    """One that hands each line to all of these."""
+
+    def heard(line: Mapping[str, Any]) -> None:
+        for listener in listeners:
+            listener(line)
+
+    return heard
+
+
 class Tail:
     """Hands each new line of metrics.jsonl to the listener, wherever the loop runs."""
 

@@ -167,16 +167,9 @@ class Recorder:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line of metrics. Raises StorageFailed where that cannot be done."""
-        # an epoch's and an interval's figures may come at the same step: each has a tag of its own
-        of = "train_interval" if entry["split"] == "train" and not entry.get("end_of_epoch") else entry["split"]
-        scalars = {
-            f"{of}/{name}": value
-            for name, value in entry.items()
-            if isinstance(value, float) and math.isfinite(value) and name != "time_s"
-        }
         with self._writing():
             self._file.write(json.dumps(jsonable(entry)) + "\n")
-            self._events.add(entry["step"], scalars)
+            self._events.add(entry["step"], scalars_of(entry))
 
     def flush(self) -> None:
         """Make what was appended visible in the run's directory. Raises StorageFailed where that has been deleted."""
@@ -208,6 +201,17 @@ class Recorder:
             yield
         except OSError as error:
             raise failure(f"{self._local}/{METRICS}", "written", error) from None
+
+
+def scalars_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a line of metrics by their tags in TensorBoard and in other trackers: `validation/loss`."""
+    # an epoch's and an interval's figures may come at the same step: each has a tag of its own
+    of = "train_interval" if entry["split"] == "train" and not entry.get("end_of_epoch") else entry["split"]
+    return {
+        f"{of}/{name}": value
+        for name, value in entry.items()
+        if isinstance(value, float) and math.isfinite(value) and name != "time_s"
+    }
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:

@@ -16,6 +16,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 GpuOption = Annotated[bool, typer.Option("--gpu", help="Use a GPU (one for each worker).")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's own messages too.")]
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option("--track", metavar="TRACKER", help="Track it: mlflow, wandb or tensorboard; repeatable."),
+]
+
 
 def overrides(pairs: list[str] | None) -> dict[str, Any]:
     """What `--set PATH=VALUE` asks for, by dotted path; values are YAML."""

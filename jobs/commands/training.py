@@ -12,6 +12,7 @@ from jobs.commands.options import (
     JsonOption,
     RecipeArgument,
     SetOption,
+    TrackOption,
     VerboseOption,
     overrides,
 )
@@ -27,6 +28,7 @@ def train(
     gpu: GpuOption = False,
     address: Annotated[str | None, typer.Option(help="An existing Ray cluster, HOST:PORT.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --run.")] = False,
+    track: TrackOption = None,
     as_json: JsonOption = False,
     report: Annotated[bool, typer.Option(help="Write RUN/report.html at the end.")] = True,
     verbose: VerboseOption = False,
@@ -40,6 +42,8 @@ def train(
     num_workers = least if least == most else (least, most)
     configure_ray()
     from cluster.recipe.loading import load_recipe
+    from cluster.runs.tail import heard_by
+    from cluster.runs.tracking.tracking import Tracking
     from cluster.runs.train import again
     from cluster.runs.train import train as run_training
     from cluster.submission.told import telling
@@ -49,31 +53,36 @@ def train(
     resolved = load_recipe(recipe, overrides(set_))
     if resume and run is None:
         raise UserError("--resume", "say which run to continue with --run DIR")
-    try:
-        with ExitStack() as stack, Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress:
-            run = stack.enter_context(new_place("runs", resolved)) if run is None else run
-            stack.enter_context(telling("train", run, name=resolved.name))
-            outcome = run_training(
-                resolved,
-                num_workers=num_workers,
-                use_gpu=gpu,
-                run=run,
-                address=address,
-                resume=resume,
-                listener=progress,
-                verbose=verbose,
-            )
-    except KeyboardInterrupt:
-        message = "interrupted before the run began"
-        if run is not None and RunDirectory(run).exists():
-            line = again(run, num_workers=num_workers, use_gpu=gpu, address=address)
-            message = f"interrupted; to go on: {line}"
-        raise typer.Exit(complain(message, INTERRUPTED)) from None
     written = None
-    if report:
-        from jobs.report import write_report
+    with ExitStack() as to_the_end:
+        try:
+            with (
+                ExitStack() as stack,
+                Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress,
+            ):
+                run = stack.enter_context(new_place("runs", resolved)) if run is None else run
+                tracked = to_the_end.enter_context(Tracking(track or (), resolved, run))
+                stack.enter_context(telling("train", run, name=resolved.name))
+                outcome = run_training(
+                    resolved,
+                    num_workers=num_workers,
+                    use_gpu=gpu,
+                    run=run,
+                    address=address,
+                    resume=resume,
+                    listener=heard_by(progress, tracked),
+                    verbose=verbose,
+                )
+        except KeyboardInterrupt:
+            message = "interrupted before the run began"
+            if run is not None and RunDirectory(run).exists():
+                line = again(run, num_workers=num_workers, use_gpu=gpu, address=address)
+                message = f"interrupted; to go on: {line}"
+            raise typer.Exit(complain(message, INTERRUPTED)) from None
+        if report:
+            from jobs.report import write_report
 
-        written = write_report(outcome.run)
+            written = write_report(outcome.run)
     if as_json:
         print(json.dumps({"run": outcome.run, **outcome.result}))
         return
@@ -86,5 +95,6 @@ def train(
         "ended early": outcome.result.get("ended"),
         "run": outcome.run,
         "report": written,
+        **tracked.where,
     }
     print_outcome(outcome.metrics, facts)

@@ -4,10 +4,8 @@ import copy
 import json
 import math
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 from pyarrow import fs
 from safetensors.torch import load_file
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import SessionLog
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -46,6 +44,7 @@ from cluster.training.run_directory import RunDirectory, read_metrics
 from cluster.training.splits import open_splits
 from nn_models.errors import UserError
 from tests.unit import made
+from tests.unit.event_files import events
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -554,15 +553,6 @@ def test_events_of_a_run_that_goes_on_are_in_a_file_of_their_own(tmp_path):
     assert sorted(told[1].step for told in found) == [3, 5]
     assert all(told[0].file_version == "brain.Event:2" for told in found)
     assert all(told[1].session_log.status == SessionLog.START for told in found)
-
-
-def events(file: Path) -> Iterator[Event]:
-    """The records of an event file: a length, its checksum, the event, its checksum."""
-    content = file.read_bytes()
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        yield Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
 
 
 # -- what others do to a run -------------------------------------------------------------------------------------------
