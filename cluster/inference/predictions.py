@@ -4,6 +4,7 @@ Rows are computed EVALUATION_ROWS at once from the beginning of a part, in any p
 numbers wherever they are computed, and a split's those that `evaluate` has.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,10 +26,12 @@ from cluster.runs.given_files import GivenFiles, GivenTexts
 from cluster.runs.given_tables import TARGET, Piece, numbered
 from cluster.runs.opened import Generator, open_model
 from cluster.runs.predictor import Predictor
+from cluster.storage import Folder
 from cluster.training.carry import of_rows
+from cluster.training.checkpoints import WEIGHTS
 from cluster.training.evaluation import Totals, autocast, names_of
 from cluster.training.journal import prefixed
-from cluster.training.run_directory import jsonable
+from cluster.training.run_directory import RECIPE, jsonable
 from cluster.training.splits import EVALUATION_ROWS
 from nn_models.batch import Batch, Place
 from nn_models.columns import Label
@@ -236,10 +239,24 @@ class Prediction:
             what = f"the classes of the rows ({theirs}, …) are not those of the model ({ours}, …)"
             raise UserError("DATA", what, "predict without labels: --unlabelled")
         self.rows = used.rows
+        self._options = {"top": top, "label": label, "labelled": labelled, "resize": resize, "splits": list(splits)}
+        self._run = Folder(run)
         self.split = splits[0] if len(splits) == 1 else ALL
         known = sum(part.rows for part in self.rows.parts)
         self.tally = Tally(self.model, known if all(part.rows for part in self.rows.parts) else UNKNOWN_ROWS)
         self.predicting = Predicting(self.model, self.rows, top=top, gather=self.tally.gathers)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows come once, from standard input."""
+        return isinstance(self.rows, GivenFiles) and self.rows.streamed
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What decides what is predicted: the model, the rows and their parts, the options."""
+        model = [hashlib.sha256(self._run.read_bytes(f"model/{name}")).hexdigest() for name in (WEIGHTS, RECIPE)]
+        parts = [part.rows for part in self.rows.parts]
+        return {"model": model, "rows": self.rows.fingerprint, "parts": parts, "options": self._options}
 
     def tables(self) -> Iterator[pa.Table]:
         """Tables of the rows as they come: split, row, file and label as there are some, prediction, probability, …."""

@@ -2,14 +2,17 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.commands.app import app, import_from_here
+from jobs.commands.app import INTERRUPTED, app, complain, import_from_here
 from jobs.commands.given import LabelOption, SplitOption, data_of, splits_of
-from jobs.commands.options import GpuOption, JsonOption, RunArgument
+from jobs.commands.options import GpuOption, JsonOption, RunArgument, VerboseOption
 from nn_models.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.inference.predictions import Prediction
 
 SHOWN = 3  # of the likeliest classes, in a line for people
 
@@ -43,13 +46,19 @@ def predict(
     unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Read no labels, and tell no figures.")] = False,
     resize: Annotated[bool, typer.Option("--resize", help="Resize images of another size than the model's.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes are named of each row.")] = 5,
+    workers: Annotated[
+        str, typer.Option(help="Ray workers, or MIN-MAX; what they have done is kept, to go on from after a kill.")
+    ] = "0",
     gpu: GpuOption = False,
+    address: Annotated[str | None, typer.Option(help="An existing Ray cluster, HOST:PORT.")] = None,
     as_json: JsonOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Predict classes or numbers of rows by a run's best model, from RUN/model alone.
 
     A row for each: its number or file, the prediction, its probability, the likeliest classes. Where rows have labels,
-    their figures are told at the end, as `manta evaluate` has them.
+    their figures are told at the end, as `manta evaluate` has them. Many rows are predicted by Ray workers, in parts
+    that are kept in FILE.parts until all are done: the same command goes on where one was cut short.
     """
     import_from_here()
     if text is not None:
@@ -60,11 +69,19 @@ def predict(
         return
     if parser is not None:
         raise UserError("--parser", "it finds the tree of one sentence", "give that with --text")
+    from cluster.runtime import configure_ray, local_device, parse_workers
+
+    configure_ray()
     from cluster.inference.predictions import Prediction
-    from cluster.runtime import local_device
     from jobs.commands.printing import print_outcome
     from jobs.commands.rows import predictions_place, stream_rows
 
+    least, most = parse_workers(workers)
+    if out is None and (most or overwrite or address):
+        option = "--workers" if most else "--address" if address else "--overwrite"
+        raise UserError(option, "there is no file to write", "name one with --out")
+    if address and not most:
+        raise UserError("--address", "this process predicts alone", "say how many workers there shall be: --workers")
     place = None if out is None else predictions_place(out, overwrite=overwrite)
     prediction = Prediction(
         run,
@@ -74,28 +91,51 @@ def predict(
         labelled=not unlabelled,
         resize=resize,
         top=top,
-        device=local_device(gpu),
+        device=local_device(gpu and not most),
     )
     if place is None:
-        rows = 0
-        found = []
-        for table in prediction.tables():
-            rows += table.num_rows
-            for row in table.to_pylist():
-                found.append(row) if as_json else print(_line(row), flush=data == "-")
-        metrics = prediction.metrics()
-        if as_json:
-            print(json.dumps({"rows": found, "metrics": metrics}))
-        elif metrics:
-            print(file=sys.stderr)
-            print_outcome(metrics, {"rows": rows}, file=sys.stderr)
+        _print(prediction, as_json=as_json)
         return
-    path, rows = stream_rows(prediction.tables(), place, out=str(out))
+    if most:
+        from cluster.inference.parted import PartedPrediction
+
+        parted = PartedPrediction(prediction, place[0] / f"{place[1]}.parts", overwrite=overwrite)
+        num_workers = least if least == most else (least, most)
+        try:
+            parted.compute(num_workers, use_gpu=gpu, address=address, verbose=verbose)
+        except KeyboardInterrupt:
+            raise typer.Exit(complain("interrupted; the same command goes on from there", INTERRUPTED)) from None
+        path, rows = stream_rows(parted.tables(), place, out=str(out))
+        parted.delete()
+    else:
+        path, rows = stream_rows(prediction.tables(), place, out=str(out))
     metrics = prediction.metrics()
     if as_json:
         print(json.dumps({"path": path, "rows": rows, "metrics": metrics}))
     else:
         print_outcome(metrics, {"rows": rows, "predictions": path})
+
+
+def _print(prediction: "Prediction", *, as_json: bool) -> None:
+    """The rows as they come, and then their figures."""
+    from jobs.commands.printing import print_outcome
+    from jobs.commands.rows import plain_rows
+
+    found, rows = list[dict[str, Any]](), 0
+    for table in prediction.tables():
+        rows += table.num_rows
+        if as_json:
+            found += plain_rows(table)
+            continue
+        for row in plain_rows(table):
+            print(_line(row))
+        sys.stdout.flush()  # whoever writes to standard input may wait for it
+    metrics = prediction.metrics()
+    if as_json:
+        print(json.dumps({"rows": found, "metrics": metrics}))
+    elif metrics:
+        print(file=sys.stderr)
+        print_outcome(metrics, {"rows": rows}, file=sys.stderr)
 
 
 def _predict_text(run: str, text: str, *, parser: str | None, top: int, gpu: bool, as_json: bool) -> None:

@@ -20,6 +20,7 @@ ORDER = (
     "startup_ray",
     "reporting",
     "streaming_memory",
+    "predicting",
     "gan_quality",
     "adversarial",
     "sweeps",
