@@ -10,7 +10,7 @@ from jobs.report.pictures import data_uri, heat, pictures
 from jobs.report.sections.section import EVALUATION, Run, Section
 
 MOST_IMAGES = 16
-LEAST_SCALE = 0.02  # of a probability: what is less is not to look like much
+LEAST_SCALE = 0.01  # of a probability: what is less is not to look like much
 
 
 class Explained(NamedTuple):
@@ -20,6 +20,7 @@ class Explained(NamedTuple):
     map: str
     predicted: str
     true: str
+    most: str  # that is lost of the probability anywhere, in points: what the full colour is
 
 
 def _read(run: Run) -> dict[str, Any]:
@@ -31,15 +32,17 @@ def _read(run: Run) -> dict[str, Any]:
     if images.ndim != 4 or maps.shape != (len(images), *images.shape[2:]):
         raise AbsentError(f"images of shape {images.shape} and maps of shape {maps.shape}")
     maps = np.nan_to_num(maps.astype(np.float32))
-    most = max(LEAST_SCALE, float(np.quantile(np.abs(maps), 0.99)))
     class_name = class_namer(tensors)
     told = (tensors[f"occlusion/{name}"][:MOST_IMAGES].tolist() for name in ("predictions", "targets"))
     shown = images if images.dtype == np.uint8 else _bytes(images)
-    rows = [
-        Explained(picture, data_uri(heat(image, values, most=most)), *map(class_name, pair))
-        for picture, image, values, pair in zip(pictures(images), shown, maps, zip(*told, strict=True), strict=True)
-    ]
-    return {"split": tensors.metadata.get("split", "test"), "rows": rows, "most": f"{100 * most:.0f}"}
+    rows = []
+    for picture, image, values, (predicted, true) in zip(
+        pictures(images), shown, maps, zip(*told, strict=True), strict=True
+    ):
+        most = float(np.abs(values).max())
+        map_ = data_uri(heat(image, values, most=max(LEAST_SCALE, most)))
+        rows.append(Explained(picture, map_, class_name(predicted), class_name(true), f"{100 * most:.2g}"))
+    return {"split": tensors.metadata.get("split", "test"), "rows": rows}
 
 
 def _bytes(images: Any) -> Any:
