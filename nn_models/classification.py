@@ -16,6 +16,7 @@ from nn_models.class_weights import ClassWeights, weights_of
 from nn_models.columns import Label
 from nn_models.errors import UserError
 from nn_models.evidence import ClassEvidence, Evidence
+from nn_models.explaining import explained, rows_explained
 from nn_models.figures import CLASS_FIGURES, MAX_SCORES, TOP, TOP_FROM_CLASSES, ClassFigures, Figures
 from nn_models.likeliest import likeliest
 from nn_models.metrics import Metric
@@ -37,6 +38,7 @@ class Classification(Objective):
     metrics = (Metric("accuracy", "more"),)
     whole = CLASS_FIGURES
     best = "accuracy"
+    sections = ("occlusion", "importance")
 
     def __init__(
         self, *, label_smoothing: float, weights: Tensor | None = None, gathered: tuple[str, ...] = ()
@@ -97,6 +99,18 @@ class Classification(Objective):
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
         return ClassEvidence(signature["target"].num_outputs)
+
+    def inspected_rows(self, signature: Signature) -> int:
+        """See Objective."""
+        return rows_explained(signature["input"])
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective: what it goes by in images; of features how much accuracy is lost without each."""
+
+        def accuracy(outputs: Tensor) -> Tensor:
+            return (likeliest(outputs) == batch["target"]).double().mean()
+
+        return explained(model, signature, batch, score=accuracy, classes=True)
 
 
 class ClassificationSpec(RowObjectiveSpec):

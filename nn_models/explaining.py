@@ -4,12 +4,18 @@ Shapes: B rows, C classes, F features; H x W pixels of an image, U x V places of
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from nn_models.objectives import at_least_float32
+from nn_models.batch import Batch
+from nn_models.columns import Column, Features, Image
+from nn_models.objectives import INSPECTED_ROWS, at_least_float32
+from nn_models.signature import Signature
+
+Model = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]
 
 MOST_PLACES = 8  # of the patch, along a side
 SHARE = 4  # the patch is a quarter as high and as wide as the image
@@ -18,6 +24,7 @@ EXPLAINED_IMAGES = 16
 MOST_PIXELS = 20_000_000  # that a model is given to explain some images: seconds of a small net, on one core
 REPEATS = 5  # scikit-learn's
 EXPLAINED_ROWS = 1000
+FEWEST_ROWS = 50  # of fewer, what is lost says little
 MOST_SHUFFLED = 2_000_000  # rows that a model is given to explain a table
 
 
@@ -29,7 +36,7 @@ def places(size: int) -> tuple[int, list[int]]:
 
 
 @torch.no_grad()
-def occlusion(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+def occlusion(model: Model, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, channels, H, W), as the model reads them -> their predicted classes (B,), and (B, U, V) float32.
 
         map_uv = p(c | image) - p(c | image with the patch at (u, v) hidden)        c = argmax p(. | image)
@@ -73,9 +80,9 @@ def explainable_images(shape: tuple[int, ...]) -> int:
 
 @torch.no_grad()
 def permutation_importance(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     rows: Tensor,
-    score: Callable[[Tensor], Tensor],
+    score: Score,
     *,
     shuffled: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -97,22 +104,40 @@ def permutation_importance(
 def explainable_rows(num_features: int) -> int:
     """How many rows of a table are explained in a test's time; 0 of one of very many features."""
     rows = min(EXPLAINED_ROWS, MOST_SHUFFLED // (REPEATS * num_features))
-    return rows if rows >= 50 else 0
+    return rows if rows >= FEWEST_ROWS else 0
 
 
-def importance(
-    model: Callable[[Tensor], Tensor], rows: Tensor, score: Callable[[Tensor], Tensor], **told: Any
-) -> dict[str, Tensor]:
-    """What the section `importance` of the report is made of: `importance/score` () and `importance/lost`."""
-    generator = torch.Generator().manual_seed(0)
-    orders = [torch.randperm(len(rows), generator=generator) for _ in range(REPEATS)]
-    base, lost = permutation_importance(model, rows, score, shuffled=torch.stack(orders).to(rows.device))
-    return {"importance/score": base, "importance/lost": lost, "importance/rows": torch.tensor(len(rows))}
+def rows_explained(column: Column) -> int:
+    """How many of the first rows of a test `explained` looks at, at most."""
+    if isinstance(column, Image):
+        return max(1, explainable_images(column.shape))
+    return max(1, explainable_rows(column.size)) if isinstance(column, Features) else INSPECTED_ROWS
 
 
-def _chances(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def explained(model: Model, signature: Signature, batch: Batch, *, score: Score, classes: bool) -> dict[str, Tensor]:
+    """What the sections `occlusion` and `importance` of the report are made of, of these rows, on the CPU.
+
+    occlusion/images, maps, predictions, targets   (B, channels, H, W) as stored, (B, H, W) float16, (B,), (B,)
+    importance/score, lost, rows                   (), (F, REPEATS) float64: see permutation_importance; ()
+    """
+    column = signature["input"]
+    if isinstance(column, Image) and classes and explainable_images(column.shape):
+        predicted, maps = occlusion(model, batch["input"])
+        found = {"images": cast(Tensor, batch.stored["input"]), "maps": spread(maps, column.shape[1:]).half()}
+        found |= {"predictions": predicted, "targets": batch["target"]}
+        return {f"occlusion/{name}": values.cpu().contiguous() for name, values in found.items()}
+    if isinstance(column, Features) and explainable_rows(column.size):
+        rows = batch["input"]
+        generator = torch.Generator().manual_seed(0)
+        orders = torch.stack([torch.randperm(len(rows), generator=generator) for _ in range(REPEATS)])
+        base, lost = permutation_importance(model, rows, score, shuffled=orders.to(rows.device))
+        return {"importance/score": base, "importance/lost": lost, "importance/rows": torch.tensor(len(rows))}
+    return {}
+
+
+def _chances(model: Model, images: Tensor) -> Tensor:
     return at_least_float32(_outputs(model, images)).softmax(1)
 
 
-def _outputs(model: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def _outputs(model: Model, rows: Tensor) -> Tensor:
     return torch.cat([model(piece) for piece in rows.split(ROWS_AT_ONCE)])

@@ -3,6 +3,7 @@
 Shapes: B rows of the batch, D features, K predicted numbers.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from nn_models.batch import Batch
 from nn_models.columns import Features, Numbers
 from nn_models.evidence import Evidence, NumberEvidence
+from nn_models.explaining import explained, rows_explained
 from nn_models.figures import NUMBER_FIGURES, Figures, NumberFigures
 from nn_models.metrics import Metric
 from nn_models.model import ModelSpec, reading
@@ -40,6 +42,7 @@ class Regression(Objective):
 
     metrics: tuple[Metric, ...] = (Metric("mse", "less"), Metric("mae", "less"))
     whole = NUMBER_FIGURES
+    sections = ("importance",)
 
     def __init__(self, num_outputs: int, *, gathered: tuple[str, ...] = ()) -> None:
         """`gathered` are metrics of the whole split in validation too."""
@@ -73,6 +76,20 @@ class Regression(Objective):
     def evidence(self, signature: Signature) -> Evidence:
         """See Objective."""
         return NumberEvidence()
+
+    def inspected_rows(self, signature: Signature) -> int:
+        """See Objective."""
+        return rows_explained(signature["input"])
+
+    def inspect(self, model: Any, signature: Signature, batch: Batch) -> Mapping[str, Tensor]:
+        """See Objective: of features how much of R2, on average over the numbers, is lost without each."""
+
+        def r2(outputs: Tensor) -> Tensor:
+            targets = _like(batch["target"], outputs).double()
+            errors = (outputs.double() - targets).square().sum(0)
+            return (1 - errors / (targets - targets.mean(0)).square().sum(0).clamp(min=1e-12)).mean()
+
+        return explained(model, signature, batch, score=r2, classes=False)
 
 
 def _like(targets: Tensor, predictions: Tensor) -> Tensor:

@@ -44,3 +44,15 @@ def data_uri(pixels: Array) -> str:
         kind = "jpeg"
     image.save(buffer, kind, **({"quality": 88} if kind == "jpeg" else {"compress_level": 3}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def heat(image: Array, values: Array, *, most: float) -> Array:
+    """An image (channels, H, W) uint8, gray and faint, under values (H, W): blue above 0, red below; (H, W, 3) uint8.
+
+    `most` is the value of the full colour.
+    """
+    gray = image.astype(np.float32).mean(0)[..., None]
+    strength = np.clip(np.abs(values.astype(np.float32)) / max(most, 1e-12), 0, 1)[..., None]
+    colours = np.where(values[..., None] > 0, np.array(BLUE, np.float32), np.array(RED, np.float32))
+    found: Array = ((1 - strength) * (64 + gray / 2) + strength * colours).round().astype(np.uint8)
+    return found

@@ -245,7 +245,8 @@ def test_any_number_of_ranks_sees_the_same(name, tmp_path):
     with safe_open(run / "evaluation.safetensors", "np") as file:
         about = file.metadata()
     language = name == "a language model"
-    assert json.loads(about["inside"]) == ["text"] * language + ["gradients", "gates"]
+    explained = ["text"] if language else ["occlusion", "importance"]
+    assert json.loads(about["inside"]) == [*explained, "gradients", "gates"]
     assert about.get("section") == (None if language else "classes")
     where = tmp_path / "three"
     (where / "model").mkdir(parents=True)
