@@ -15,7 +15,7 @@ from nn_models.errors import UserError
 
 # Each adds its commands, in the order of `manta --help`.
 # isort: off
-from jobs.commands import training, sweeping, showing, using, coding, submitting, submitted, data  # noqa: F401
+from jobs.commands import training, sweeping, showing, using, coding, submitting, submitted, doctor, data  # noqa: F401
 # isort: on
 
 PACKAGES = ("cluster", "jobs", "nn_models")
