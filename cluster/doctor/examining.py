@@ -101,6 +101,7 @@ class _Examination:
         self._asked, self._workers, self._nodes, self._tell_line = asked, workers, nodes, tell
         self._began_s = began_s
         self._told_silent: set[str] = set()
+        self._without_data: set[str] = set()
 
     def run(self) -> None:
         """Tell all lines."""
@@ -185,6 +186,7 @@ class _Examination:
         read = self._nodes.ask(read_wanted, plan.wanted)
         self._say_who_fell_silent()
         self._tell(_broken("data", read.failed) if read.failed else judging.data(read.found))
+        self._without_data = {name for name, one in read.found.items() if one.problem} | set(read.failed)
 
     # -- storage -------------------------------------------------------------------------------------------------------
 
@@ -263,7 +265,10 @@ class _Examination:
         return found
 
     def _steps(self, plan: Plan, joined_s: float, exchange_s: float | None) -> None:
-        workers, hosts = self._workers, self._hosts()
+        workers = self._workers
+        hosts = [name for name in self._hosts() if name not in self._without_data]  # there no step can be taken
+        if not hosts:
+            return
         asked = self._asked.num_workers is not None
         replicas = max(1, workers.replicas if asked else len(hosts))
         threads = workers.cpus if workers.most else 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.data.shards import DataSet
+from cluster.doctor.machine import Disk
 from cluster.errors import StorageFailed
 from cluster.storage import Folder
 from nn_models.errors import UserError
@@ -36,15 +37,13 @@ def write_probe(where: str, key: str, name: str, num_bytes: int) -> Written:
 
     A disk that is full, or a quota, shows itself only where something is written.
     """
-    from cluster.doctor.machine import Disk
-
     made: tuple[str, ...] = ()
     try:
         folder = Folder(where)
         local = folder.local
         if local is not None:
             made = tuple(str(place) for place in (local, *local.parents) if not place.exists())
-        probe = folder / f"{PROBE}{key}"
+        probe = folder.create() / f"{PROBE}{key}"
         probe.create()
         began = time.perf_counter()
         content = os.urandom(BLOCK_BYTES) * max(1, num_bytes // BLOCK_BYTES)

@@ -63,10 +63,11 @@ class Examiner:
 def living_nodes() -> list[Node]:
     """The cluster's; that of this process comes first. Names are told apart where several have the same."""
     here = ray.get_runtime_context().get_node_id()
-    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
-    names = [node.get("NodeName") or node["NodeManagerAddress"] for node in alive]
+    named = [(node.get("NodeName") or node["NodeManagerAddress"], node) for node in ray.nodes() if node["Alive"]]
+    named.sort(key=lambda pair: (pair[1]["NodeID"] != here, pair[0], pair[1]["NodeID"]))
+    names = [name for name, _ in named]
     found = []
-    for name, node in zip(names, alive, strict=True):
+    for name, node in named:
         told = name if names.count(name) == 1 else f"{name} ({node['NodeID'][:6]})"
         found.append(Node(node["NodeID"], told, node["NodeManagerAddress"], node["Resources"]))
     return found

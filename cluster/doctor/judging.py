@@ -4,7 +4,7 @@ Pure functions. Mappings are from nodes' names; the first name is that of the no
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,7 +101,7 @@ def cores(machines: Mapping[str, Machine], resources: Mapping[str, Resources]) -
         told = ", ".join(f"{name} has {machines[name].cores} cores and hands out {over[name]:g}" for name in over)
         return Line("cores", "warning", told, "start Ray there with --num-cpus of as many as there are")
     all_of, handed = sum(m.cores for m in machines.values()), sum(resources[name].get("CPU", 0) for name in machines)
-    least = f"{size(min(m.memory_bytes for m in machines.values()))} of memory{' or more' * (len(machines) > 1)}"
+    least = f"{_least(machines)}{size(min(m.memory_bytes for m in machines.values()))} of memory"
     return Line("cores", "ok", f"{all_of}{f', {handed:g} of them handed out' if handed != all_of else ''}; {least}")
 
 
@@ -135,7 +135,7 @@ def object_store(resources: Mapping[str, Resources], *, data_bytes: int) -> Line
     if not rooms:
         return None
     short = [name for name, room in rooms.items() if data_bytes > MOST_FILLED * room]
-    told = f"{size(min(rooms.values()))}{' or more' * (len(rooms) > 1)}"
+    told = f"{_least(rooms)}{size(min(rooms.values()))}"
     if short:
         message = (
             f"{size(data_bytes)} of data, and {told} of room on {some(short)}: it is spilled to disk and read back"
@@ -155,7 +155,7 @@ def shared_memory(machines: Mapping[str, Machine], resources: Mapping[str, Resou
             f"{size(found[small[0]].total)} on {some(small)}, less than the object store: Ray uses the disk for it"
         )
         return Line("shared memory", "failed", message, "give it room: `docker run --shm-size`, or a larger /dev/shm")
-    return Line("shared memory", "ok", f"{size(min(disk.free for disk in found.values()))} free")
+    return Line("shared memory", "ok", f"{_least(found)}{size(min(disk.free for disk in found.values()))} free")
 
 
 def disk(machines: Mapping[str, Machine]) -> Line:
@@ -169,7 +169,7 @@ def disk(machines: Mapping[str, Machine]) -> Line:
         where = found[full[0]].path
         return Line("disk", status, f"{where}: {told}", "make room, or start Ray there with another --temp-dir")
     least = min((disk.free for disk in found.values()), default=0)
-    return Line("disk", "ok", f"{size(least)} free{' or more' * (len(found) > 1)} for Ray's files")
+    return Line("disk", "ok", f"{_least(found)}{size(least)} free for Ray's files")
 
 
 def storage(where: str, found: Mapping[str, Written], *, needed_bytes: int) -> Line:
@@ -185,7 +185,7 @@ def storage(where: str, found: Mapping[str, Written], *, needed_bytes: int) -> L
         message = f"{where}: {free} left on {some(short)}, and checkpoints take {size(needed_bytes)}"
         return Line("storage", "failed", message, "make room there, or lower train.keep_checkpoints")
     slowest = min(written.bytes_per_s for written in found.values())
-    return Line("storage", "ok", f"{where} can be written, {rate(slowest)}{' or more' * (len(found) > 1)}")
+    return Line("storage", "ok", f"{where} can be written, {_least(found)}{rate(slowest)}")
 
 
 def shared_storage(where: str, unseen: Mapping[str, Sequence[str]]) -> Line:
@@ -210,7 +210,7 @@ def data(found: Mapping[str, DataRead]) -> Line:
         fixes = dict.fromkeys(read.fix for read in failed.values() if read.fix)
         return Line("data", "failed", some(told, "; "), "; ".join(fixes))
     rates = [read.bytes_per_s for read in found.values() if read.bytes_per_s]
-    return Line("data", "ok", f"read by all nodes{f', {rate(min(rates))} or more' if rates else ''}")
+    return Line("data", "ok", f"read by all nodes{f', {_least(rates)}{rate(min(rates))}' if rates else ''}")
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
@@ -237,6 +237,11 @@ def rate(bytes_per_s: float) -> str:
         if bytes_per_s >= many:
             return f"{bytes_per_s / many:.3g} {unit}/s"
     return f"{bytes_per_s / 1e3:.3g} kB/s"
+
+
+def _least(of: Sized) -> str:
+    """Before what is said of the node that has least."""
+    return "at least " if len(of) > 1 else ""
 
 
 def _all_equal(values: Iterable[str | None]) -> bool:

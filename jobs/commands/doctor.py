@@ -28,6 +28,9 @@ def doctor(
     from cluster.runtime import configure_ray, parse_workers
 
     import_from_here()
+    if address is not None and address.startswith(("http://", "https://")):
+        line = f"`manta submit doctor{f' {recipe}' if recipe else ''} --address {address} --wait`"
+        raise UserError("--address", f"{address}: a job server, and the doctor runs on a node", f"submit it: {line}")
     num_workers = parse_workers(workers) if workers is not None else None
     configure_ray()
     from rich.console import Console
