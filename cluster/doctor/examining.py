@@ -308,7 +308,7 @@ def measured_network(
     meeting = nodes.ask(meeting_point, each={first: {"address": nodes.address(first)}})
     if not meeting.found:
         return (_broken(check, meeting.failed) if meeting.failed else None), None
-    device = "cuda" if backend == "nccl" else "cpu"
+    device = "cuda:0" if backend == "nccl" else "cpu"
     shared = {"world_size": len(hosts), "backend": backend, "num_bytes": num_bytes, "device": device}
     each = {name: {"rank": rank, "address": nodes.address(name), **shared} for rank, name in enumerate(hosts)}
     answers = nodes.ask(measure_links, meeting.found[first], each=each, within_s=LINKS_S)

@@ -195,9 +195,12 @@ def shared_storage(where: str, unseen: Mapping[str, Sequence[str]]) -> Line:
         return Line("shared storage", "ok", "what one node writes all nodes read")
     # a node that is blind to all others, and all others to it, is the one to look at
     alone = [name for name, others in blind.items() if len(others) == len(unseen) - 1]
-    who = f"{some(alone)} {'sees' if len(alone) == 1 else 'see'} nothing of the others"
-    if not alone or len(alone) == len(unseen):
-        who = "each node has its own" if alone else f"{some([*blind])} do not see all that the others write"
+    if len(alone) == len(unseen):
+        who = "each node has its own"
+    elif alone:
+        who = f"{some(alone)} {'sees' if len(alone) == 1 else 'see'} nothing of the others"
+    else:
+        who = f"not all that the others write is seen on {some([*blind])}"
     fix = "mount the same storage on all nodes, or give --run a URI such as s3://bucket/run"
     return Line("shared storage", "failed", f"{where}: {who}", fix)
 

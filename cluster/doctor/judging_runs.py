@@ -78,6 +78,9 @@ def placement(
         status: Status = "ok" if room else "failed"
         fix = None if room else "add nodes, or lower train.cpus_per_worker"
         return Line("placement", status, f"room for {room} workers of {each} each, {now} of them now", fix)
+    if room < workers.least:  # and Ray does not say no: an autoscaler may bring nodes
+        message = f"{workers.what} of {each} each wait until the cluster has grown: there is room for {room}"
+        return Line("placement", "warning", message, "raise min_workers, to have the nodes examined too")
     if now < workers.least:
         message = f"{workers.what} of {each} each have to wait: there is room for {now} now, for {room} in all"
         return Line("placement", "warning", message, "see `ray status` for what holds the rest")

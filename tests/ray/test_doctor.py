@@ -70,7 +70,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Told, Told]
         variables: list[dict[str, str]] = [{}, {}, {"PYTHONPATH": f"{library}{os.pathsep}{ROOT}"}]
         cluster = stack.enter_context(started_nodes(folders, variables=variables, **network))
         prefix = hosts[0].prefix if hosts else []
-        streamed = [f"--set=data={{kind: prepared, path: {CWD}/data, shuffle_window: 256}}"]
+        streamed = [f"--set=data={{kind: shards, path: {CWD}/data, shuffle_window: 256}}"]
         first = doctor(cluster, prefix, folders[0], f"--run={CWD}/own", "digits-mlp", "--workers=4", *streamed)
         second = doctor(cluster, prefix, folders[0], f"--run={CWD}/bad", "digits-cnn", "--workers=3")
         one, other = told([first, second])

@@ -124,7 +124,7 @@ def test_storage_that_cannot_be_written_or_is_too_small():
         ({"a": ["c"], "b": ["c"], "c": ["a", "b"]}, "/runs: c sees nothing of the others"),
         ({"a": ["b", "c"], "b": ["a", "c"], "c": ["a", "b"]}, "/runs: each node has its own"),
         ({"a": ["b"], "b": ["a"]}, "/runs: each node has its own"),
-        ({"a": ["c"], "b": [], "c": []}, "/runs: a do not see all that the others write"),
+        ({"a": ["c"], "b": [], "c": []}, "/runs: not all that the others write is seen on a"),
     ],
 )
 def test_storage_that_is_not_the_same(unseen: dict[str, list[str]], told: str | None):
@@ -191,6 +191,9 @@ def test_placement():
     )
     refused = judging_runs.placement(workers, nodes, busy, asked=True, refused=("never", "ask for fewer"))
     assert refused == Line("placement", "failed", "never", "ask for fewer")
+    grows = judging_runs.placement(replace(workers, least=8, most=8), {"a": CPUS}, {"a": CPUS}, asked=True)
+    told = "8 workers of 2 CPU each wait until the cluster has grown: there is room for 4"
+    assert statuses(grows) == ("warning", told)
     one = Workers(1, 1, 16, False)
     assert statuses(judging_runs.placement(one, nodes, nodes, asked=False))[0] == "failed"
     many = judging_runs.placement(replace(one, cpus=1), nodes, busy, asked=False)

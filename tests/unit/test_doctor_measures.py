@@ -180,7 +180,7 @@ def test_links_of_a_real_group(world_size: int):
 def test_steps_of_a_recipe(name: str, replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cluster.doctor.steps.STEPS_S", 0.0)
-    overrides = {"data.num_train": 300} if name == "adding-gru" else {}
+    overrides = {"data.rows": 300} if name == "adding-gru" else {}
     if name == "rows-lstm":
         overrides = {"data": {"kind": "digits"}}
     recipe = load_recipe(name, overrides)
