@@ -105,7 +105,7 @@ class Surgery:
         **options: Any,
     ) -> Answers[T]:
         """Have all nodes do it at once; with `each`, only those named there, with options of their own."""
-        chosen = {name: {**options, **(each[name] if each else {})} for name in each or self.names}
+        chosen = {name: {**options, **(each[name] if each else {})} for name in (self.names if each is None else each)}
         calls = {
             name: self._actors[name].call.remote(function, *arguments, **own)
             for name, own in chosen.items()

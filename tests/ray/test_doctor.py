@@ -21,7 +21,6 @@ from tests.ray import namespaces
 from tests.ray.heads import ROOT
 from tests.ray.three_nodes import Cluster, started_nodes
 
-IN_NAMESPACES = namespaces.possible()
 IS_ROOT = os.geteuid() == 0
 CWD = "/proc/self/cwd"  # leads each node's processes to the folder that the node was started in
 OTHER = "torchvision"
@@ -40,6 +39,15 @@ class Told:
         return {name for name, line in self.lines.items() if line["status"] == "failed" and "network" not in name}
 
 
+@dataclass(frozen=True)
+class Ward:
+    """A cluster whose nodes have something, and what two doctors told of it."""
+
+    first: Told  # with what single nodes have wrong
+    second: Told  # with a storage that two cannot use
+    on_a_network: bool  # each node is a host of its own, and one of them is badly connected
+
+
 def told(processes: Sequence[subprocess.Popen[str]]) -> Iterator[Told]:
     for process in processes:
         out, err = process.communicate(timeout=300)
@@ -48,11 +56,8 @@ def told(processes: Sequence[subprocess.Popen[str]]) -> Iterator[Told]:
 
 
 @pytest.fixture(scope="module")
-def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Told, Told]]:
-    """What two doctors told of one cluster: of what single nodes have wrong, and of a storage that two cannot use.
-
-    Both at once, as starting processes takes most of the time.
-    """
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Ward:
+    """Both doctors at once: starting processes takes most of the time."""
     place = tmp_path_factory.mktemp("ward")
     folders = [place / f"node-{number}" for number in range(3)]
     with ExitStack() as stack:
@@ -62,7 +67,7 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Told, Told]
         library = place / "library"
         (library / f"{OTHER}-0.0.1.dist-info").mkdir(parents=True)
         (library / f"{OTHER}-0.0.1.dist-info" / "METADATA").write_text(f"Name: {OTHER}\nVersion: 0.0.1\n")
-        hosts = stack.enter_context(namespaces.hosts(3)) if IN_NAMESPACES else []
+        hosts = stack.enter_context(namespaces.hosts(3)) if namespaces.possible() else []
         network: dict[str, Any] = {}
         if hosts:
             namespaces.limit(hosts[2], "40mbit")
@@ -73,10 +78,12 @@ def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Told, Told]
         streamed = [f"--set=data={{kind: shards, path: {CWD}/data, shuffle_window: 256}}"]
         first = doctor(cluster, prefix, folders[0], f"--run={CWD}/own", "digits-mlp", "--workers=4", *streamed)
         second = doctor(cluster, prefix, folders[0], f"--run={CWD}/bad", "digits-cnn", "--workers=3")
+        for process in (first, second):
+            stack.callback(process.kill)
         one, other = told([first, second])
         for folder in folders:  # nothing is left of either
             assert not [*folder.glob("*/.manta-doctor-*")]
-        yield one, other
+        return Ward(one, other, on_a_network=bool(hosts))
 
 
 def plant(place: Path, folders: Sequence[Path], stack: ExitStack) -> None:
@@ -107,12 +114,12 @@ def doctor(cluster: Cluster, prefix: Sequence[str], folder: Path, *arguments: st
     return subprocess.Popen(command, cwd=folder, env=dict(cluster.environment), **pipes)
 
 
-def test_each_fault_of_a_node_is_found_and_no_other(ward: tuple[Told, Told]):
-    first, second = ward
+def test_each_fault_of_a_node_is_found_and_no_other(ward: Ward):
+    first, second = ward.first, ward.second
     assert (first.code, second.code) == (1, 1), first.err + second.err
     assert first.failed() == {"versions", "shared storage", "data", "placement"}
     assert second.failed() == {"versions", "storage"}
-    for found in ward:
+    for found in (first, second):
         assert found.lines["nodes"]["message"] == "3 nodes answer: node-0, node-1, node-2"
         assert found.lines["versions"]["message"].startswith(f"{OTHER} 0.0.1 on node-2, ")
         assert {"clocks", "disk", "object store", "recipe", "first step"} <= set(found.lines)
@@ -122,20 +129,21 @@ def test_each_fault_of_a_node_is_found_and_no_other(ward: tuple[Told, Told]):
     assert f"{CWD}/bad: cannot be written" in second.lines["storage"]["message"]
     assert " on node-1" in second.lines["storage"]["message"]
     assert second.lines["placement"]["status"] == "ok"
-    assert all(line["fix"] for found in ward for line in found.lines.values() if line["status"] == "failed")
+    assert all(line["fix"] for found in (first, second) for line in found.lines.values() if line["status"] == "failed")
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root may mount a small disk")
-def test_a_disk_that_is_full_is_found_by_writing(ward: tuple[Told, Told]):
-    storage = ward[1].lines["storage"]
+def test_a_disk_that_is_full_is_found_by_writing(ward: Ward):
+    storage = ward.second.lines["storage"]
     assert "No space left on device" in storage["message"]
     assert "on node-2" in storage["message"]
     assert "make room there" in storage["fix"]
 
 
-@pytest.mark.skipif(not IN_NAMESPACES, reason="only root may make network namespaces, with iproute2")
-def test_a_slow_link_is_found_and_whose_it_is(ward: tuple[Told, Told]):
-    network = ward[0].lines["network (gloo)"]
+def test_a_slow_link_is_found_and_whose_it_is(ward: Ward):
+    if not ward.on_a_network:
+        pytest.skip("only root may make network namespaces, with iproute2")
+    network = ward.first.lines["network (gloo)"]
     assert network["status"] == "failed"
     assert "slow at node-2: " in network["message"]
 

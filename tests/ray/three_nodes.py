@@ -77,7 +77,9 @@ def _raylets(place: Path) -> int:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """A node's processes."""
-    started = psutil.Process(process.pid).children(recursive=True)
+    started = []
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=10)
