@@ -16,7 +16,7 @@ from nn_models.errors import UserError
 # Each adds its commands, in the order of `manta --help`.
 # isort: off
 from jobs.commands import training, sweeping, showing, using, predicting, coding  # noqa: F401
-from jobs.commands import exporting, serving, submitting, submitted, data  # noqa: F401
+from jobs.commands import exporting, serving, submitting, submitted, doctor, data  # noqa: F401
 # isort: on
 
 PACKAGES = ("cluster", "jobs", "nn_models")

@@ -27,7 +27,7 @@ from cluster.submission.client import JobServer
 from cluster.submission.told import TELLS
 from cluster.training.splits import open_splits
 from cluster.tuning.budget import needs_of
-from jobs.commands import sweeping, training  # noqa: F401  # they add the commands that are submitted
+from jobs.commands import doctor, sweeping, training  # noqa: F401  # they add the commands that are submitted
 from jobs.commands.app import app
 from jobs.commands.options import overrides
 from jobs.commands.showing_sweep import plan_of
@@ -67,9 +67,10 @@ class Asked:
             )
 
     @property
-    def recipe(self) -> str:
-        """As it was given."""
-        return str(self.options["recipe"])
+    def recipe(self) -> str | None:
+        """As it was given; the doctor may have none."""
+        recipe: str | None = self.options["recipe"]
+        return recipe
 
     def bundles(self, recipe: Recipe) -> list[dict[str, float]]:
         """What it reserves in the cluster at once, at the least."""
@@ -92,8 +93,10 @@ def show_bundle(here: Bundle) -> None:
 
 def admit(
     asked: Asked, here: Bundle, server: JobServer, *, entry: Mapping[str, float], data_on_cluster: bool
-) -> Recipe:
+) -> Recipe | None:
     """The recipe. Raises UserError for what cannot run there, before anything is uploaded."""
+    if asked.recipe is None:
+        return None
     changes = overrides(asked.options["set_"])
     recipe = load_recipe(asked.recipe, changes)
     if asked.verb == "sweep" and recipe.sweep is None:
@@ -102,6 +105,8 @@ def admit(
     local = all(node.here for node in server.nodes())
     named = _paths(read_recipe(asked.recipe, changes), recipe)
     _refuse_data_that_stays(named, here, everywhere=local or data_on_cluster)
+    if asked.verb == "doctor":  # it says itself what else stands in the way
+        return recipe
     if not data_on_cluster and _is_read_here(recipe, named, here, local=local):
         _refuse_what_cannot_start(asked, recipe)
     else:
@@ -118,9 +123,10 @@ def admit(
     return recipe
 
 
-def new_id(recipe: Recipe) -> str:
+def new_id(verb: str, recipe: Recipe | None) -> str:
     """An id for a job, known before the server is asked: what became of it can then be found out in any case."""
-    return f"{recipe.name[:60]}-{secrets.token_hex(4)}"
+    name = verb if recipe is None or verb == "doctor" else recipe.name[:60]
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 def _say_what_trains(asked: Asked, entry: Mapping[str, float]) -> None:

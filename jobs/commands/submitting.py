@@ -1,4 +1,4 @@
-"""`manta submit train|sweep`: what a command would do here, as a job of a cluster that this machine need not be in."""
+"""`manta submit`: what train, sweep or doctor would do here, as a job of a cluster that this machine need not be in."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,15 @@ from jobs.commands.app import INTERRUPTED, app, complain, import_from_here
 from jobs.commands.options import JsonOption
 from nn_models.errors import UserError
 
-submit_app = typer.Typer(no_args_is_help=True, help="Run `manta train` or `manta sweep` as a job of a Ray cluster.")
+submit_app = typer.Typer(no_args_is_help=True, help="Run `manta train`, `sweep` or `doctor` as a job of a Ray cluster.")
 app.add_typer(submit_app, name="submit")
 
 ServerOption = Annotated[
     str | None, typer.Option(help="The job server: http://HOST:8265 of the head node; else $RAY_API_SERVER_ADDRESS.")
 ]
-Passed = Annotated[list[str], typer.Argument(metavar="RECIPE [OPTIONS]", help="The recipe, and the command's options.")]
+Passed = Annotated[
+    list[str] | None, typer.Argument(metavar="RECIPE [OPTIONS]", help="The recipe, and the command's options.")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Follow its log to the end; exit as the job does.")]
 EnvFile = Annotated[str | None, typer.Option(help="File with lines NAME=VALUE: the job's environment.")]
 RuntimeEnv = Annotated[str | None, typer.Option(metavar="FILE", help="YAML of a Ray runtime environment.")]
@@ -41,7 +43,7 @@ def _submits(verb: str) -> None:
 
     @submit_app.command(verb, context_settings=PASSING, help=f"Submit `manta {verb}`; its options are taken too.")
     def submit(
-        arguments: Passed,
+        arguments: Passed = None,
         address: ServerOption = None,
         wait: Wait = False,
         env_file: EnvFile = None,
@@ -63,7 +65,7 @@ def _submits(verb: str) -> None:
         from jobs.commands.submission import Asked, admit, environment_of, new_id, pairs, show_bundle, start
 
         import_from_here()
-        asked = Asked.of(verb, arguments)
+        asked = Asked.of(verb, arguments or [])
         if job_id is not None:
             refuse_id(job_id, "--job-id")
         server = JobServer(address)
@@ -80,9 +82,9 @@ def _submits(verb: str) -> None:
             "entrypoint_num_gpus": entrypoint_num_gpus,
             "entrypoint_memory": entrypoint_memory or None,
             "entrypoint_resources": others or None,
-            "metadata": {"manta": verb, "recipe": asked.recipe, **pairs(metadata, "--metadata")},
+            "metadata": {"manta": verb, "recipe": asked.recipe or "", **pairs(metadata, "--metadata")},
         }
-        job = job_id or new_id(recipe)
+        job = job_id or new_id(verb, recipe)
         try:
             start(job, asked, here, server, environment, options, with_manta=with_manta, python=python)
         except KeyboardInterrupt:
@@ -118,3 +120,4 @@ def _resources(text: str | None) -> dict[str, float]:
 
 _submits("train")
 _submits("sweep")
+_submits("doctor")

@@ -352,3 +352,14 @@ def test_the_token_is_found_in_files(user: User, tmp_path: Path, where: str):
     settings = {where: str(file if where == "RAY_AUTH_TOKEN_PATH" else tmp_path)}
     code, _, err = user.manta("jobs", "list", RAY_AUTH_TOKEN="", **settings)
     assert code == 0, err
+
+
+def test_a_submitted_doctor_examines_the_cluster_and_its_job_fails_with_a_check(user: User):
+    code, out, err = user.manta("submit", "doctor", "digits-mlp", "--wait", "--job-id=doctor")
+    assert code == 1, out + err
+    assert err.splitlines()[-1].startswith("error: doctor failed: exit code 1: ")
+    lines = {line[9:25].strip(): line for line in out.splitlines() if line.startswith(("ok ", "FAILED ", "warning "))}
+    assert {"nodes", "versions", "cores", "object store", "disk", "recipe", "placement", "first step"} <= set(lines)
+    failed = [name for name, line in lines.items() if line.startswith("FAILED")]
+    assert failed == ["storage"]
+    assert "lies in Ray's temporary folder, which goes with the cluster" in lines["storage"]
