@@ -288,7 +288,7 @@ def coordinator_of(
     data, device = splits.stored(), local_device(workers.use_gpu and session is None)
     start: Callable[[], Players] = partial(LocalPlayers, recipe, splits, device=device)
     if session is not None:
-        from cluster.adversarial.actors import ActorPlayers
+        from cluster.adversarial.actor_players import ActorPlayers
 
         world: dict[str, Any] = {"pairs": workers.replicas, "bundle": workers.bundle, "session": session}
         start = partial(ActorPlayers, recipe, splits, **world)

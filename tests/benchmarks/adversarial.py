@@ -112,7 +112,7 @@ def main() -> None:
     chosen = options(__doc__, repetitions=5, steps=60, rows=12_800, width=32)
     torch.set_num_threads(1)
     with scratch() as folder, ray_session(address=None, cpus=4, verbose=False) as session:
-        from cluster.adversarial.actors import ActorPlayers
+        from cluster.adversarial.actor_players import ActorPlayers
 
         ray = session.ray
         data = fashion(folder / "data", rows=chosen.rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cluster
-from cluster.adversarial.actors import ActorPlayers
+from cluster.adversarial.actor_players import ActorPlayers
 from cluster.adversarial.players import LocalPlayers
 from cluster.data.keys import digest_text
 from cluster.data.prepare import prepared
