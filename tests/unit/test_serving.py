@@ -240,6 +240,25 @@ def test_who_has_no_token_gets_nothing(digits):
     assert guarded.ask("GET", "/health")[:2] == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:8000", 200),
+        ("127.0.0.2", 200),
+        ("evil.example:8000", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("[::2]", 403),
+        ("127.0.0.1@evil.example", 403),
+    ],
+)
+def test_without_a_token_pages_of_other_sites_are_refused(digits, host, status):
+    assert Site(digits).predict({"rows": GOOD}, host=host)[0] == status
+    assert Site(digits).ask("GET", "/model", host=host)[0] == status
+    assert Site(digits, token=TOKEN).predict({"rows": GOOD}, host=host)[0] == 401  # whose token it takes anyway
+
+
 def test_the_page_holds_nothing_of_the_model(digits):
     status, page, headers = Site(digits, token=TOKEN).ask("GET", "/")
     assert (status, page) == (200, PAGE.read_bytes())

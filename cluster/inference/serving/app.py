@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -81,9 +82,8 @@ def site(replica: Answering, *, token: str | None, limits: Limits, measures: Mea
 
     def guarded(endpoint: Endpoint, *, always: bool = False) -> Endpoint:
         async def check(request: Request) -> Response:
-            if token is not None:
-                _check_token(request, token)
-            elif always:
+            _check_sender(request, token)
+            if token is None and always:
                 fix = "set MANTA_SERVE_TOKEN before manta serve"
                 raise RefusedError(403, "authorization", "the server has no token, without which this is closed", fix)
             return await endpoint(request)
@@ -125,8 +125,7 @@ def site(replica: Answering, *, token: str | None, limits: Limits, measures: Mea
     async def predict(request: Request) -> Response:
         began, status = time.perf_counter(), 500
         try:
-            if token is not None:
-                _check_token(request, token)
+            _check_sender(request, token)
             response = await answered(request)
             status = response.status_code
             return response
@@ -158,11 +157,26 @@ def site(replica: Answering, *, token: str | None, limits: Limits, measures: Mea
     )
 
 
-def _check_token(request: Request, token: str) -> None:
+def _check_sender(request: Request, token: str | None) -> None:
+    """Raise RefusedError for who may not ask: without the token, or where there is none, from a web page elsewhere."""
+    if token is None:
+        # a page of another site may have a name of its own that leads here (DNS rebinding): then that name is asked for
+        host = request.headers.get("host", "localhost").rpartition("@")[2]
+        name = host.partition("]")[0].strip("[") if host.startswith("[") else host.partition(":")[0]
+        if name.lower() != "localhost" and not _is_loopback(name):
+            raise RefusedError(403, "host", f"{name[:100]!r} is not a name of loopback", "ask for 127.0.0.1")
+        return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     # as long for a wrong token as for the right one
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise RefusedError(401, "authorization", "no token, or a wrong one", "send Authorization: Bearer TOKEN")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
