@@ -13,7 +13,7 @@ from cluster.errors import RunFailed
 from cluster.recipe.loading import load_recipe
 from cluster.runs.tracking import tracking
 from cluster.runs.tracking.tracker import Tracker
-from cluster.runs.tracking.tracking import TRACKERS, Tracking, parameters
+from cluster.runs.tracking.tracking import TRACKERS, Tracking, parameters, tracked_before
 from cluster.training.run_directory import read_metrics, scalars_of
 from cluster.tuning.ledger import SweepDirectory, TrialRecord
 from cluster.tuning.tracked import track_trials
@@ -101,6 +101,8 @@ def test_a_run_that_goes_on_is_the_same_one_there(tmp_path, heard):
     (tmp_path / "run" / "result.json").unlink()
     tracked(tmp_path / "run", overrides={**QUICK, "train.epochs": 1}, resume=True)
     assert heard().begun.known == "a-name"
+    assert tracked_before(str(tmp_path / "run")) == ("heard",)
+    assert tracked_before(str(tmp_path / "other")) == ()
     assert 0 < len(heard().lines) < before  # what follows the checkpoint
 
 

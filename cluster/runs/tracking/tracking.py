@@ -119,6 +119,12 @@ def refuse_missing(names: Sequence[str]) -> None:
             raise UserError("--track", f"{name} needs {', '.join(missing)}, not installed here", fix)
 
 
+def tracked_before(run: str) -> tuple[str, ...]:
+    """The trackers that know a run which is to go on; without those that are no longer installed."""
+    known = Names(Folder(run))
+    return tuple(name for name, kind in TRACKERS.items() if known.known(name) and all(map(find_spec, kind.needs)))
+
+
 class Names:
     """What a run is called by its trackers, in a file of its directory, for when it is continued."""
 
@@ -155,9 +161,7 @@ class Told:
         """Have the tracker take up a run."""
 
         def job(tracker: Tracker) -> None:
-            called = tracker.begin(Begun(name, described, where, names.known(tracker.name)))
-            if called is not None:
-                names.keep(tracker.name, called)
+            names.keep(tracker.name, tracker.begin(Begun(name, described, where, names.known(tracker.name))))
 
         self._thread.start()
         self.put(job)
