@@ -28,12 +28,12 @@ def export(
     """
     from cluster.inference.export.exporting import export as exported
     from cluster.inference.export.formats import FORMATS, HUB
-    from cluster.inference.export.hub import hub_files, write_files
+    from cluster.inference.export.hub import NAMES, hub_files, write_files
     from jobs.commands.places import new_folder, place_of, refuse_existing, write_whole
 
     import_from_here()
     if format_ == HUB:
-        with new_folder(out, overwrite=overwrite, holds="README.md") as folder:
+        with new_folder(out, overwrite=overwrite, holds=NAMES) as folder:
             files, difference = hub_files(run)
             write_files(folder, files)
         _tell({"path": out, "format": HUB, "difference": difference, "files": sorted(files)}, as_json)

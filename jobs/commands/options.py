@@ -18,7 +18,7 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's
 
 TrackOption = Annotated[
     list[str] | None,
-    typer.Option("--track", metavar="TRACKER", help="Track it: mlflow, wandb or tensorboard; repeatable."),
+    typer.Option("--track", metavar="TRACKER", help="Track it with mlflow, wandb or tensorboard; repeatable."),
 ]
 
 

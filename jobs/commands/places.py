@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -44,11 +44,11 @@ def refuse_existing(place: tuple[Folder, str], *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: str, *, overwrite: bool, holds: str) -> Iterator[Path]:
+def new_folder(out: str, *, overwrite: bool, holds: Collection[str]) -> Iterator[Path]:
     """A folder to fill, which takes its place once the block has come to its end, and else is deleted.
 
-    One that is there is replaced where that is asked for, and where it is empty or `holds` such a file, so that nobody
-    loses a folder of something else. Raises UserError where it cannot be made.
+    One that is there is replaced where that is asked for, and where it has nothing but what it `holds`, so that nobody
+    loses a run, a repository or anything else. Raises UserError where it cannot be made.
     """
     if "://" in out:
         raise UserError("--out", f"{out} is no folder on this machine", "write it here, and upload it")
@@ -59,11 +59,11 @@ def new_folder(out: str, *, overwrite: bool, holds: str) -> Iterator[Path]:
         raise UserError("--out", f"no permission to write into {place.parent}", "choose another place")
     if place.is_file() or place.is_symlink():
         raise UserError("--out", f"{place} is a file or a link", "choose another place")
-    occupied = place.is_dir() and any(place.iterdir())
-    if occupied and not overwrite:
+    there = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    if there and not overwrite:
         raise UserError("--out", f"{place} exists", "replace it with --overwrite")
-    if occupied and not (place / holds).is_file():
-        raise UserError("--out", f"{place} holds something else (no {holds})", "choose another place")
+    if other := [name for name in there if name not in holds]:
+        raise UserError("--out", f"{place} holds something else ({other[0]})", "choose another place")
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
         try:
             new, old = Path(beside, "new"), Path(beside, "old")

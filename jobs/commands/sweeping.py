@@ -5,7 +5,15 @@ from typing import Annotated
 import typer
 
 from jobs.commands.app import FAILED, INTERRUPTED, app, complain, import_from_here
-from jobs.commands.options import GpuOption, JsonOption, RecipeArgument, SetOption, VerboseOption, overrides
+from jobs.commands.options import (
+    GpuOption,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    TrackOption,
+    VerboseOption,
+    overrides,
+)
 from nn_models.errors import UserError
 
 
@@ -27,11 +35,16 @@ def sweep(
     fuse: Annotated[
         str, typer.Option(metavar="auto|off|N", help="Train trials that allow it as one batched model, N at most.")
     ] = "auto",
+    track: TrackOption = None,
     as_json: JsonOption = False,
     report: Annotated[bool, typer.Option(help="Write SWEEP/report.html at the end.")] = True,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the trials that a recipe's section sweep describes, and find the best."""
+    """Run the trials that a recipe's section sweep describes, and find the best.
+
+    With --track each trial is a run of its own there, once the sweep has ended.
+    """
+    from cluster.runs.tracking.tracking import refuse_missing
     from jobs.commands.sweep_outcome import Interrupted, print_sweep, run_sweep
 
     import_from_here()
@@ -41,6 +54,7 @@ def sweep(
         raise UserError(
             "--retry-failed", "there are failed trials only in a sweep that goes on", "add --resume --run DIR"
         )
+    refuse_missing(track or ())
     try:
         outcome = run_sweep(
             recipe,
@@ -62,6 +76,11 @@ def sweep(
         from jobs.report import write_report
 
         written = write_report(outcome.run)
+    if track:
+        from cluster.tuning.ledger import SweepDirectory
+        from cluster.tuning.tracked import track_trials
+
+        track_trials(track, SweepDirectory(outcome.run))
     print_sweep(outcome, written, as_json=as_json)
     if outcome.best_trial is None:
         raise typer.Exit(complain("no trial came to a value; the reasons are above and in trials.csv", FAILED))

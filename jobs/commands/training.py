@@ -43,7 +43,7 @@ def train(
     configure_ray()
     from cluster.recipe.loading import load_recipe
     from cluster.runs.tail import heard_by
-    from cluster.runs.tracking.tracking import Tracking
+    from cluster.runs.tracking.tracking import Tracking, tracked_before
     from cluster.runs.train import again
     from cluster.runs.train import train as run_training
     from cluster.submission.told import telling
@@ -61,7 +61,8 @@ def train(
                 Progress(resolved.name, epochs=resolved.train.epochs, recipe=resolved) as progress,
             ):
                 run = stack.enter_context(new_place("runs", resolved)) if run is None else run
-                tracked = to_the_end.enter_context(Tracking(track or (), resolved, run))
+                trackers = track or (tracked_before(run) if resume else ())  # what goes on is tracked as it was
+                tracked = to_the_end.enter_context(Tracking(trackers, resolved, run))
                 stack.enter_context(telling("train", run, name=resolved.name))
                 outcome = run_training(
                     resolved,

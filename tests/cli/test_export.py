@@ -9,6 +9,8 @@ import torch
 
 from tests.unit import untrained
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
+
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> str:
@@ -52,9 +54,10 @@ def test_a_folder_is_written(manta, digits, tmp_path):
     assert manta("export", digits, "--format", "safetensors-hub", "--out", out)[0] == 0
     assert sorted(os.listdir(out)) == ["README.md", "model"]
     assert os.listdir(tmp_path) == ["hub"]
-    (out / "old").write_text("")
+    (out / "model" / "old").write_text("")
     assert manta("export", digits, "--format", "safetensors-hub", "--out", out, "--overwrite")[0] == 0
     assert sorted(os.listdir(out)) == ["README.md", "model"]
+    assert sorted(os.listdir(out / "model")) == ["model.safetensors", "recipe.yaml"]
 
 
 def test_what_is_there_stays_unless_it_is_to_be_replaced(manta, refused, digits, tmp_path):
@@ -75,8 +78,16 @@ def test_a_folder_of_something_else_is_not_replaced(refused, digits, tmp_path):
         "export", digits, "--format", "safetensors-hub", "--out", hub
     )
     message = refused("export", digits, "--format", "safetensors-hub", "--out", hub, "--overwrite")
-    assert message == f"--out: {hub} holds something else (no README.md); choose another place"
+    assert message == f"--out: {hub} holds something else (thesis.tex); choose another place"
     assert os.listdir(hub) == ["thesis.tex"]
+
+
+def test_a_run_is_not_replaced_by_its_own_model(refused, tmp_path):
+    run = untrained.builtin(tmp_path / "run", "digits-mlp")
+    before = sorted(os.listdir(run))
+    message = refused("export", run, "--format", "safetensors-hub", "--out", run, "--overwrite")
+    assert message.endswith("holds something else (environment.json); choose another place")
+    assert sorted(os.listdir(run)) == before
 
 
 def test_a_file_that_gives_other_numbers_is_not_written(manta, tmp_path):

@@ -70,7 +70,7 @@ def test_mlflows_own_client_finds_the_run(no_sockets):
     uri = f"sqlite:///{no_sockets}/tracked.db"
     outcome = train(no_sockets, "--track", "mlflow", MLFLOW_TRACKING_URI=uri)
     (no_sockets / "run" / "result.json").unlink()  # as if it had been stopped just before its end
-    train(no_sockets, "--track", "mlflow", "--resume", MLFLOW_TRACKING_URI=uri)
+    train(no_sockets, "--resume", MLFLOW_TRACKING_URI=uri)
     assert not (no_sockets / "sockets").exists()
 
     (run,) = json.loads(run_python(no_sockets, "-c", FOUND, uri))  # one, although it was continued

@@ -13,8 +13,10 @@ from cluster.errors import RunFailed
 from cluster.recipe.loading import load_recipe
 from cluster.runs.tracking import tracking
 from cluster.runs.tracking.tracker import Tracker
-from cluster.runs.tracking.tracking import TRACKERS, Tracking, parameters
+from cluster.runs.tracking.tracking import TRACKERS, Tracking, parameters, tracked_before
 from cluster.training.run_directory import read_metrics, scalars_of
+from cluster.tuning.ledger import SweepDirectory, TrialRecord
+from cluster.tuning.tracked import track_trials
 from nn_models.errors import UserError
 from tests.unit.event_files import events
 
@@ -99,6 +101,8 @@ def test_a_run_that_goes_on_is_the_same_one_there(tmp_path, heard):
     (tmp_path / "run" / "result.json").unlink()
     tracked(tmp_path / "run", overrides={**QUICK, "train.epochs": 1}, resume=True)
     assert heard().begun.known == "a-name"
+    assert tracked_before(str(tmp_path / "run")) == ("heard",)
+    assert tracked_before(str(tmp_path / "other")) == ()
     assert 0 < len(heard().lines) < before  # what follows the checkpoint
 
 
@@ -186,3 +190,37 @@ def test_tensorboards_parameters_and_figures_stand_beside_the_curves(tmp_path):
     assert "test/accuracy" in tags
     (words,) = [value for value in summaries if value.tag.startswith("recipe")]
     assert b"kind: mlp" in words.tensor.string_val[0]
+
+
+def test_each_trial_of_a_sweep_is_a_run_of_its_own(tmp_path, heard, monkeypatch):
+    every = []
+    monkeypatch.setattr(Heard, "begin", lambda self, begun: (every.append(self), setattr(self, "begun", begun)) and "a")
+    sweep = made_sweep(tmp_path / "sweep")
+    assert track_trials(["heard"], sweep) == {"heard": "here"}
+    assert [tracker.begun.name for tracker in every] == ["sweep-0000", "sweep-0001", "sweep-0002"]
+    assert [tracker.begun.parameters["optimizer.lr"] for tracker in every] == [0.1, 0.2, 0.3]
+    assert [tracker.ended.status for tracker in every] == ["finished", "stopped", "failed"]
+    assert [tracker.ended.metrics for tracker in every] == [{"validation/loss": 0.5}] * 3
+    assert [tracker.lines for tracker in every] == [[(4, {"validation/loss": 0.5})]] * 3
+    assert track_trials(["heard"], sweep) == {}  # of a sweep that goes on, the new ones
+    assert len(every) == 3
+
+
+def test_a_tracker_that_fails_at_one_trial_is_told_of_no_other(tmp_path, heard, caplog):
+    Heard.wrong["log"] = RuntimeError("no server")
+    with caplog.at_level(logging.WARNING, "cluster.runs.tracking"):
+        assert track_trials(["heard"], made_sweep(tmp_path / "sweep")) == {}
+    assert len(caplog.records) == 1
+
+
+def made_sweep(folder: Path) -> SweepDirectory:
+    """A sweep whose trials have ended in each way; one of them never began."""
+    directory = SweepDirectory(str(folder))
+    directory.begin(load_recipe("digits-mlp"), {})
+    line = {"step": 4, "epoch": 0, "split": "validation", "loss": 0.5, "time_s": 1.0}
+    for index, status in enumerate(("finished", "pruned", "failed", "invalid")):
+        record = TrialRecord(index, {"optimizer.lr": (index + 1) / 10}, status, metrics={"validation/loss": 0.5})
+        directory.write(record)
+        if status != "invalid":
+            directory.trial(index).write_text("metrics.jsonl", json.dumps(line) + "\n")
+    return directory

@@ -19,6 +19,7 @@ from nn_models.errors import UserError
 
 CARD = "README.md"
 FILES = (CARD, f"model/{RECIPE}", f"model/{WEIGHTS}")
+NAMES = {name.partition("/")[0] for name in FILES}  # in the folder itself
 
 
 def hub_files(run: str) -> tuple[dict[str, bytes], float]:

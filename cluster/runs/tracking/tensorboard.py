@@ -15,9 +15,10 @@ class TensorBoard(Tracker):
 
     name = "tensorboard"
 
-    def begin(self, begun: Begun) -> None:
+    def begin(self, begun: Begun) -> str:
         """See Tracker."""
         self._begun = begun
+        return EVENTS
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """See Tracker. The run's own event file has them."""

@@ -39,8 +39,8 @@ class Tracker(ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # packages that an extra of the same name brings
 
     @abstractmethod
-    def begin(self, begun: Begun) -> str | None:
-        """Take up a run. Returns what it is called there, for when it is continued; None where that is not needed."""
+    def begin(self, begun: Begun) -> str:
+        """Take up a run. Returns what it is called there, for when it is continued."""
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from cluster.errors import Lost
 from cluster.recipe.recipe import Recipe
 from cluster.runs.tracking.mlflow import MLflow
 from cluster.runs.tracking.tensorboard import TensorBoard
-from cluster.runs.tracking.tracker import Begun, Ended, Parameter, Tracker
+from cluster.runs.tracking.tracker import Begun, Ended, Parameter, Status, Tracker
 from cluster.runs.tracking.wandb import WandB
 from cluster.storage import Folder
 from cluster.training.checkpoints import WEIGHTS, one_line
@@ -38,15 +38,21 @@ class Tracking:
     told anything more.
     """
 
-    def __init__(self, names: Sequence[str], recipe: Recipe, run: str) -> None:
-        """Raises UserError for a tracker that there is not, or that is not installed."""
-        for name in names:
-            if name not in TRACKERS:
-                raise UserError("--track", f"{name!r} is no tracker", did_you_mean(name, TRACKERS))
-            if missing := [package for package in TRACKERS[name].needs if find_spec(package) is None]:
-                fix = f"pip install 'manta-train[{name}]'"
-                raise UserError("--track", f"{name} needs {', '.join(missing)}, not installed here", fix)
-        self._directory = RunDirectory(run)
+    def __init__(
+        self,
+        names: Sequence[str],
+        recipe: Recipe,
+        run: str,
+        *,
+        name: str | None = None,
+        ended: tuple[Status, Mapping[str, float]] | None = None,
+    ) -> None:
+        """`name` is by default that of its directory; `ended` how it has ended, where no result.json is to say so.
+
+        Raises UserError for a tracker that there is not, or that is not installed.
+        """
+        refuse_missing(names)
+        self._directory, self._name, self._known_end = RunDirectory(run), name, ended
         self._recipe = recipe
         self._names = Names(self._directory.folder)
         self._told = [Told(TRACKERS[name]()) for name in dict.fromkeys(names)]
@@ -56,7 +62,8 @@ class Tracking:
         """Take in one line of metrics; returns at once."""
         if not self._began:
             self._began = True
-            name = self._directory.folder.uri.rstrip("/").rpartition("/")[2] or self._recipe.name
+            last = self._directory.folder.uri.rstrip("/").rpartition("/")[2]
+            name = self._name or last or self._recipe.name
             for told in self._told:
                 told.begin(name, parameters(self._recipe), self._directory.folder.uri, self._names)
         step, metrics = int(line["step"]), scalars_of(line)
@@ -96,8 +103,26 @@ class Tracking:
                     path.parent.mkdir(exist_ok=True)
                     path.write_bytes(content)
                     files[name] = path
+        if self._known_end is not None:
+            return Ended(*self._known_end, files)
         metrics = {name: value for name, value in (result.get("metrics") or {}).items() if value is not None}
         return Ended(result.get("status", "failed"), metrics, files)
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that there is not, or that is not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError("--track", f"{name!r} is no tracker", did_you_mean(name, TRACKERS))
+        if missing := [package for package in TRACKERS[name].needs if find_spec(package) is None]:
+            fix = f"pip install 'manta-train[{name}]'"
+            raise UserError("--track", f"{name} needs {', '.join(missing)}, not installed here", fix)
+
+
+def tracked_before(run: str) -> tuple[str, ...]:
+    """The trackers that know a run which is to go on; without those that are no longer installed."""
+    known = Names(Folder(run))
+    return tuple(name for name, kind in TRACKERS.items() if known.known(name) and all(map(find_spec, kind.needs)))
 
 
 class Names:
@@ -136,9 +161,7 @@ class Told:
         """Have the tracker take up a run."""
 
         def job(tracker: Tracker) -> None:
-            called = tracker.begin(Begun(name, described, where, names.known(tracker.name)))
-            if called is not None:
-                names.keep(tracker.name, called)
+            names.keep(tracker.name, tracker.begin(Begun(name, described, where, names.known(tracker.name))))
 
         self._thread.start()
         self.put(job)

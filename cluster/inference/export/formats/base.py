@@ -26,6 +26,7 @@ class Format:
     """One of them. `written` gives a file's content, `opened` what computes as the file says.
 
     `metadata` are texts that stand in the file beside the graph. Both raise UserError where the graph cannot be had so.
+    `opened` is only ever given what `written` has just made: a file of others might hold code.
     """
 
     name: str
