@@ -70,6 +70,8 @@ class Journal:
         self.close()
         if since is None or self.progress.saved_at < since:
             self.progress.lost_s = 0.0
+        elif self.first_step_at is None:
+            self.first_step_at = self.progress.first_step_at
         self._broken_at = None if since is None else max(self.progress.saved_at, since)
         if self._writes:
             step = self.progress.step if keep_to_step is None else keep_to_step
@@ -199,6 +201,7 @@ class Journal:
     def state(self) -> dict[str, Any]:
         """The progress as a checkpoint has it."""
         self.progress.time_s, self.progress.saved_at = self.time_s, time.time()
+        self.progress.first_step_at = self.first_step_at
         return self.progress.state()
 
     def flush(self) -> None:

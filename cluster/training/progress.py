@@ -48,6 +48,7 @@ class Progress:
     best: dict[str, Any] | None = None  # what is known of the weights that are kept: see `lifted`
     ended: str | None = None  # why training ended before its last epoch
     time_s: float = 0.0
+    first_step_at: float | None = None  # of the workers that made a checkpoint, or of those before them in this run
     saved_at: float = 0.0  # when a checkpoint was made of it, as time.time() has it
     lost_s: float = 0.0  # between such a time and the next step, where the run's workers were started again
     train_s: float = 0.0  # time spent in steps, and the rows trained in it

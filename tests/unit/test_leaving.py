@@ -128,6 +128,10 @@ def test_what_is_lost_is_the_time_from_the_checkpoint_to_the_next_step(undisturb
     result = trained(RECIPE, tmp_path / "run", stops=(5, 10))
     assert whole["lost_s"] == 0
     assert 0 < result["lost_s"] < time.time() - began
+    state = Checkpoints(Folder(tmp_path / "run" / "checkpoints"), keep=2).newest()
+    assert state is not None
+    # the first step is that of the first start: what is lost lies after it
+    assert began < result["first_step_at"] == state["progress"]["first_step_at"] < time.time() - result["lost_s"]
 
 
 # -- SIGTERM to a run in this process ----------------------------------------------------------------------------------
