@@ -13,18 +13,26 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0  # a connection on which no answer comes for so long has gone
 PATIENCE_S = 30.0  # of a server that answers nothing, then it is given up
 AGAIN_S = 0.5
+PENDING_S = 10.0  # after which it is said why a job does not begin
 
 
 def follow(server: JobServer, job: str, show: Callable[[str], None], *, patience_s: float = PATIENCE_S) -> Job:
     """Give each line of the job's log to `show` until it has its final status, which is returned.
 
+    Logs why a job that waits does so.
+
     Raises UserError where there is no such job, ServerLost where the server has answered nothing for `patience_s`.
     """
-    server.job(job)
+    found = server.job(job)
     lines = Lines(show)
     lost_at: float | None = None
+    tell_at: float | None = time.monotonic() + PENDING_S
     while True:
-        dropped = not asyncio.run(_take(server, job, lines))
+        waits = found.status == "PENDING"
+        if waits and tell_at is not None and time.monotonic() >= tell_at:
+            logger.info("%s is pending: %s", job, " ".join(found.message.split()))
+            tell_at = None
+        dropped = not waits and not asyncio.run(_take(server, job, lines))
         try:
             found = server.job(job)
             if found.over or dropped:  # some proxies let no such connection through

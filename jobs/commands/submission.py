@@ -232,15 +232,15 @@ def environment_of(runtime_env: str | None, env_file: str | None) -> dict[str, A
         raise UserError(str(runtime_env), "not the mapping of a runtime environment", "see Ray's documentation")
     if "working_dir" in found:
         raise UserError(str(runtime_env), "working_dir: the current directory is uploaded", "leave it out")
-    for field, kind, words in (("env_vars", Mapping, "a mapping"), ("excludes", list, "a list of patterns")):
-        if found.get(field) is not None and not isinstance(found[field], kind):
-            raise UserError(
-                f"{runtime_env}: {field}", f"not {words}", "see Ray's documentation of runtime environments"
-            )
+    variables_there, patterns = found.get("env_vars") or {}, found.get("excludes") or []
+    if not isinstance(variables_there, Mapping):
+        raise UserError(f"{runtime_env}: env_vars", "not a mapping", "write NAME: VALUE in it")
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise UserError(f"{runtime_env}: excludes", "not a list of patterns", "write them as in .gitignore")
     lines = [line.strip() for line in _text(env_file, "--env-file").splitlines()] if env_file else []
     given = [line.removeprefix("export ") for line in lines if line and not line.startswith("#")]
     variables = {name: value.strip("\"'") for name, value in pairs(given, str(env_file)).items()}
-    set_there = {str(name): str(value) for name, value in (found.get("env_vars") or {}).items()}
+    set_there = {str(name): str(value) for name, value in variables_there.items()}
     ours = {TELLS: "1", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     return {**found, "env_vars": ours | set_there | variables}
 

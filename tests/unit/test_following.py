@@ -112,7 +112,7 @@ class Server:
         status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
         if status == "silent":
             raise ServerLost("no answer")
-        return Job(job, status, "", None, None, None, {}, "")
+        return Job(job, status, "It may be waiting\nfor resources.", None, None, None, {}, "")
 
     def log(self, job: str, *, missing_ok: bool = False) -> str:
         return LOG
@@ -145,6 +145,15 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("last", ["SUCCEEDED", "FAILED", "STOPPED"])
 def test_a_log_that_ends_does_not_say_how_the_job_does(watched, last):
     assert watched("PENDING", "PENDING", "RUNNING", "RUNNING", last, breaks=[0, 8, 18]) == (LOG.split("\n"), last)
+
+
+def test_a_job_that_waits_for_long_says_why_once(watched, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    watched("PENDING", "PENDING", "SUCCEEDED")
+    assert not caplog.messages
+    monkeypatch.setattr(follow, "PENDING_S", 0.0)
+    watched("PENDING", "PENDING", "PENDING", "SUCCEEDED")
+    assert caplog.messages == ["job is pending: It may be waiting for resources."]
 
 
 @given(st.lists(st.integers(0, len(LOG)), max_size=8))

@@ -167,7 +167,7 @@ def test_the_environment_of_a_job(work):
     assert found["pip"] == ["x"]
     kept = {name: found["env_vars"][name] for name in ("KEY", "PLACE", "NUMBER", "MANTA_JOB")}
     assert kept == {"KEY": "a=b", "PLACE": "there", "NUMBER": "3", "MANTA_JOB": "1"}
-    for text in ("env_vars: [1]", "excludes: '*.log'"):
+    for text in ("env_vars: [1]", "excludes: '*.log'", "excludes: [1]"):
         Path("wrong.yaml").write_text(text)
         with pytest.raises(UserError, match=r"wrong.yaml: (env_vars: not a mapping|excludes: not a list)"):
             environment_of("wrong.yaml", None)
