@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.data.sources.base import UNLABELLED, DataSpec
-from cluster.inference.encode import named, opened_coder
-from cluster.inference.rows import Piece, RowsUsed, rows_of, told
+from cluster.inference.encode import opened_coder
+from cluster.inference.rows import Piece, RowsUsed, rows_of, told, which
 from cluster.runs.coder import Coder
 from nn_models.anomaly import CONFIDENCE, RATE, false_positives, separation, share_between, threshold
 from nn_models.columns import Label
@@ -138,7 +138,7 @@ class Detection:
             if truth is not None:
                 self._truths.append(truth)
             above = errors > self._detector.threshold.value
-            yield pa.table(named(piece) | {"error": pa.array(errors), "anomaly": pa.array(above)})
+            yield pa.table(which(piece) | {"error": pa.array(errors), "anomaly": pa.array(above)})
         self._detector.check_seen(labels)
 
     def found(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from cluster.data.sources.base import DataSpec
-from cluster.inference.rows import Piece, rows_of, told
+from cluster.inference.rows import Piece, rows_of, told, which
 from cluster.runs.coder import Coder
 from cluster.runs.opened import open_model
 from nn_models.errors import UserError
@@ -42,12 +42,5 @@ def encode(
 def _table(model: Coder, piece: Piece) -> pa.Table:
     codes = model.encode(piece.input, **told(model, model.told, piece)).cpu().numpy()
     values = pa.array(np.ascontiguousarray(codes).ravel(), pa.float32())
-    columns = named(piece) | {"code": pa.FixedSizeListArray.from_arrays(values, model.num_codes)}
+    columns = which(piece) | {"code": pa.FixedSizeListArray.from_arrays(values, model.num_codes)}
     return pa.table(columns)
-
-
-def named(piece: Piece) -> dict[str, pa.Array]:
-    """Which rows they are: columns split, row and label, where there are such."""
-    found = {} if piece.split is None else {"split": pa.array([piece.split] * len(piece), pa.string())}
-    found["row"] = pa.array(piece.ids, pa.int64())
-    return found if piece.labels is None else found | {"label": pa.array(piece.labels.tolist(), pa.string())}

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from cluster.data.layouts import Dense, Layout
 from cluster.data.manifest import StoredColumn
@@ -280,3 +281,15 @@ def told(model: OpenedModel, names: Sequence[str], piece: Piece) -> dict[str, An
     if piece.labels is None:
         raise UserError(WHERE, f"rows without labels, which {model.recipe.model.kind} is told", "give labelled rows")
     return dict.fromkeys(names, piece.labels.astype(str))
+
+
+def which(piece: Piece) -> dict[str, pa.Array]:
+    """Which rows they are: columns split, row, file and label, where there are such."""
+    rows = len(piece)
+    found: dict[str, pa.Array] = {} if piece.split is None else {"split": pa.repeat(pa.scalar(piece.split), rows)}
+    found["row"] = pa.array(piece.ids, pa.int64())
+    if piece.files is not None:
+        found["file"] = pa.array(piece.files, pa.string())
+    if piece.labels is not None:
+        found["label"] = pa.array(piece.labels, pa.string())
+    return found

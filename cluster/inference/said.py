@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.data.keys import RowIds
 from cluster.data.layouts import Ragged
 from cluster.data.sources.flat_trees import FlatTree, of_joins, spelled
+from cluster.inference.rows import which
 from cluster.runs.given_tables import INPUT, Piece
 from cluster.runs.given_trees import words_of
 from cluster.runs.predictor import Predictor
@@ -20,18 +21,6 @@ from nn_models.evidence import confidence
 from nn_models.parser import Parsed
 
 Columns = dict[str, pa.Array]
-
-
-def which(piece: Piece) -> Columns:
-    """Which rows they are: columns split, row, file and label, where there are such."""
-    rows = len(piece)
-    found: Columns = {} if piece.split is None else {"split": pa.repeat(pa.scalar(piece.split), rows)}
-    found["row"] = pa.array(piece.ids, pa.int64())
-    if piece.files is not None:
-        found["file"] = pa.array(piece.files, pa.string())
-    if piece.labels is not None:
-        found["label"] = pa.array(piece.labels, pa.string())
-    return found
 
 
 def said(model: Predictor, piece: Piece, outputs: Sequence[Any], steps: Sequence[RowIds], *, top: int) -> pa.Table:

@@ -77,11 +77,10 @@ def by_workers(run, folder, data=None, *, workers=2, **options) -> tuple[pa.Tabl
 @pytest.mark.parametrize("name", ["digits", "nodes", "book"])
 def test_two_workers_say_what_one_process_says(ray, runs, name, tmp_path, monkeypatch):
     monkeypatch.setattr(given_files, "PART_ROWS", 500)  # several parts
-    for split in ("test", "train"):
-        table, metrics = by_workers(runs / name, tmp_path / split, splits=(split,))
-        alone, wanted = here(runs / name, splits=(split,))
-        assert table.equals(alone)
-        assert metrics == wanted == cluster.evaluate(str(runs / name), split=split)["metrics"]
+    table, metrics = by_workers(runs / name, tmp_path / "parts")
+    alone, wanted = here(runs / name)
+    assert table.equals(alone)
+    assert metrics == wanted == cluster.evaluate(str(runs / name))["metrics"]
 
 
 def test_a_worker_that_dies_is_replaced(ray, runs, rows, tmp_path):
