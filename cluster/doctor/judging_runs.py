@@ -23,18 +23,18 @@ EXCHANGED_BYTES = 4 << 20  # where no recipe says how large gradients are
 def network(backend: str, found: Linked, names: Sequence[str]) -> Line:
     """`names` of the ranks."""
     check = f"network ({backend})"
-    slow = {link: _wrong(link, found.links) for link in found.links}
-    wrong = {link: status for link, status in slow.items() if status != "ok"}
+    judged = {link: _wrong(link, found.links) for link in found.links}
+    worst: Status = max(judged.values(), key=("ok", "warning", "failed").index)
     slowest = min(found.links, key=lambda link: link.bytes_per_s)
     latest = max(found.links, key=lambda link: link.latency_s)
     figures = f"{rate(slowest.bytes_per_s)}, {seconds(latest.latency_s)}"
-    if not wrong:
+    if worst == "ok":
         all_reduce = f"a small all-reduce takes {seconds(found.small_all_reduce_s)}"
         return Line(check, "ok", f"{figures} or better between neighbours; {all_reduce}")
-    status: Status = "failed" if "failed" in wrong.values() else "warning"
-    where = _where([*wrong], [link for link in found.links if link not in wrong], names)
+    wrong = [link for link in found.links if judged[link] == worst]  # what is less bad would hide whose fault it is
+    where = _where(wrong, [link for link in found.links if link not in wrong], names)
     fix = "see cables, switches, tunnels and the interface that the node's address is on (`ip addr`, `iperf3`)"
-    return Line(check, status, f"slow {where}: {figures}", fix)
+    return Line(check, worst, f"slow {where}: {figures}", fix)
 
 
 def _wrong(link: Link, links: Sequence[Link]) -> Status:
