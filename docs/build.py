@@ -16,6 +16,7 @@ import pdoc.render
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
 REFERENCE = {
     "cluster": "what is called from Python",
     "opened": "what `cluster.open_model` gives, and what is asked of it",
@@ -37,8 +38,14 @@ def build(out: Path) -> None:
     pdoc.render.configure(template_directory=DOCS / "templates", show_source=False, docformat="markdown")
     pdoc.render.env.globals["title_of"] = _title
     for name, module in all_modules.items():
-        (out / f"{name}.html").write_text(pdoc.render.html_module(module, all_modules))
+        (out / f"{name}.html").write_text(_living(pdoc.render.html_module(module, all_modules)))
     (out / "search.js").write_text(pdoc.render.search_index(all_modules))
+
+
+def _living(page: str) -> str:
+    """The page without links to members of PyTorch's and pydantic's classes, which are on no page; their names stay."""
+    there = set(re.findall(r'\bid="([^"]+)"', page))
+    return re.sub(r'<a href="#([^"]+)">(.*?)</a>', lambda link: link[0] if link[1] in there else link[2], page)
 
 
 def _title(module: pdoc.doc.Module) -> str:
@@ -52,9 +59,7 @@ def _title(module: pdoc.doc.Module) -> str:
 
 def _pages(out: Path) -> Iterator[ModuleType]:
     for path in sorted(DOCS.glob("*.md")):
-        text = re.sub(
-            r"\]\(([^)#]+)(#[^)]*)?\)", lambda link: f"]({_linked(link[1], out)}{link[2] or ''})", path.read_text()
-        )
+        text = LINK.sub(lambda link: f"]({_linked(link[1], out)}{link[2] or ''})", path.read_text())
         if path.stem == "README":
             rows = [f"| [{name}]({name}.html) | {what} |" for name, what in REFERENCE.items()]
             text = "\n".join([text, "## The reference", "", "| page | of |", "|---|---|", *rows, ""])
@@ -103,14 +108,14 @@ def _reference() -> Iterator[ModuleType]:
 
 
 def _specs(spec: Any) -> list[Any]:
-    """A Spec and all that its fields may be, in their order."""
+    """A Spec and all that its fields may be, in their order, each after its bases."""
     from nn_models.spec import Spec
 
     found: dict[Any, None] = {}
 
     def add(annotation: Any) -> None:
         if isinstance(annotation, type) and issubclass(annotation, Spec) and annotation not in found:
-            found[annotation] = None
+            found.update(dict.fromkeys(base for base in annotation.__mro__[::-1] if issubclass(base, Spec)))
             for field in annotation.model_fields.values():
                 add(field.annotation)
         for inner in get_args(annotation):

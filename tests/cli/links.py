@@ -5,6 +5,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+BLOCK = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+
 
 def markdown_links(text: str) -> list[str]:
     """What a page's links lead to, without those in code."""
@@ -14,9 +16,7 @@ def markdown_links(text: str) -> list[str]:
 def markdown_anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub names them."""
     found: set[str] = set()
-    for heading in re.findall(
-        r"^#+ +(.+?) *#*$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S), re.MULTILINE
-    ):
+    for heading in re.findall(r"^#+ +(.+?) *#*$", BLOCK.sub("", text), re.MULTILINE):
         name = re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).replace(" ", "-")
         again = sum(1 for other in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", other))
         found.add(f"{name}-{again}" if again else name)
@@ -24,7 +24,7 @@ def markdown_anchors(text: str) -> set[str]:
 
 
 def _without_code(text: str) -> str:
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))
+    return re.sub(r"`[^`\n]*`", "", BLOCK.sub("", text))
 
 
 class _Page(HTMLParser):
