@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-.PHONY: help setup demo test slow check bench clean
+.PHONY: help setup demo test slow check bench docs clean
 help:
 	@echo "make demo    train a CNN on real digits with two Ray workers, and write its report"
 	@echo "make test    run every test that this machine can run"
 	@echo "make slow    accuracy runs of the recipes (many minutes)"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   speed against plain PyTorch, DataLoader, torchrun and Ray, one JSON line each"
+	@echo "make docs    the pages in docs/ and a reference of what is called from Python, in build/docs"
 
 setup: $(SETUP)
 $(SETUP): pyproject.toml
@@ -38,6 +39,9 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(NAMES)
+
+docs: setup
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
