@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.doctor import judging, judging_runs
-from cluster.doctor.files import DataRead, Written
-from cluster.doctor.judging import Line, Offset
-from cluster.doctor.links import Link, Linked
-from cluster.doctor.machine import CODE, Disk, Gpu, Machine
-from cluster.doctor.steps import Steps
 from cluster.runtime import Workers
+from cluster.submission.doctor import judging, judging_runs
+from cluster.submission.doctor.files import DataRead, Written
+from cluster.submission.doctor.judging import Line, Offset
+from cluster.submission.doctor.links import Link, Linked
+from cluster.submission.doctor.machine import CODE, Disk, Gpu, Machine
+from cluster.submission.doctor.steps import Steps
 
 GIB = 1 << 30
 DISK = Disk("/tmp/ray", 100 * GIB, 50 * GIB)

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from cluster.doctor.judging import Line, Resources, Status, rate, seconds, some
-from cluster.doctor.links import Link, Linked
-from cluster.doctor.steps import Steps
 from cluster.runtime import Workers, places
 from cluster.runtime.limits import size
+from cluster.submission.doctor.judging import Line, Resources, Status, rate, seconds, some
+from cluster.submission.doctor.links import Link, Linked
+from cluster.submission.doctor.steps import Steps
 
 # A local network answers in 0.05 to 0.5 ms; a busy host, or a cloud's other zone, in one or two. At 10 ms nodes are in
 # different regions, or behind a tunnel: a step of a small net, which takes a few ms, then waits more than it computes.
