@@ -28,17 +28,10 @@ def explain(model: OpenedModel, images: Any) -> Explained:
     A pixel's value is how much less probable the predicted class becomes when what is around it is hidden. It takes 65
     times as long as predicting. Raises UserError for a model that predicts no classes of images.
     """
-    signature = model.manifest.signature
-    column = signature["input"]
-    if (
-        not isinstance(model, Predictor)
-        or not isinstance(column, Image)
-        or not isinstance(signature.columns.get("target"), Label)
-    ):
-        what = f"a {model.recipe.model.kind}, which predicts no classes of images"
-        raise UserError(model.recipe.name, what, "give the run of an image classifier")
+    model = check_explained(model)
+    height, width = model.manifest.signature["input"].row_shape[1:]
     classes: list[str] = []
-    maps = [np.zeros((0, *column.shape[1:]), np.float32)]
+    maps = [np.zeros((0, height, width), np.float32)]
 
     def outputs(rows: torch.Tensor) -> torch.Tensor:
         with autocast(model.recipe.train.precision, model.device):
@@ -51,5 +44,15 @@ def explain(model: OpenedModel, images: Any) -> Explained:
             predicted, found = occlusion(outputs, scaled)
             names = model.classes
             classes += [names[number] if names else str(number) for number in predicted.tolist()]
-            maps.append(spread(found, column.shape[1:]).cpu().numpy())
+            maps.append(spread(found, (height, width)).cpu().numpy())
     return Explained(classes, np.concatenate(maps))
+
+
+def check_explained(model: OpenedModel) -> Predictor:
+    """The model. Raises UserError for one that predicts no classes of images."""
+    columns = model.manifest.signature.columns
+    images, classes = isinstance(columns["input"], Image), isinstance(columns.get("target"), Label)
+    if not isinstance(model, Predictor) or not images or not classes:
+        what = f"a {model.recipe.model.kind}, which predicts no classes of images"
+        raise UserError(model.recipe.name, what, "give the run of an image classifier")
+    return model

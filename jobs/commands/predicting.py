@@ -45,6 +45,10 @@ def predict(
     label: LabelOption = None,
     unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Read no labels, and tell no figures.")] = False,
     resize: Annotated[bool, typer.Option("--resize", help="Resize images of another size than the model's.")] = False,
+    explained: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="FILE", help="A PNG file: the first images, and what their classes go by."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the likeliest classes are named of each row.")] = 5,
     workers: Annotated[
         str, typer.Option(help="Ray workers, or MIN-MAX; what they have done is kept, to go on from after a kill.")
@@ -62,7 +66,8 @@ def predict(
     """
     import_from_here()
     if text is not None:
-        for option, value in (("DATA", data), ("--split", split), ("--label", label), ("--out", out)):
+        given = {"DATA": data, "--split": split, "--label": label, "--out": out, "--explain": explained}
+        for option, value in given.items():
             if value is not None:
                 raise UserError(option, "a text is given already, with --text", "leave one of them out")
         _predict_text(run, text, parser=parser, top=top, gpu=gpu, as_json=as_json)
@@ -73,11 +78,12 @@ def predict(
 
     configure_ray()
     from cluster.inference.predictions import Prediction
+    from jobs.commands.explaining import explained_place, write_explained
     from jobs.commands.printing import print_outcome
     from jobs.commands.rows import predictions_place, stream_rows
 
     least, most = parse_workers(workers)
-    if out is None and (most or overwrite or address):
+    if out is None and (most or address or (overwrite and explained is None)):
         option = "--workers" if most else "--address" if address else "--overwrite"
         raise UserError(option, "there is no file to write", "name one with --out")
     if address and not most:
@@ -93,8 +99,11 @@ def predict(
         top=top,
         device=local_device(gpu and not most),
     )
+    picture = explained_place(explained, prediction, overwrite=overwrite) if explained else None
     if place is None:
         _print(prediction, as_json=as_json)
+        if picture is not None:
+            print(write_explained(prediction, picture, out=str(explained)), file=sys.stderr)
         return
     if most:
         from cluster.inference.parted import PartedPrediction
@@ -110,10 +119,11 @@ def predict(
     else:
         path, rows = stream_rows(prediction.tables(), place, out=str(out))
     metrics = prediction.metrics()
+    seen = {} if picture is None else {"explained": write_explained(prediction, picture, out=str(explained))}
     if as_json:
-        print(json.dumps({"path": path, "rows": rows, "metrics": metrics}))
+        print(json.dumps({"path": path, "rows": rows, "metrics": metrics, **seen}))
     else:
-        print_outcome(metrics, {"rows": rows, "predictions": path})
+        print_outcome(metrics, {"rows": rows, "predictions": path, **seen})
 
 
 def _print(prediction: "Prediction", *, as_json: bool) -> None:

@@ -169,3 +169,31 @@ def test_what_is_refused(refused, runs, tmp_path, monkeypatch, run, arguments, m
 def test_standard_input_that_is_refused(refused, runs, stdin, lines, message):
     stdin(*lines)
     assert message in refused("predict", runs / "texts", "-", "--json")
+
+
+def test_what_images_classes_go_by_is_drawn(manta, runs, images, tmp_path):
+    picture = tmp_path / "seen.png"
+    code, out, err = manta("predict", runs / "digits", images, "--explain", picture)
+    assert code == 0
+    assert len(out.splitlines()) == 20
+    assert err.splitlines()[-1] == str(picture)
+    with Image.open(picture) as drawn:  # 20 images of 32 pixels with 2 between, each beside its own: 4 a line
+        assert drawn.size == (8 * 34 + 2, 5 * 34 + 2)
+    code, _, err = manta("predict", runs / "digits", images, "--explain", picture)
+    assert (code, err) == (2, f"error: --explain: {picture} exists; replace it with --overwrite\n")
+    assert manta("predict", runs / "digits", images, "--explain", picture, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "data", "name", "said"),
+    [
+        ("digits", None, "seen.txt", "--explain: 'seen.txt' is not the name of a PNG file"),
+        ("texts", None, "seen.png", "predicts no classes of images"),
+        ("digits", "-", "seen.png", "--explain: standard input is read once"),
+    ],
+)
+def test_what_cannot_be_drawn(manta, runs, stdin, run, data, name, said):
+    stdin({"input": [0] * 64})
+    code, out, err = manta("predict", runs / run, *([data] if data else []), "--explain", name)
+    assert (code, out) == (2, "")
+    assert said in err
