@@ -36,11 +36,11 @@ def doctor(
     from rich.console import Console
     from rich.text import Text
 
-    from cluster.doctor.examining import Asked, examine
-    from cluster.doctor.judging import Line
     from cluster.recipe.loading import load_recipe
     from cluster.runtime.existing import STORAGE, existing
     from cluster.storage import Folder
+    from cluster.submission.doctor.examining import Asked, examine
+    from cluster.submission.doctor.judging import Line
 
     if set_ and recipe is None:
         raise UserError("--set", "there is no recipe to change", "name one")

@@ -152,8 +152,8 @@ def test_a_slow_link_is_found_and_whose_it_is(ward: Ward):
 
 
 def test_a_node_that_hangs_or_dies_is_told_and_asked_no_more(ray: Any):
-    from cluster.doctor.gathering import examining
     from cluster.runtime import RaySession
+    from cluster.submission.doctor.gathering import examining
 
     with examining(RaySession(ray, embedded=False)) as surgery:
         (name,) = surgery.names

@@ -267,15 +267,15 @@ def test_waiting_follows_a_new_job_and_exits_as_it_does(user: User, runs: Path, 
 
 
 def test_of_two_jobs_with_one_id_at_once_one_is_refused(user: User):
-    def submit(_: int) -> str:
+    def submit(server: JobServer) -> str:
         try:
-            user.server().submit("twice", "true", {})
+            server.submit("twice", "true", {})
         except UserError as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(2) as both:
-        told = sorted(both.map(submit, range(2)))
+        told = sorted(both.map(submit, [user.server(), user.server()]))
     assert told == ["", "--job-id: twice is taken; choose another"]
 
 

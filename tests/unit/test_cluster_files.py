@@ -37,7 +37,7 @@ SIZES = [  # of ec2:DescribeInstanceTypes, what Ray looks at
         "GpuInfo": {"Gpus": [{"Name": "A10G", "Manufacturer": "NVIDIA", "Count": 4}]},
     },
 ]
-HEALTH = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "4"}
+HEALTH = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "4"}
 
 
 def launcher_file(kind: str) -> dict[str, Any]:

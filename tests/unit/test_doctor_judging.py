@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.doctor import judging, judging_runs
-from cluster.doctor.files import DataRead, Written
-from cluster.doctor.judging import Line, Offset
-from cluster.doctor.links import Link, Linked
-from cluster.doctor.machine import CODE, Disk, Gpu, Machine
-from cluster.doctor.steps import Steps
 from cluster.runtime import Workers
+from cluster.submission.doctor import judging, judging_runs
+from cluster.submission.doctor.files import DataRead, Written
+from cluster.submission.doctor.judging import Line, Offset
+from cluster.submission.doctor.links import Link, Linked
+from cluster.submission.doctor.machine import CODE, Disk, Gpu, Machine
+from cluster.submission.doctor.steps import Steps
 
 GIB = 1 << 30
 DISK = Disk("/tmp/ray", 100 * GIB, 50 * GIB)
@@ -157,6 +157,7 @@ def test_links_that_are_as_they_should_be():
     ("rates", "status", "where"),
     [
         ((1e9, 5e6, 6e6), "failed", "slow at c: 5 MB/s, 100 µs"),
+        ((5e7, 5e6, 6e6), "failed", "slow at c: 5 MB/s"),  # what is less bad does not hide it
         ((1e9, 5e6, 1e9), "failed", "slow between b and c: 5 MB/s"),
         ((5e6, 5e6, 5e6), "failed", "slow between all nodes: 5 MB/s"),
         ((1e10, 1e10, 1e9), "warning", "slow between c and a: 1 GB/s"),  # not slow, but for these

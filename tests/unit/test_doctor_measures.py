@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 from cluster.data.prepare import prepare, prepared
-from cluster.doctor.files import Wanted, clear_probe, read_wanted, remove_empty, unseen, write_probe
-from cluster.doctor.links import Link, Linked, gathered, measure_links, meeting_point, rounds
-from cluster.doctor.machine import CODE, Disk, code_digest, machine
-from cluster.doctor.steps import measure_steps
 from cluster.group import LOOPBACK
 from cluster.recipe.loading import load_recipe
 from cluster.storage import Folder
+from cluster.submission.doctor.files import Wanted, clear_probe, read_wanted, remove_empty, unseen, write_probe
+from cluster.submission.doctor.links import Link, Linked, gathered, measure_links, meeting_point, rounds
+from cluster.submission.doctor.machine import CODE, Disk, code_digest, machine
+from cluster.submission.doctor.steps import measure_steps
 from cluster.training.splits import open_splits
 
 MIB = 1 << 20
@@ -179,7 +179,7 @@ def test_links_of_a_real_group(world_size: int):
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_steps_of_a_recipe(name: str, replicas: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cluster.doctor.steps.STEPS_S", 0.0)
+    monkeypatch.setattr("cluster.submission.doctor.steps.STEPS_S", 0.0)
     overrides = {"data.rows": 300} if name == "adding-gru" else {}
     if name == "rows-lstm":
         overrides = {"data": {"kind": "digits"}}

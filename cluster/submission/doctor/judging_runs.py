@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from cluster.doctor.judging import Line, Resources, Status, rate, seconds, some
-from cluster.doctor.links import Link, Linked
-from cluster.doctor.steps import Steps
 from cluster.runtime import Workers, places
 from cluster.runtime.limits import size
+from cluster.submission.doctor.judging import Line, Resources, Status, rate, seconds, some
+from cluster.submission.doctor.links import Link, Linked
+from cluster.submission.doctor.steps import Steps
 
 # A local network answers in 0.05 to 0.5 ms; a busy host, or a cloud's other zone, in one or two. At 10 ms nodes are in
 # different regions, or behind a tunnel: a step of a small net, which takes a few ms, then waits more than it computes.
@@ -23,18 +23,18 @@ EXCHANGED_BYTES = 4 << 20  # where no recipe says how large gradients are
 def network(backend: str, found: Linked, names: Sequence[str]) -> Line:
     """`names` of the ranks."""
     check = f"network ({backend})"
-    slow = {link: _wrong(link, found.links) for link in found.links}
-    wrong = {link: status for link, status in slow.items() if status != "ok"}
+    judged = {link: _wrong(link, found.links) for link in found.links}
+    worst: Status = max(judged.values(), key=("ok", "warning", "failed").index)
     slowest = min(found.links, key=lambda link: link.bytes_per_s)
     latest = max(found.links, key=lambda link: link.latency_s)
     figures = f"{rate(slowest.bytes_per_s)}, {seconds(latest.latency_s)}"
-    if not wrong:
+    if worst == "ok":
         all_reduce = f"a small all-reduce takes {seconds(found.small_all_reduce_s)}"
         return Line(check, "ok", f"{figures} or better between neighbours; {all_reduce}")
-    status: Status = "failed" if "failed" in wrong.values() else "warning"
-    where = _where([*wrong], [link for link in found.links if link not in wrong], names)
+    wrong = [link for link in found.links if judged[link] == worst]  # what is less bad would hide whose fault it is
+    where = _where(wrong, [link for link in found.links if link not in wrong], names)
     fix = "see cables, switches, tunnels and the interface that the node's address is on (`ip addr`, `iperf3`)"
-    return Line(check, status, f"slow {where}: {figures}", fix)
+    return Line(check, worst, f"slow {where}: {figures}", fix)
 
 
 def _wrong(link: Link, links: Sequence[Link]) -> Status:

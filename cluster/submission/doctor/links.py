@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from cluster.group import join, leave, listen_at
 
@@ -35,7 +35,7 @@ class Link:
     first: int
     second: int
     latency_s: float  # one way, of a small message
-    bytes_per_s: float
+    bytes_per_s: float  # in the slower direction
 
 
 @dataclass(frozen=True)
@@ -147,40 +147,53 @@ def _arrived(place: torch.device) -> None:
 
 
 def _led(rank: int, peer: int, place: torch.device) -> Link:
-    """Send blocks of growing size, and be told each time that all is there. The peer is in `_followed`."""
+    """Send and ask for blocks of growing size, being told each time that all is there. The peer is in `_followed`.
 
-    def there_and_back(num_bytes: int) -> float:
-        block = torch.zeros(num_bytes // 4, device=place)
-        return _timed(lambda: _exchanged(block, peer, place))
-
+    A cable or a limit may slow one direction only: the slower one counts.
+    """
     small = 4 * MESSAGE_NUMBERS
-    times = [there_and_back(small) for _ in range(WARMING_UP)]
-    times = [there_and_back(small) for _ in range(_count(times[-1], SMALL_S, MOST_MESSAGES))]
-    latency = statistics.median(times) / 2
-    size = BLOCK_BYTES
-    took = there_and_back(size)
-    while took < LARGE_S and size < MOST_BLOCK_BYTES:
-        size *= GROWS
-        took = there_and_back(size)
-    took = statistics.median([took, *(there_and_back(size) for _ in range(REPEATS - 1))])
+    times = [_passed(small, peer, place) for _ in range(WARMING_UP)]
+    times = [_passed(small, peer, place) for _ in range(_count(times[-1], SMALL_S, MOST_MESSAGES))]
+    rates = []
+    for sign in (1, -1):  # there, and back
+        size = BLOCK_BYTES
+        took = _passed(sign * size, peer, place)
+        while took < LARGE_S and size < MOST_BLOCK_BYTES:
+            size *= GROWS
+            took = _passed(sign * size, peer, place)
+        again = [_passed(sign * size, peer, place) for _ in range(REPEATS - 1)]
+        rates.append(size / statistics.median([took, *again]))
     distributed.send(torch.zeros(1, dtype=torch.int64, device=place), peer)  # no more
-    return Link(rank, peer, latency, size / took)
+    return Link(rank, peer, statistics.median(times) / 2, min(rates))
 
 
-def _exchanged(block: Tensor, peer: int, place: torch.device) -> None:
-    distributed.send(torch.tensor([block.numel()], device=place), peer)
-    distributed.send(block, peer)
-    distributed.recv(torch.empty(1, dtype=torch.int64, device=place), peer)
+def _passed(num_bytes: int, peer: int, place: torch.device) -> float:
+    """Seconds until so many bytes are there, and that has been told; where it is negative, until so many have come."""
+    block = torch.zeros(abs(num_bytes) // 4, device=place)
+
+    def exchange() -> None:
+        distributed.send(torch.tensor([num_bytes // 4], device=place), peer)
+        if num_bytes > 0:
+            distributed.send(block, peer)
+            distributed.recv(torch.empty(1, dtype=torch.int64, device=place), peer)
+        else:
+            distributed.recv(block, peer)
+
+    return _timed(exchange)
 
 
 def _followed(peer: int, place: torch.device) -> None:
     while True:
-        count = torch.empty(1, dtype=torch.int64, device=place)
-        distributed.recv(count, peer)
-        if not int(count):
+        told = torch.empty(1, dtype=torch.int64, device=place)
+        distributed.recv(told, peer)
+        count = int(told)
+        if not count:
             return
-        distributed.recv(torch.empty(int(count), device=place), peer)
-        distributed.send(count, peer)
+        if count > 0:
+            distributed.recv(torch.empty(count, device=place), peer)
+            distributed.send(told, peer)
+        else:
+            distributed.send(torch.empty(-count, device=place), peer)
 
 
 def gathered(found: Sequence[Linked]) -> Linked:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.doctor.files import DataRead, Written
-from cluster.doctor.machine import CODE, Machine
 from cluster.runtime.limits import size
+from cluster.submission.doctor.files import DataRead, Written
+from cluster.submission.doctor.machine import CODE, Machine
 
 Status = Literal["ok", "warning", "failed"]
 Resources = Mapping[str, float]

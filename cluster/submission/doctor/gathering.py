@@ -15,13 +15,13 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.doctor.asking import Answers, Problem, Share, problem_of
-from cluster.doctor.judging import Offset
-from cluster.doctor.machine import Machine, machine
-from cluster.doctor.steps import Steps, measure_steps
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import RaySession, Workers, refuse_unplaceable
 from cluster.runtime.lifeline import POLL_S
+from cluster.submission.doctor.asking import Answers, Problem, Share, problem_of
+from cluster.submission.doctor.judging import Offset
+from cluster.submission.doctor.machine import Machine, machine
+from cluster.submission.doctor.steps import Steps, measure_steps
 from cluster.training.splits import Splits
 from nn_models.errors import UserError
 

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 import psutil
 
 from cluster.data.prepare import prepared
-from cluster.doctor import judging, judging_runs
-from cluster.doctor.asking import Here, Nodes, Problem, Share
-from cluster.doctor.files import Wanted, Written, clear_probe, new_key, read_wanted, remove_empty, unseen, write_probe
-from cluster.doctor.judging import Line, some
-from cluster.doctor.links import Linked, gathered, measure_links, meeting_point
 from cluster.errors import RunFailed
 from cluster.recipe.fit import check
 from cluster.recipe.recipe import Recipe
@@ -21,6 +16,20 @@ from cluster.runtime import Workers, places, ray_session
 from cluster.runtime.existing import Existing, refuse_temporary
 from cluster.runtime.limits import size
 from cluster.storage import Folder
+from cluster.submission.doctor import judging, judging_runs
+from cluster.submission.doctor.asking import Here, Nodes, Problem, Share
+from cluster.submission.doctor.files import (
+    Wanted,
+    Written,
+    clear_probe,
+    new_key,
+    read_wanted,
+    remove_empty,
+    unseen,
+    write_probe,
+)
+from cluster.submission.doctor.judging import Line, some
+from cluster.submission.doctor.links import Linked, gathered, measure_links, meeting_point
 from cluster.training.splits import Splits, open_splits
 from nn_models.errors import UserError
 
@@ -88,7 +97,7 @@ def examine(asked: Asked, *, there: Existing | None, tell: Tell, verbose: bool =
         _Examination(asked, workers, Here(), tell, began_s=began_s).run()
         return
     with ray_session(address=there, cpus=workers.most * workers.cpus, verbose=verbose) as session:
-        from cluster.doctor.gathering import examining
+        from cluster.submission.doctor.gathering import examining
 
         with examining(session) as surgery:
             _Examination(asked, workers, surgery, tell, began_s=began_s).run()

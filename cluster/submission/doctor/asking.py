@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from cluster.doctor.judging import Offset
-from cluster.doctor.machine import Machine, machine
-from cluster.doctor.steps import Steps, measure_steps
 from cluster.group import LOOPBACK
 from cluster.recipe.recipe import Recipe
 from cluster.runtime import Workers
+from cluster.submission.doctor.judging import Offset
+from cluster.submission.doctor.machine import Machine, machine
+from cluster.submission.doctor.steps import Steps, measure_steps
 from cluster.training.splits import Splits
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.data.shards import DataSet
-from cluster.doctor.machine import Disk
 from cluster.errors import StorageFailed
 from cluster.storage import Folder
+from cluster.submission.doctor.machine import Disk
 from nn_models.errors import UserError
 
 PROBE = ".manta-doctor-"  # hidden: a run may begin in a folder that only has such
