@@ -6,6 +6,7 @@ python docs/build.py [OUT]    by default build/docs
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import pdoc.render
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+SEARCH = "search.js"
 LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
 REFERENCE = {
     "cluster": "what is called from Python",
@@ -29,17 +31,27 @@ REFERENCE = {
 
 
 def build(out: Path) -> None:
-    """Write all pages into a folder, in the place of what an earlier build has left there."""
-    if (out / "search.js").exists():
-        shutil.rmtree(out)
-    (out / "files").mkdir(parents=True)
+    """Write the site into a folder, in the place of an earlier one there."""
+    if out.exists() and not (out / SEARCH).exists():
+        raise SystemExit(f"error: {out} is there, and holds something else; move it away")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as beside:
+        new = Path(beside) / "new"
+        (new / "files").mkdir(parents=True)
+        _write(new)
+        if out.exists():
+            shutil.rmtree(out)
+        new.rename(out)
+
+
+def _write(out: Path) -> None:
     pages = [*_pages(out), *_reference()]
     all_modules = {page.__name__: pdoc.doc.Module(page) for page in pages}
     pdoc.render.configure(template_directory=DOCS / "templates", show_source=False, docformat="markdown")
     pdoc.render.env.globals["title_of"] = _title
     for name, module in all_modules.items():
         (out / f"{name}.html").write_text(_living(pdoc.render.html_module(module, all_modules)))
-    (out / "search.js").write_text(pdoc.render.search_index(all_modules))
+    (out / SEARCH).write_text(pdoc.render.search_index(all_modules))
 
 
 def _living(page: str) -> str:
@@ -139,4 +151,6 @@ def _module(name: str, doc: str, members: Iterable[tuple[str, Any]]) -> ModuleTy
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "docs")
+    place = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "docs"
+    build(place)
+    print(place / "index.html")

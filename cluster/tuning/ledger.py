@@ -186,9 +186,6 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-SweepListener = Callable[["SweepState"], None]  # called whenever something has changed
-
-
 @dataclass
 class SweepState:
     """A sweep while it runs, for those who watch."""
@@ -211,3 +208,6 @@ class SweepState:
     def count(self, status: Status) -> int:
         """Trials of this status."""
         return sum(record.status == status for record in self.records)
+
+
+SweepListener = Callable[[SweepState], None]  # called whenever something has changed

@@ -19,7 +19,7 @@ def site(tmp_path_factory) -> Path:
     spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    out = tmp_path_factory.mktemp("site").resolve()
+    out = tmp_path_factory.mktemp("docs").resolve() / "site"
     module.build(out)
     module.build(out)  # in the place of an earlier one
     return out
