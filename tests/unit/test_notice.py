@@ -1,8 +1,10 @@
 """How ranks tell each other that they leave, over notes that all can read: threads stand in for their processes."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from cluster.training import notice
 from cluster.training.leaving import Leaving
 from cluster.training.notice import LEAVING, heard
 
-MOST_STEPS = 100_000
+LONGEST_S = 60  # a step may take next to no time
 
 
 class Notes:
@@ -42,7 +44,10 @@ class Rank(threading.Thread):
         self.left: int | None = None
 
     def run(self) -> None:
-        for step in range(MOST_STEPS):
+        last = time.monotonic() + LONGEST_S
+        for step in count():
+            if time.monotonic() > last:
+                return
             if self._leaving.leaves(step):
                 self.left = step
                 return

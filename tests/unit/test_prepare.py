@@ -87,7 +87,7 @@ from cluster.data import prepare as preparing
 from cluster.data.sources.parquet import ParquetSpec
 
 own, other, path = sys.argv[1:]
-publish = preparing._publish
+publish = preparing.publish
 
 def publish_together(unfinished, folder):
     Path(own).touch()
@@ -97,7 +97,7 @@ def publish_together(unfinished, folder):
         time.sleep(0.01)
     publish(unfinished, folder)
 
-preparing._publish = publish_together
+preparing.publish = publish_together
 print(preparing.prepared(ParquetSpec(path=path, input="x", target="y")).folder)
 """
 
