@@ -7,10 +7,12 @@ import site
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.errors import RayLost
 from cluster.runtime.draining import draining
@@ -21,6 +23,7 @@ from nn_models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+DEATH_TIMEOUT_S = 10  # of an actor that is killed
 MOST_CPUS = 1024  # logical ones of an embedded Ray: each is a process
 
 # Ray reads these when it is imported or started. A user's own settings win.
@@ -147,12 +150,27 @@ class RaySession:
             return dict(self.stored)
         return {split: self.ray.put(table) for split, table in tables.items()}
 
+    def end(self, actor: Any) -> None:
+        """Kill an actor on this process's node, and return once its process has gone, which may ask for room till then.
+
+        It is waited for ten seconds at most.
+        """
+        from ray._private.state import actors
+
+        pid, process = actors(actor._actor_id.hex()).get("Pid"), None
+        with suppress(psutil.Error):
+            process = psutil.Process(pid) if pid else None
+        self.ray.kill(actor)
+        with suppress(psutil.Error):
+            if process is not None and process.name().startswith("ray::"):  # else it has ended
+                process.wait(DEATH_TIMEOUT_S)
+
     def remove_orphaned_groups(self) -> set[bytes]:
         """Remove this job's placement groups that a process made which has died; Ray keeps them to the job's end.
 
         Returns the ids of living actors that have some.
         """
-        from ray._private.state import state  # the public table does not say who made a group
+        from ray._private.state import actors, state  # the public table does not say who made a group
         from ray.core.generated.gcs_pb2 import PlacementGroupTableData
         from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
@@ -163,7 +181,9 @@ class RaySession:
             ours = group.creator_job_id.hex() == job and group.creator_actor_id != nobody and not group.is_detached
             if not ours or group.state == PlacementGroupTableData.REMOVED:
                 continue
-            if group.creator_actor_dead:
+            # an actor may have asked for one in the moment in which it was killed: Ray then takes no note of its death
+            creator = actors(group.creator_actor_id.hex())
+            if group.creator_actor_dead or creator.get("State", "DEAD") == "DEAD":
                 remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             else:
                 living.add(group.creator_actor_id)

@@ -311,7 +311,7 @@ class _Trainer(TorchTrainer):
         finally:
             _running.remove(self)
             if self.session.lost() is None:  # else it has gone as well, and nobody answers
-                ray.kill(self.controller)  # some stay behind otherwise, waiting for a lock while they exit
+                self.session.end(self.controller)  # some stay behind otherwise, waiting for a lock while they exit
 
     def _watched(self, call: Any) -> Any:
         done: list[Any] = []

@@ -88,7 +88,7 @@ def test_a_run_across_hosts_survives_one_and_ends_with_the_figures_of_a_local_on
         began = time.monotonic()
         wait_for(lambda: (run / "metrics.jsonl").stat().st_ino != first)  # lines are written anew at a start
         print(f"training goes on {time.monotonic() - began:.1f} s after the death of a host")
-        assert steps_done(run) >= 20  # from its checkpoint
+        assert steps_done(run) >= 5  # from one of its checkpoints
         result = result_of(process, run)
     finally:
         process.kill()
