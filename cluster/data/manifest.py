@@ -30,6 +30,13 @@ class Shard(Spec):
     sha256: str
 
     @model_validator(mode="after")
+    def _lies_beside(self) -> Self:
+        # a manifest may come from anywhere, and shards are written by these names where a data set travels
+        if self.file in ("", ".", "..") or set(self.file) & set("/\\\0"):
+            raise invalid(f"file is no name of a file beside the manifest: {self.file!r}", AGAIN)
+        return self
+
+    @model_validator(mode="after")
     def _rows_add_up(self) -> Self:
         if sum(self.row_groups) != self.rows:
             raise invalid(f"row_groups hold {sum(self.row_groups)} rows, not {self.rows}", AGAIN)

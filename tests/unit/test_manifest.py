@@ -188,6 +188,9 @@ def test_a_damaged_manifest_is_named(content, message, digits):
         ("columns.input.dtype", "float16", "columns.input.dtype: must be"),
         ("columns.target.column.size", 9, "columns.target.column.size: 9 where there are 10 names"),
         ("splits.tset", [], "unknown splits tset; prepare the data again"),
+        ("splits.test.0.file", "../x", "splits.test.0: file is no name of a file beside the manifest: '../x'; prepare"),
+        ("splits.test.0.file", "/etc/x", "splits.test.0: file is no name of a file beside the manifest: '/etc/x'"),
+        ("splits.test.0.file", "..", "splits.test.0: file is no name of a file beside the manifest: '..'; prepare"),
         ("splits.test.0.rows", 360, "splits.test.0: row_groups hold 359 rows, not 360; prepare the data again"),
     ],
 )  # fmt: skip
